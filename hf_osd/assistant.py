@@ -1,0 +1,327 @@
+"""`OnlineAssistant`: a draft with its memory and its trainer. The one module that joins serving and learning."""
+
+import json
+import random
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import OnlineConfig
+from .drafts.compatibility import check_pair, check_tokenizers
+from .errors import ClosedError
+from .learning.background import OnlineLearner
+from .records import Observation
+from .serving.drafting import DraftCounts
+from .serving.recording import Recorder
+from .serving.sequences import Sequences
+from .serving.weights import LiveWeights
+
+STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineStats:
+    """
+    What an [`OnlineAssistant`] has done so far.
+
+    Attributes:
+        requests (`int`): Prompts served; a batch counts each of its rows.
+        generated_tokens (`int`): Tokens generated.
+        target_passes (`int`): Sum over requests of the target's forwards they took part in.
+        proposed_tokens (`int`): Tokens that the draft proposed.
+        draft_tokens (`int`): Proposed tokens that the target judged: up to and including the first refusal of each
+            round. Later ones follow a refused token and say nothing about the draft.
+        accepted_tokens (`int`): Proposed tokens that the target accepted.
+        updates (`int`): Times that new weights were published.
+        failed_updates (`int`): Updates that were given up; serving went on with the old weights.
+        decode_seconds (`float`): Wall time of decoding, summed over calls.
+        learn_seconds (`float`): Wall time of training.
+    """
+
+    requests: int = 0
+    generated_tokens: int = 0
+    target_passes: int = 0
+    proposed_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    updates: int = 0
+    failed_updates: int = 0
+    decode_seconds: float = 0.0
+    learn_seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """`accepted_tokens / draft_tokens`: how likely a proposed token is accepted (alpha in the literature)."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        """Tokens that one forward of the target yields for one request; 1.0 is plain decoding."""
+        return self.generated_tokens / self.target_passes if self.target_passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens by second of decoding."""
+        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Return all fields and rates, ready for JSON."""
+        rates = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second")
+        return {**asdict(self), **{name: getattr(self, name) for name in rates}}
+
+
+class Request:
+    """
+    One call of `generate`, as the assistant sees it.
+
+    Attributes:
+        recorder (`Recorder`, *optional*): Where serving notes mismatches; `None` where nothing is to be recorded.
+    """
+
+    def __init__(self, assistant: "OnlineAssistant", recorded_rows: list[bool]) -> None:
+        self._assistant = assistant
+        self.observations: list[Observation] = []
+        self.recorder = (
+            Recorder(assistant.config.top_k_teacher, recorded_rows, self.observations.append)
+            if any(recorded_rows)
+            else None
+        )
+
+    def finish(self, sequences: Sequences, counts: DraftCounts, passes: int, seconds: float) -> None:
+        """Count the request, and make its observations."""
+        self._assistant._count(sequences, counts, passes, seconds)
+        if self.recorder is not None:
+            self.recorder.finish(sequences)
+
+
+class OnlineAssistant:
+    """
+    A draft model that learns from the requests it helps to serve.
+
+    Holds the live draft, the replay buffer and the trainer. Hand it to [`~hf_osd.generate`]; one assistant may serve
+    concurrent calls from several threads.
+
+    Args:
+        draft (`PreTrainedModel`):
+            The draft. Its weights are updated in place.
+        target (`PreTrainedModel`):
+            The model it drafts for. Never changed.
+        config (`OnlineConfig`, *optional*):
+            Settings; defaults to `OnlineConfig()`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Saved beside the draft by [`save_pretrained`]; not needed otherwise.
+
+    Raises:
+        UnsupportedModelError: The two do not share a vocabulary, or the draft has no weights, or is not a causal
+            language model.
+
+    Example:
+
+    ```python
+    >>> with OnlineAssistant(draft, target) as assistant:
+    ...     output = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=64)
+    ...     print(assistant.stats().acceptance_rate)
+    ```
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        target: PreTrainedModel,
+        config: OnlineConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.config = config or OnlineConfig()
+        check_pair(target, draft)
+        self.draft = draft
+        self.tokenizer = tokenizer
+        self.weights = LiveWeights(draft)
+        self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
+        self._learner = OnlineLearner(
+            draft, self.config, self.weights.publish, target=target if self.config.full_teacher else None
+        )
+        self._lock = threading.Lock()
+        self._random = random.Random(self.config.seed)
+        self._totals = OnlineStats()
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        draft: str | Path,
+        target: PreTrainedModel,
+        config: OnlineConfig | None = None,
+        **kwargs: Any,
+    ) -> "OnlineAssistant":
+        """
+        Load a draft from the Hub or a folder, together with what it learned if [`save_pretrained`] wrote it.
+
+        Args:
+            draft (`str` or `Path`): Hub id or local folder.
+            target (`PreTrainedModel`): The model it drafts for.
+            config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to `OnlineConfig()`.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`; `dtype` and `device_map` default to the target's.
+
+        Raises:
+            UnsupportedModelError: The draft's tokenizer differs from the target's.
+        """
+        kwargs.setdefault("dtype", target.dtype)
+        kwargs.setdefault("device_map", target.device)
+        model = AutoModelForCausalLM.from_pretrained(draft, **kwargs)
+        tokenizer = _load_tokenizer(str(draft))
+        check_tokenizers(_load_tokenizer(target.config._name_or_path), tokenizer)
+        state = Path(draft) / STATE_FOLDER
+        if config is None and (state / "config.json").is_file():
+            config = _load_config(state / "config.json")
+        assistant = cls(model, target, config, tokenizer=tokenizer)
+        if state.is_dir():
+            assistant._learner.load(state)
+        return assistant
+
+    @property
+    def target(self) -> PreTrainedModel | None:
+        """The target, or `None` once nobody else uses it."""
+        return self._target()
+
+    @contextmanager
+    def request(self, rows: int) -> Iterator[Request]:
+        """
+        Open one call of `generate`. On leaving it without an error, its observations go to the learner.
+
+        Args:
+            rows (`int`): Prompts in the batch.
+
+        Raises:
+            ClosedError: The assistant is closed.
+        """
+        if self._closed:
+            raise ClosedError("this OnlineAssistant is closed: make a new one")
+        request = Request(self, self._choose_rows(rows))
+        yield request
+        for observation in request.observations:
+            self._learner.observe(observation)
+
+    def _choose_rows(self, rows: int) -> list[bool]:
+        fraction = self.config.record_fraction if self.config.learn else 0.0
+        with self._lock:
+            return [self._random.random() < fraction for _ in range(rows)]
+
+    def _count(self, sequences: Sequences, counts: DraftCounts, passes: int, seconds: float) -> None:
+        generated = sum(end - sequences.prompt_length for end in sequences.ends)
+        with self._lock:
+            t = self._totals
+            self._totals = OnlineStats(
+                requests=t.requests + sequences.batch,
+                generated_tokens=t.generated_tokens + generated,
+                target_passes=t.target_passes + passes * sequences.batch,
+                proposed_tokens=t.proposed_tokens + counts.proposed,
+                draft_tokens=t.draft_tokens + counts.judged,
+                accepted_tokens=t.accepted_tokens + counts.accepted,
+                decode_seconds=t.decode_seconds + seconds,
+            )
+
+    def stats(self) -> OnlineStats:
+        """Return the counters as they are now."""
+        with self._lock:
+            counted = {field.name: getattr(self._totals, field.name) for field in fields(OnlineStats)}
+        counted |= {"updates": self._learner.updates, "failed_updates": self._learner.failures}
+        return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
+
+    def update(self) -> None:
+        """
+        Learn from what is recorded and publish, now, whatever `update_every` says. Waits for the result.
+
+        Raises:
+            LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.
+            ClosedError: The assistant is closed.
+        """
+        if self._closed:
+            raise ClosedError("this OnlineAssistant is closed: make a new one")
+        self._learner.update()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """
+        Save the draft as a plain transformers checkpoint, and what is needed to go on learning beside it.
+
+        The state holds the replay buffer, and so the token ids of recorded prompts.
+
+        Args:
+            directory (`str` or `Path`): Folder to write; made if missing.
+        """
+        directory = Path(directory)
+        with self.weights:
+            self.draft.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+        state = directory / STATE_FOLDER
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "config.json").write_text(json.dumps(asdict(self.config), indent=2, default=str) + "\n")
+        self._learner.save(state)
+
+    def close(self) -> None:
+        """Stop learning. The draft stays as it is. Closing twice is fine."""
+        self._closed = True
+        self._learner.close()
+
+    def __enter__(self) -> "OnlineAssistant":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _load_config(path: Path) -> OnlineConfig:
+    known = {field.name for field in fields(OnlineConfig)}
+    return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
+
+
+def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """Tokenizers only help to refuse a wrong pair early, so a missing one is no error."""
+    try:
+        return AutoTokenizer.from_pretrained(source) if source else None
+    except (OSError, ValueError):
+        return None
+
+
+_kept_lock = threading.Lock()
+_kept: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, OnlineAssistant]]" = weakref.WeakKeyDictionary()
+
+
+def resolve_assistant(assistant: "OnlineAssistant | PreTrainedModel | str | Path", target: PreTrainedModel) -> OnlineAssistant:
+    """
+    Return the assistant to use: as given, or one that wraps a draft and is kept as long as the target lives.
+
+    Args:
+        assistant (`OnlineAssistant`, `PreTrainedModel`, `str` or `Path`): What the user passed.
+        target (`PreTrainedModel`): The model that `generate` was called with.
+
+    Raises:
+        UnsupportedModelError: The draft does not fit the target.
+        TypeError: Something else was passed.
+    """
+    if isinstance(assistant, OnlineAssistant):
+        if assistant.target is not target:
+            check_pair(target, assistant.draft)
+        return assistant
+    if not isinstance(assistant, PreTrainedModel | str | Path):
+        raise TypeError(
+            "online_assistant must be an OnlineAssistant, a draft model, or a Hub id or path of one, got "
+            f"{type(assistant).__name__}"
+        )
+    key = id(assistant) if isinstance(assistant, PreTrainedModel) else str(assistant)
+    with _kept_lock:
+        kept = _kept.setdefault(target, {})
+        if key not in kept:
+            make = OnlineAssistant if isinstance(assistant, PreTrainedModel) else OnlineAssistant.from_pretrained
+            kept[key] = make(assistant, target)
+        return kept[key]

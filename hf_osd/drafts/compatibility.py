@@ -1,0 +1,60 @@
+"""Whether a draft fits a target. A misfit could never change the output, only waste the work, so it is refused early."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UnsupportedModelError
+
+# Vocabularies are padded to round sizes for speed, differently in each size of a family (Qwen2.5: 152,064 in 7B,
+# 151,936 in 0.5B). Beyond that, two sizes mean two tokenizers.
+MAX_PADDING = 1024
+
+
+def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """
+    Refuse a draft that cannot work for a target.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        draft (`PreTrainedModel`): The draft.
+
+    Raises:
+        UnsupportedModelError: The draft is not a causal language model, has no weights, is the target itself, or has
+            another vocabulary.
+    """
+    if not isinstance(draft, PreTrainedModel) or not draft.can_generate():
+        raise UnsupportedModelError(f"the draft must be a model that generates, got {type(draft).__name__}")
+    if draft.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one")
+    if draft is target:
+        raise UnsupportedModelError("the draft is the target itself: pass a smaller model, or a copy")
+    if any(parameter.is_meta for parameter in draft.parameters()):
+        raise UnsupportedModelError(
+            "the draft is on the meta device, where it has no weights: load it with from_pretrained, or move it with "
+            "to_empty() and load a state dict"
+        )
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
+    if abs(sizes[0] - sizes[1]) > MAX_PADDING:
+        raise UnsupportedModelError(
+            f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: they use different tokenizers, "
+            "which is not supported yet; pick a draft of the same model family"
+        )
+
+
+def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
+    """
+    Refuse a draft whose tokenizer gives other ids to the same text.
+
+    Args:
+        target, draft (`PreTrainedTokenizerBase`, *optional*): The tokenizers; nothing is checked if one is unknown.
+
+    Raises:
+        UnsupportedModelError: Names a token that the two number differently.
+    """
+    if target is None or draft is None:
+        return
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    different = next((token for token, index in theirs.items() if ours.get(token, index) != index), None)
+    shared = sum(token in ours for token in theirs)
+    if different is not None or shared < len(theirs) - MAX_PADDING:
+        detail = f"token {different!r} is {ours[different]} and {theirs[different]}" if different else "few tokens in common"
+        raise UnsupportedModelError(f"target and draft use different tokenizers ({detail}), which is not supported yet")

@@ -1,0 +1,37 @@
+"""Errors of hf_osd. Each is also the builtin error that a caller would expect, so `except ValueError` keeps working."""
+
+
+class HfOsdError(Exception):
+    """Base class of every error that hf_osd raises on purpose."""
+
+
+class ConfigError(HfOsdError, ValueError):
+    """A setting is out of its range or contradicts another one."""
+
+
+class InputError(HfOsdError, ValueError):
+    """The inputs of `generate` cannot be decoded: wrong shape, wrong device, nothing to do."""
+
+
+class UnsupportedGenerationError(HfOsdError, ValueError):
+    """`generate` was asked for a mode that has no lossless speculative form here, such as beam search."""
+
+
+class UnsupportedModelError(HfOsdError, ValueError):
+    """A target or draft cannot be served: its cache cannot roll back, its vocabulary differs, it has no weights."""
+
+
+class PromptSourceError(HfOsdError, ValueError):
+    """A file or data set of prompts cannot be read as one."""
+
+
+class MissingDependencyError(HfOsdError, ImportError):
+    """An optional package is needed and not installed; the message says which extra brings it."""
+
+
+class ClosedError(HfOsdError, RuntimeError):
+    """An `OnlineAssistant` was used after `close()`."""
+
+
+class LearningError(HfOsdError, RuntimeError):
+    """An update that the user asked for explicitly failed; serving is not affected."""

@@ -1,0 +1,76 @@
+"""The shared vocabulary: what serving hands to learning. Plain data, no behaviour beyond counting."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """
+    What the draft proposes in one round.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(batch, k)`): The proposed tokens, in order.
+        probabilities (`torch.FloatTensor` of shape `(batch, k, vocab)`, *optional*): The very distributions, after
+            every logits processor, that `tokens` were sampled from. `None` where they were chosen greedily.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Proposal":
+        """Return the proposal on another device; the same object where it is there already."""
+        if self.tokens.device == device:
+            return self
+        return Proposal(
+            self.tokens.to(device), None if self.probabilities is None else self.probabilities.to(device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    What the target says of one proposal.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(batch, k + 1)`): Row r commits its first `accepted[r] + 1` tokens: the
+            accepted ones, then the target's own (a correction, or the bonus token).
+        accepted (`torch.LongTensor` of shape `(batch,)`): Proposed tokens accepted, in [0, k].
+    """
+
+    tokens: torch.Tensor
+    accepted: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """
+    One finished request, with the target's own distribution at every position of its output.
+
+    The distributions are those of the target's raw logits (temperature 1, before processors), sparse: the `k` largest
+    log-probabilities, and the mass of all other tokens. All tensors are on the CPU and free of padding.
+
+    Attributes:
+        prompt_ids (`torch.LongTensor` of shape `(prompt,)`): The prompt, without padding.
+        output_ids (`torch.LongTensor` of shape `(output,)`): The generated tokens, eos included.
+        teacher_ids (`torch.LongTensor` of shape `(output, k)`): Most likely tokens at each output position, best first.
+        teacher_log_probs (`torch.FloatTensor` of shape `(output, k)`): Their log-probabilities, float32.
+        teacher_tail (`torch.FloatTensor` of shape `(output,)`): Probability of all other tokens together, in [0, 1].
+        draft_ids (`torch.LongTensor` of shape `(output,)`): The token the draft proposed there; -1 where it proposed
+            none (a bonus token, or a round without drafting).
+        accepted (`torch.BoolTensor` of shape `(output,)`): Whether that proposal was accepted.
+    """
+
+    prompt_ids: torch.Tensor
+    output_ids: torch.Tensor
+    teacher_ids: torch.Tensor
+    teacher_log_probs: torch.Tensor
+    teacher_tail: torch.Tensor
+    draft_ids: torch.Tensor
+    accepted: torch.Tensor
+
+    @property
+    def rejected(self) -> torch.Tensor:
+        """Positions where the draft proposed a token and the target refused it; `(output,)`, bool."""
+        return (self.draft_ids >= 0) & ~self.accepted

@@ -1,0 +1,117 @@
+"""
+A ragged static key/value cache: every row of a batch has its own length, and rolls back by lowering it.
+
+Not covered: sliding windows that the sequence outgrows, linear attention, encoder-decoder models. Those go through
+[`~hf_osd.serving.decoder.CroppableDecoder`].
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RaggedLayer(CacheLayerMixin):
+    """
+    Keys and values of one layer, stored slot by slot as `(batch * slots, heads, head_dim)`.
+
+    One `index_copy_` writes any pattern of rows and positions, and a view reads them back: nothing is moved when rows
+    advance or roll back by different amounts.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, cache: "RaggedCache") -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the slots; zeros, because masked slots must be finite (0 * nan is nan)."""
+        slots = self._cache.batch * self._cache.slots
+        self.keys = key_states.new_zeros(slots, key_states.shape[1], key_states.shape[3])
+        self.values = value_states.new_zeros(slots, value_states.shape[1], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Write the states at the slots that [`RaggedCache.stage`] announced, and return what may be attended to.
+
+        Args:
+            key_states, value_states (`torch.Tensor` of shape `(batch, heads, q, head_dim)`): The new states.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Views of shape `(batch, heads, span, head_dim)`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states), self._write(self.values, value_states)
+
+    def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        heads, width = store.shape[1:]
+        cache = self._cache
+        store.index_copy_(0, cache.staged_slots.to(store.device), states.transpose(1, 2).reshape(-1, heads, width))
+        return store.view(cache.batch, cache.slots, heads, width)[:, : cache.span].transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys; the mask itself is always given in full, as a 4D tensor."""
+        return self._cache.span, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before the ones being fed; only models that build positions of their own would ask."""
+        return self._cache.start
+
+    def get_max_length(self) -> int:
+        """Slots a row has."""
+        return self._cache.slots
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` up to transformers 5.17."""
+        return self._cache.slots
+
+
+class RaggedCache(Cache):
+    """
+    Static cache whose rows have lengths of their own.
+
+    A token at position `p` of its row lives in slot `p`. The last slot of each row is scratch: padding and positions
+    beyond the capacity are written there and never read.
+
+    Args:
+        batch (`int`): Rows.
+        capacity (`int`): Positions a row can hold.
+        layers (`int`): Layers of the model.
+        device (`torch.device`): Where positions and masks are built.
+    """
+
+    def __init__(self, batch: int, capacity: int, layers: int, device: torch.device) -> None:
+        self.batch = batch
+        self.capacity = capacity
+        self.slots = capacity + 1
+        self.span = 0  # slots that the staged queries may read: every row's own, up to its last position
+        self.start = 0
+        self.staged_slots = torch.empty(0, dtype=torch.long, device=device)  # (batch * q,)
+        self._row_offsets = torch.arange(batch, device=device)[:, None] * self.slots  # (batch, 1)
+        self._slot_ids = torch.arange(self.slots, device=device)  # (slots,)
+        super().__init__(layers=[RaggedLayer(self) for _ in range(layers)])
+
+    def stage(self, positions: torch.Tensor, span: int) -> torch.Tensor:
+        """
+        Announce the positions of the tokens about to be fed, and build their mask.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(batch, q)`): Position of each token in its row. Outside
+                `[0, capacity)`: padding, written to the scratch slot.
+            span (`int`): One more than the largest position inside the capacity.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, 1, q, span)`: True where a query may look. A padding query sees slot
+            0, since a row of nothing but -inf would turn into nan.
+        """
+        valid = (positions >= 0) & (positions < self.capacity)
+        slots = torch.where(valid, positions, self.capacity)
+        self.staged_slots = (self._row_offsets + slots).flatten()
+        self.span, self.start = span, max(span - positions.shape[1], 0)
+        return (self._slot_ids[:span] <= positions.clamp(min=0)[..., None])[:, None]

@@ -1,0 +1,257 @@
+"""A causal language model together with its cache, for one batch: feed tokens, read logits, roll back."""
+
+import inspect
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..errors import UnsupportedModelError
+from .cache import RaggedCache
+
+RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
+
+
+class Decoder(ABC):
+    """
+    One model and its cache, over the columns of a left-padded token buffer.
+
+    Row `r` of the buffer holds padding in its first `padding[r]` columns, then real tokens; the token in column `c`
+    has position `c - padding[r]`. The decoder remembers up to which column each row is cached, so feeding a prompt,
+    catching up after a rejection and verifying a proposal are the same call.
+
+    Args:
+        model (`PreTrainedModel`): The model, in eval mode.
+        padding (`Sequence[int]`): Padding columns of each row.
+        width (`int`): Columns of the buffer that may ever be fed.
+    """
+
+    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
+        self.model = model
+        self.padding = list(padding)
+        self.width = width
+        self.cached = list(padding)  # first column of each row that is not in the cache
+        self._keeps_logits = model._supports_logits_to_keep()
+
+    @abstractmethod
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """
+        Run the model over every token that is not cached yet.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer, on the model's device.
+            ends (`Sequence[int]`): For each row, one more than its last column to feed.
+            keep (`int`): How many of the last columns to return logits for, at least 1.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, keep, vocab)`: float32 logits of columns `end - keep ... end - 1`.
+        """
+
+    @abstractmethod
+    def rollback(self, ends: Sequence[int]) -> None:
+        """Forget every column from `ends[r]` on. Never copies in the ragged cache."""
+
+    @abstractmethod
+    def export(self) -> Cache:
+        """Return the cache as transformers' `generate` would, for a caller who wants to go on from it."""
+
+    def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = keep
+        logits = self.model(use_cache=True, return_dict=True, **inputs).logits[:, -keep:]
+        return logits.to(torch.float32)  # as transformers does before any processor
+
+
+class RaggedDecoder(Decoder):
+    """Any batch, any acceptance pattern, on a [`RaggedCache`]."""
+
+    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
+        super().__init__(model, padding, width)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self._device = model.device
+        self.cache = RaggedCache(len(self.padding), width - min(self.padding), layers, self._device)
+        self._padding = torch.tensor(self.padding, device=self._device)[:, None]  # (batch, 1)
+        self._last_position = width - min(self.padding) - 1
+        self._additive_mask = model.config._attn_implementation == "eager"
+
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """Feed as one rectangle that ends at every row's own end; see [`Decoder.feed`]."""
+        rows = range(len(ends))
+        q = max(keep, max(ends[row] - self.cached[row] for row in rows))
+        span = max(min(ends[row] - self.padding[row], self.cache.capacity) for row in rows)
+        columns = torch.arange(-q, 0, device=self._device) + torch.tensor(ends, device=self._device)[:, None]
+        positions = columns - self._padding
+        mask = self.cache.stage(positions, span)
+        logits = self._logits(
+            keep,
+            input_ids=ids.gather(1, columns.clamp_(0, ids.shape[1] - 1)),
+            position_ids=positions.clamp_(0, self._last_position),
+            attention_mask=self._as_model_mask(mask),
+            past_key_values=self.cache,
+        )
+        self.cached = list(ends)
+        return logits
+
+    def _as_model_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        if not self._additive_mask:
+            return mask
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def rollback(self, ends: Sequence[int]) -> None:
+        """A length change; see [`Decoder.rollback`]."""
+        self.cached = [min(cached, end) for cached, end in zip(self.cached, ends, strict=True)]
+
+    def export(self) -> Cache:
+        """Copy into a `DynamicCache` with the buffer's columns, left padding included; see [`Decoder.export`]."""
+        columns = torch.arange(max(self.cached), device=self._device)
+        slots = (columns - self._padding).clamp(0, self.cache.capacity)  # (batch, columns)
+        exported = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            states = []
+            for store in (layer.keys, layer.values):
+                rows = store.view(self.cache.batch, self.cache.slots, *store.shape[1:])
+                picked = rows[torch.arange(len(rows), device=store.device)[:, None], slots.to(store.device)]
+                states.append(picked.transpose(1, 2))
+            exported.update(states[0], states[1], index)
+        return exported
+
+
+class CroppableDecoder(Decoder):
+    """
+    One row, on transformers' own dynamic cache: sliding windows, hybrid and other layers that the ragged cache cannot
+    hold, and caches that the caller hands over to be continued.
+
+    Args:
+        model, padding, width: See [`Decoder`].
+        cache (`Cache`, *optional*): A cache to go on from, updated in place; defaults to an empty one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None
+    ) -> None:
+        super().__init__(model, padding, width)
+        if len(self.padding) != 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot decode speculatively in a batch of {len(self.padding)} (its cache does "
+                "not hold rows of different lengths): pass one prompt at a time"
+            )
+        self.cache = cache if cache is not None else DynamicCache(config=model.config)
+        self.cached = [self.padding[0] + self.cache.get_seq_length()]
+        self.cache.activate_past_recording()
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """Feed the row's new columns, without its padding; see [`Decoder.feed`]."""
+        (start,), (end,) = self.cached, ends
+        if end - start < keep:
+            self.rollback([end - keep])
+            (start,) = self.cached
+        inputs: dict[str, Any] = {"input_ids": ids[:, start:end], "past_key_values": self.cache}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.arange(start, end, device=ids.device)[None] - self.padding[0]
+        logits = self._logits(keep, **inputs)
+        self.cached = [end]
+        return logits
+
+    def rollback(self, ends: Sequence[int]) -> None:
+        """Crop the cache. Called after every round, since it also bounds windowed layers; see [`Decoder.rollback`]."""
+        surplus = max(self.cached[0] - ends[0], 0)
+        self.cache.crop(-surplus)
+        self.cached = [self.cached[0] - surplus]
+
+    def export(self) -> Cache:
+        """The cache itself; see [`Decoder.export`]."""
+        return self.cache
+
+
+def make_decoder(
+    model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None
+) -> Decoder:
+    """
+    Choose the decoder for a model.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only model.
+        padding (`Sequence[int]`): Padding columns of each row.
+        width (`int`): Columns that may ever be fed.
+        cache (`Cache`, *optional*): A filled cache to go on from.
+
+    Raises:
+        UnsupportedModelError: Neither cache can hold the model, or not at this batch size.
+    """
+    if cache is None and width - min(padding) <= attention_span(model) and holds_ragged_cache(model):
+        return RaggedDecoder(model, padding, width)
+    if not _is_croppable(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be served: its cache cannot roll back rejected tokens"
+        )
+    return CroppableDecoder(model, padding, width, cache)
+
+
+def attention_span(model: PreTrainedModel) -> int:
+    """
+    Return how many tokens every layer can look back over.
+
+    Within the narrowest window, a windowed layer and a full one are the same, so the ragged cache holds both.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        window = None
+    else:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    return min(window or 2**62, chunk or 2**62)
+
+
+_ragged_models: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]]" = weakref.WeakKeyDictionary()
+
+
+def holds_ragged_cache(model: PreTrainedModel) -> bool:
+    """
+    Say whether a model gives the right logits on a ragged cache.
+
+    What a model does with 4D masks, position ids and a cache of ours is its own code, so it is tried rather than
+    looked up: two rows of different lengths, fed in two parts with a rollback between them, must give the logits of
+    plain forwards. Done once per model and attention implementation; costs five forwards of a few tokens.
+    """
+    implementation = str(model.config._attn_implementation)
+    known = _ragged_models.setdefault(model, {})
+    if implementation not in known:
+        known[implementation] = (
+            implementation in RAGGED_ATTENTION and not _has_other_layers(model) and _matches_plain_forward(model)
+        )
+    return known[implementation]
+
+
+def _has_other_layers(model: PreTrainedModel) -> bool:
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    return bool(set(kinds) - attention) or bool(getattr(model, "_is_stateful", False))
+
+
+@torch.no_grad()
+def _matches_plain_forward(model: PreTrainedModel) -> bool:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(14).reshape(2, 7) * 7919 + 1) % vocabulary
+    ids = ids.to(model.device)
+    try:
+        decoder = RaggedDecoder(model, [0, 2], 7)
+        decoder.feed(ids, [4, 6], keep=1)  # the second row advances by more than it will keep
+        decoder.rollback([3, 5])
+        ragged = decoder.feed(ids, [6, 7], keep=2)
+        plain = torch.stack([model(ids[:1, :6]).logits[0, -2:], model(ids[1:, 2:7]).logits[0, -2:]]).float()
+    except Exception:  # any architecture may refuse in any way; it is served by the other cache then
+        return False
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    return bool((ragged - plain).abs().max() <= tolerance * plain.std())
+
+
+def _is_croppable(model: PreTrainedModel) -> bool:
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return False
+    return bool(getattr(DynamicCache(config=model.config), "is_croppable", True))

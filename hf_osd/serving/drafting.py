@@ -1,0 +1,205 @@
+"""The draft's side of a round: propose tokens in a tight loop, and note which of them the target took."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+from ..records import Proposal
+from .decoder import Decoder, make_decoder
+from .processing import process
+from .randomness import Randomness
+from .recording import Recorder
+from .verification import sample
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """
+    What became of the proposed tokens of one request.
+
+    Attributes:
+        proposed (`int`): Tokens the draft proposed.
+        judged (`int`): Those that the target judged: up to and including the first refusal of each round. Later ones
+            follow a refused token and say nothing about the draft.
+        accepted (`int`): Those it took.
+    """
+
+    proposed: int = 0
+    judged: int = 0
+    accepted: int = 0
+
+
+class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
+    """
+    Proposes tokens with a draft model, and records where the target disagreed.
+
+    Inside hf_osd's own loop it serves batches of any shape, through [`propose`] and [`note`]. It is also a
+    `CandidateGenerator` of transformers, and works unchanged in its stock assisted decoding. Against its parent: one
+    forward a token in a loop of its own instead of a nested `generate`, and the probabilities it hands out are
+    exactly those it sampled from (huggingface/transformers#47932).
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, prompt)`): Left-padded prompts.
+        assistant_model (`PreTrainedModel`): The draft.
+        generation_config (`GenerationConfig`): Of the target's call.
+        model_kwargs (`dict`): As in transformers; only the attention mask matters here.
+        inputs_tensor (`torch.Tensor`, *optional*): Ignored; encoder-decoder drafts are not supported.
+        logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft as to the target, which is what
+            makes the two agree.
+        draft_length (`int`, *optional*): Tokens to propose; defaults to the draft's `num_assistant_tokens`.
+        padding (`Sequence[int]`, *optional*): Padding columns of each row; defaults to none.
+        vocab_size (`int`, *optional*): The target's, where the two differ by padding; defaults to the draft's.
+        randomness (`Randomness`, *optional*): Source of randomness.
+        recorder (`Recorder`, *optional*): Where mismatches go.
+        weights (`AbstractContextManager`, *optional*): Held while the draft's weights are read, so that an update is
+            never seen half done.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        assistant_model: PreTrainedModel,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        inputs_tensor: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        *,
+        draft_length: int | None = None,
+        padding: Sequence[int] | None = None,
+        vocab_size: int | None = None,
+        randomness: Randomness | None = None,
+        recorder: Recorder | None = None,
+        weights: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
+        super().__init__(input_ids, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
+        if draft_length is not None:
+            self.num_assistant_tokens = draft_length
+        self.counts = DraftCounts()
+        self._processors = list(logits_processor or [])
+        self._do_sample = bool(generation_config.do_sample)
+        self._randomness = randomness or (Randomness() if self._do_sample else None)
+        self._recorder = recorder
+        self._weights = weights or nullcontext()
+        self._vocab_size = vocab_size or assistant_model.config.get_text_config(decoder=True).vocab_size
+        self._padding = list(padding) if padding is not None else [0] * len(input_ids)
+        self._width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
+        self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
+        self._last: Proposal | None = None
+
+    def room(self, ends: Sequence[int]) -> int:
+        """Return how many tokens the draft's context still takes behind the longest row."""
+        context = context_length(self.assistant_model)
+        return max(context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
+
+    def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int) -> Proposal:
+        """
+        Propose `k` tokens for every row.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer. Columns behind the ends are
+                scratch: where the buffer lives on the draft's device, the proposal is left there.
+            ends (`Sequence[int]`): Column behind the last token of each row.
+            k (`int`): Tokens to propose; 0 gives an empty proposal without running the draft.
+
+        Returns:
+            [`~hf_osd.records.Proposal`]: On the draft's device.
+        """
+        ids = ids.to(self.assistant_model.device)
+        if k == 0:
+            self._last = Proposal(ids.new_empty(len(ids), 0))
+            return self._last
+        if self._decoder is None:
+            self._decoder = make_decoder(self.assistant_model, self._padding, self._width)
+        self._decoder.rollback([end - 1 for end in ends])
+        with self._weights:
+            steps = [self._step(self._decoder, ids, [end + step for end in ends]) for step in range(k)]
+        tokens = torch.stack([token for token, _ in steps], dim=1)
+        probabilities = [q for _, q in steps if q is not None]
+        self._last = Proposal(tokens, torch.stack(probabilities, dim=1) if probabilities else None)
+        return self._last
+
+    def _step(
+        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        logits = _fit_vocabulary(decoder.feed(ids, ends, keep=1), self._vocab_size)
+        scores = process(self._processors, ids, logits, ends)[:, 0]  # (batch, vocab)
+        if self._randomness is None:
+            tokens, probabilities = scores.argmax(dim=-1), None
+        else:
+            probabilities = scores.softmax(dim=-1)
+            tokens = sample(probabilities, self._randomness.on(scores.device))
+        ids.scatter_(1, torch.tensor(ends, device=ids.device)[:, None], tokens[:, None])
+        return tokens, probabilities
+
+    def note(
+        self, logits: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]
+    ) -> None:
+        """
+        Note what the target made of the last proposal.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `(batch, k + 1, vocab)`): The target's logits.
+            accepted (`Sequence[int]`): Proposed tokens that each row accepted.
+            taken (`Sequence[int]`): Tokens that each row kept; 0 for finished rows.
+        """
+        assert self._last is not None, "propose() comes before note()"
+        k = self._last.tokens.shape[1]
+        for row_accepted, row_taken in zip(accepted, taken, strict=True):
+            if row_taken:
+                self.counts.proposed += k
+                self.counts.judged += min(row_accepted + 1, k, row_taken)
+                self.counts.accepted += min(row_accepted, row_taken)
+        if self._recorder is not None and any(taken):
+            self._recorder.record(logits, self._last.tokens.to(logits.device), accepted, taken)
+
+    # The three hooks of transformers' stock assisted decoding, which serves one row.
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Propose tokens behind `input_ids`, for transformers' assisted decoding.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, length)`): All tokens so far.
+
+        Returns:
+            `tuple[torch.LongTensor, torch.FloatTensor]`: The tokens with the proposal, `(1, length + k)`, and scores
+            `(1, k, vocab)` whose softmax is what the proposal was sampled from; `None` where k is 0, or when greedy.
+        """
+        input_ids = input_ids.to(self.assistant_model.device)
+        length = input_ids.shape[1]
+        k = max(min(int(self.num_assistant_tokens), self.main_model_max_length - length - 1, self.room([length])), 0)
+        ids = torch.cat([input_ids, input_ids.new_zeros(1, k)], dim=1)
+        proposal = self.propose(ids, [length], k)
+        scores = proposal.probabilities.log() if proposal.probabilities is not None else None
+        return ids, scores
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """
+        Note the outcome, for transformers' assisted decoding; the draft length stays as it is.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, length)`): All tokens, the accepted ones included.
+            scores (`torch.FloatTensor` of shape `(1, k + 1, vocab)`): The target's scores.
+            num_matches (`int`): Proposed tokens it accepted.
+        """
+        self.note(scores, [int(num_matches)], [int(num_matches) + 1])
+
+
+def _fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut or pad the draft's logits to the target's vocabulary; ids that only one of them has are never proposed."""
+    missing = size - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :size]
+    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Return how many positions a model was built for; unlimited where its configuration does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 2**62)

@@ -1,0 +1,122 @@
+"""The decode loop: propose, verify, commit, until every row is done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.generation.logits_process import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from ..records import Proposal, Verdict
+from .decoder import Decoder
+from .drafting import OnlineAssistedGenerator, context_length
+from .processing import process
+from .randomness import Randomness
+from .sequences import Sequences
+from .stopping import StopCheck
+from .verification import verify_greedy, verify_sampling
+
+
+class History:
+    """
+    Scores or logits of every generated token, where the user asked for them.
+
+    Args:
+        batch (`int`): Rows.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self._rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]  # (taken, vocab) each
+
+    def append(self, values: torch.Tensor, taken: Sequence[int]) -> None:
+        """Keep the first `taken[r]` positions of each row of `values`, shape `(batch, q, vocab)`."""
+        for row, count in enumerate(taken):
+            self._rows[row].append(values[row, :count].clone())
+
+    def columns(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Return `(batch, vocab)` for each of the first `count` generated columns; zeros behind the end of a row."""
+        rows = [torch.cat(row)[:count] for row in self._rows]
+        padded = [torch.nn.functional.pad(row, (0, 0, 0, count - len(row))) for row in rows]
+        return torch.stack(padded).unbind(1)
+
+
+@dataclass(slots=True)
+class Engine:
+    """
+    Decodes one batch.
+
+    Attributes:
+        sequences (`Sequences`): The batch; changed in place.
+        target (`Decoder`): The target and its cache.
+        drafter (`OnlineAssistedGenerator`): The draft's side.
+        draft_length (`int`): Tokens to propose in a round, at most.
+        processors (`Sequence[LogitsProcessor]`): Applied to the target's logits.
+        stop_check (`StopCheck`): The stopping criteria.
+        randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
+        streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
+        scores, logits (`History`, *optional*): Filled where the user asked for them.
+        target_passes (`int`): Forwards of the target so far.
+    """
+
+    sequences: Sequences
+    target: Decoder
+    drafter: OnlineAssistedGenerator
+    draft_length: int
+    processors: Sequence[LogitsProcessor]
+    stop_check: StopCheck
+    randomness: Randomness | None = None
+    streamer: BaseStreamer | None = None
+    scores: History | None = None
+    logits: History | None = None
+    target_passes: int = 0
+    _streamed: int = 0
+
+    def run(self) -> None:
+        """Decode until every row is done."""
+        self._streamed = self.sequences.prompt_length
+        while not self.sequences.finished:
+            self._round()
+            self._stream()
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _round(self) -> None:
+        sequences = self.sequences
+        starts = list(sequences.ends)
+        proposal = self.drafter.propose(sequences.ids, starts, self._next_length()).to(sequences.ids.device)
+        k = proposal.tokens.shape[1]
+        sequences.propose(proposal.tokens)
+        logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
+        self.target_passes += 1
+        scores = process(self.processors, sequences.ids, logits, starts)
+        self._commit(logits, scores, self._verify(scores, proposal))
+        self.target.rollback([end - 1 for end in sequences.ends])
+
+    def _next_length(self) -> int:
+        """A row takes one token more than it accepts, so proposing its whole budget would waste the last one."""
+        ends, padding = self.sequences.ends, self.sequences.padding
+        longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
+        room = min(context_length(self.target.model) - longest, self.drafter.room(ends))
+        return max(min(self.draft_length, self.sequences.budget - 1, room), 0)
+
+    def _verify(self, scores: torch.Tensor, proposal: Proposal) -> Verdict:
+        if self.randomness is None:
+            return verify_greedy(scores, proposal)
+        return verify_sampling(scores, proposal, self.randomness.on(scores.device))
+
+    def _commit(self, logits: torch.Tensor, scores: torch.Tensor, verdict: Verdict) -> None:
+        accepted = verdict.accepted.tolist()  # with the tokens: the one moment of a round when the host waits
+        tokens = [row[: count + 1] for row, count in zip(verdict.tokens.tolist(), accepted, strict=True)]
+        taken = self.sequences.commit(tokens)
+        for history, values in ((self.scores, scores), (self.logits, logits)):
+            if history is not None:
+                history.append(values, taken)
+        columns = max(self.sequences.ends) - self.sequences.prompt_length
+        taken = self.stop_check(self.sequences, taken, self.scores.columns(columns) if self.scores else None)
+        self.drafter.note(logits, accepted, taken)
+
+    def _stream(self) -> None:
+        if self.streamer is not None:
+            for column in self.sequences.finished_columns(self._streamed):
+                self.streamer.put(column.cpu())
+                self._streamed += 1

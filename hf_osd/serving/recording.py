@@ -1,0 +1,86 @@
+"""Turns what a round revealed into observations: the target's distribution where the draft was judged."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..records import Observation
+from .sequences import Sequences
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    teacher_ids: torch.Tensor  # (batch, t, k)
+    teacher_log_probs: torch.Tensor  # (batch, t, k)
+    teacher_tail: torch.Tensor  # (batch, t)
+    drafted: torch.Tensor  # (batch, t), -1 where nothing was proposed
+    accepted: list[int]
+    taken: list[int]
+
+
+class Recorder:
+    """
+    Collects the rounds of one batch, and makes one [`~hf_osd.records.Observation`] a row in the end.
+
+    Costs no forward: the logits are those of the verification. Everything stays on the target's device until the
+    request is over, so that recording adds no synchronisation to a round.
+
+    Args:
+        top_k (`int`): Log-probabilities to keep at a position.
+        rows (`Sequence[bool]`): Which rows to record.
+        deliver (`Callable`): Takes each observation.
+    """
+
+    def __init__(self, top_k: int, rows: Sequence[bool], deliver: Callable[[Observation], None]) -> None:
+        self._top_k = top_k
+        self._rows = list(rows)
+        self._deliver = deliver
+        self._rounds: list[_Round] = []
+
+    def record(
+        self, logits: torch.Tensor, drafted: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]
+    ) -> None:
+        """
+        Note one round.
+
+        Args:
+            logits (`torch.FloatTensor` of shape `(batch, q + 1, vocab)`): The target's raw logits.
+            drafted (`torch.LongTensor` of shape `(batch, q)`): The proposed tokens.
+            accepted (`Sequence[int]`): Proposed tokens that each row accepted.
+            taken (`Sequence[int]`): Tokens that each row kept.
+        """
+        width = max(taken)
+        logits = logits[:, :width]
+        top = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
+        log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
+        tail = (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)
+        drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)[:, :width]
+        self._rounds.append(_Round(top.indices, log_probs, tail, drafted, list(accepted), list(taken)))
+
+    def finish(self, sequences: Sequences) -> None:
+        """Deliver an observation for every recorded row that produced anything."""
+        rounds = [
+            _Round(r.teacher_ids.cpu(), r.teacher_log_probs.cpu(), r.teacher_tail.cpu(), r.drafted.cpu(), r.accepted, r.taken)
+            for r in self._rounds
+        ]
+        for row in range(sequences.batch):
+            prompt_ids, output_ids = sequences.text(row)
+            if self._rows[row] and len(output_ids):
+                self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu()))
+
+
+def _observation(rounds: Sequence[_Round], row: int, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> Observation:
+    def gather(name: str) -> torch.Tensor:
+        return torch.cat([getattr(r, name)[row, : r.taken[row]] for r in rounds])[: len(output_ids)]
+
+    accepted = torch.cat([torch.arange(r.taken[row]) < r.accepted[row] for r in rounds])[: len(output_ids)]
+    return Observation(
+        prompt_ids=prompt_ids.clone(),
+        output_ids=output_ids.clone(),
+        teacher_ids=gather("teacher_ids"),
+        teacher_log_probs=gather("teacher_log_probs"),
+        teacher_tail=gather("teacher_tail"),
+        draft_ids=gather("drafted"),
+        accepted=accepted,
+    )
