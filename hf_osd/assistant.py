@@ -297,7 +297,9 @@ _kept_lock = threading.Lock()
 _kept: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, OnlineAssistant]]" = weakref.WeakKeyDictionary()
 
 
-def resolve_assistant(assistant: "OnlineAssistant | PreTrainedModel | str | Path", target: PreTrainedModel) -> OnlineAssistant:
+def resolve_assistant(
+    assistant: "OnlineAssistant | PreTrainedModel | str | Path", target: PreTrainedModel
+) -> OnlineAssistant:
     """
     Return the assistant to use: as given, or one that wraps a draft and is kept as long as the target lives.
 
@@ -318,10 +320,12 @@ def resolve_assistant(assistant: "OnlineAssistant | PreTrainedModel | str | Path
             "online_assistant must be an OnlineAssistant, a draft model, or a Hub id or path of one, got "
             f"{type(assistant).__name__}"
         )
-    key = id(assistant) if isinstance(assistant, PreTrainedModel) else str(assistant)
     with _kept_lock:
         kept = _kept.setdefault(target, {})
-        if key not in kept:
-            make = OnlineAssistant if isinstance(assistant, PreTrainedModel) else OnlineAssistant.from_pretrained
-            kept[key] = make(assistant, target)
-        return kept[key]
+        if isinstance(assistant, PreTrainedModel):
+            if id(assistant) not in kept:  # the id stays taken, since what is kept holds the draft
+                kept[id(assistant)] = OnlineAssistant(assistant, target)
+            return kept[id(assistant)]
+        if str(assistant) not in kept:
+            kept[str(assistant)] = OnlineAssistant.from_pretrained(assistant, target)
+        return kept[str(assistant)]

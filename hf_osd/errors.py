@@ -1,4 +1,4 @@
-"""Errors of hf_osd. Each is also the builtin error that a caller would expect, so `except ValueError` keeps working."""
+"""Errors of hf_osd; each is also the builtin error that a caller would expect, so `except ValueError` works."""
 
 
 class HfOsdError(Exception):

@@ -23,7 +23,7 @@ from .errors import InputError, UnsupportedGenerationError
 from .serving.decoder import Decoder, make_decoder
 from .serving.drafting import OnlineAssistedGenerator
 from .serving.engine import Engine, History
-from .serving.inputs import check_config, check_processors, check_settings, check_target, padding_of
+from .serving.inputs import check_cache, check_config, check_processors, check_settings, check_target, padding_of
 from .serving.randomness import Randomness
 from .serving.sequences import Sequences
 from .serving.stopping import StopCheck
@@ -98,7 +98,11 @@ def generate(
         return _decode(target, input_ids, assistant=assistant, streamer=streamer, generator=generator, **prepared)
 
     with eval_mode(model):
-        return model.generate(inputs, generation_config, custom_generate=decode, **kwargs)
+        call: Any = model.generate
+        output: GenerateDecoderOnlyOutput | torch.Tensor = call(
+            inputs, generation_config, custom_generate=decode, **kwargs
+        )
+    return output
 
 
 def _with_stop_strings(
@@ -231,10 +235,11 @@ def _sequences(
         if hasattr(criterion, "eos_token_id"):
             eos.extend(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
     pad = config._pad_token_tensor
+    lengths = [criterion.max_length for criterion in stopping_criteria if hasattr(criterion, "max_length")]
     return Sequences(
         input_ids,
         padding,
-        max_length=min(stopping_criteria.max_length or config.max_length, config.max_length),
+        max_length=min([config.max_length, *lengths]),
         slack=assistant.config.draft_length,
         pad_token_id=int(pad) if pad is not None else 0,
         eos_token_ids=eos,
@@ -243,8 +248,10 @@ def _sequences(
 
 def _target(model: PreTrainedModel, sequences: Sequences, cache: Cache | None) -> Decoder:
     """A cache of the caller's is gone on from and filled; the empty one that transformers prepares is not needed."""
-    given = cache if getattr(cache, "_is_user_defined", False) else None
-    return make_decoder(model, sequences.padding, sequences.ids.shape[1], given)
+    if cache is None or not getattr(cache, "_is_user_defined", False):
+        return make_decoder(model, sequences.padding, sequences.ids.shape[1])
+    check_cache(cache)
+    return make_decoder(model, sequences.padding, sequences.ids.shape[1], cache)
 
 
 def _output(
@@ -256,9 +263,8 @@ def _output(
     if not config.return_dict_in_generate:
         return ids
     columns = end - sequences.prompt_length
-    return GenerateDecoderOnlyOutput(
-        sequences=ids,
-        scores=engine.scores.columns(columns) if engine.scores is not None else None,
-        logits=engine.logits.columns(columns) if engine.logits is not None else None,
-        past_key_values=engine.target.export(),
-    )
+    recorded: dict[str, Any] = {
+        "scores": engine.scores.columns(columns) if engine.scores is not None else None,
+        "logits": engine.logits.columns(columns) if engine.logits is not None else None,
+    }
+    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=engine.target.export(), **recorded)  # type: ignore[arg-type]

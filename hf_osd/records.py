@@ -23,9 +23,7 @@ class Proposal:
         """Return the proposal on another device; the same object where it is there already."""
         if self.tokens.device == device:
             return self
-        return Proposal(
-            self.tokens.to(device), None if self.probabilities is None else self.probabilities.to(device)
-        )
+        return Proposal(self.tokens.to(device), None if self.probabilities is None else self.probabilities.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Observation:
     Attributes:
         prompt_ids (`torch.LongTensor` of shape `(prompt,)`): The prompt, without padding.
         output_ids (`torch.LongTensor` of shape `(output,)`): The generated tokens, eos included.
-        teacher_ids (`torch.LongTensor` of shape `(output, k)`): Most likely tokens at each output position, best first.
+        teacher_ids (`torch.LongTensor` of shape `(output, k)`): Most likely tokens at each position, best first.
         teacher_log_probs (`torch.FloatTensor` of shape `(output, k)`): Their log-probabilities, float32.
         teacher_tail (`torch.FloatTensor` of shape `(output,)`): Probability of all other tokens together, in [0, 1].
         draft_ids (`torch.LongTensor` of shape `(output,)`): The token the draft proposed there; -1 where it proposed

@@ -4,6 +4,8 @@ import ast
 import hashlib
 import json
 import sysconfig
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -98,14 +100,25 @@ def stdlib_functions(
 
 def _documented_functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        with warnings.catch_warnings(action="ignore"):  # old escapes in the library are not the user's business
+            tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError):  # the library ships deliberately broken files for its own tests
         return
-    for node in ast.walk(tree):
+    for node in _walk_statements(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
         if docstring := ast.get_docstring(node):
             yield docstring, node
+
+
+def _walk_statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Walk as `ast.walk` does, in its order, but stay out of expressions: most nodes, and no functions in them."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            todo.extend(getattr(node, name, ()))
+        yield node
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

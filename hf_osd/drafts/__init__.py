@@ -1,0 +1,1 @@
+"""Which draft serves which target."""

@@ -1,4 +1,4 @@
-"""Whether a draft fits a target. A misfit could never change the output, only waste the work, so it is refused early."""
+"""Whether a draft fits a target. A misfit could not change the output, only waste work, so it is refused early."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +24,9 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     if not isinstance(draft, PreTrainedModel) or not draft.can_generate():
         raise UnsupportedModelError(f"the draft must be a model that generates, got {type(draft).__name__}")
     if draft.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one")
+        raise UnsupportedModelError(
+            f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one"
+        )
     if draft is target:
         raise UnsupportedModelError("the draft is the target itself: pass a smaller model, or a copy")
     if any(parameter.is_meta for parameter in draft.parameters()):
@@ -35,7 +37,7 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > MAX_PADDING:
         raise UnsupportedModelError(
-            f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: they use different tokenizers, "
+            f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: their tokenizers differ, "
             "which is not supported yet; pick a draft of the same model family"
         )
 
@@ -56,5 +58,11 @@ def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTo
     different = next((token for token, index in theirs.items() if ours.get(token, index) != index), None)
     shared = sum(token in ours for token in theirs)
     if different is not None or shared < len(theirs) - MAX_PADDING:
-        detail = f"token {different!r} is {ours[different]} and {theirs[different]}" if different else "few tokens in common"
-        raise UnsupportedModelError(f"target and draft use different tokenizers ({detail}), which is not supported yet")
+        detail = (
+            f"token {different!r} is {ours[different]} and {theirs[different]}"
+            if different
+            else "few tokens in common"
+        )
+        raise UnsupportedModelError(
+            f"target and draft use different tokenizers ({detail}), which is not supported yet"
+        )

@@ -23,7 +23,7 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: "RaggedCache") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -47,7 +47,14 @@ class RaggedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states), self._write(self.values, value_states)
+        keys, values = self.stores()
+        return self._write(keys, key_states), self._write(values, value_states)
+
+    def stores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the slots of keys and of values, `(batch * slots, heads, head_dim)` each."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def _write(self, store: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         heads, width = store.shape[1:]

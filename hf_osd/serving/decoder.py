@@ -11,9 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedModelError
-from .cache import RaggedCache
+from .cache import RaggedCache, RaggedLayer
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
+PREFILL_CHUNK = 1024  # columns in one forward: a 4D mask over a whole long prompt would not fit into memory
 
 
 class Decoder(ABC):
@@ -35,7 +36,7 @@ class Decoder(ABC):
         self.padding = list(padding)
         self.width = width
         self.cached = list(padding)  # first column of each row that is not in the cache
-        self._keeps_logits = model._supports_logits_to_keep()
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @abstractmethod
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
@@ -62,7 +63,7 @@ class Decoder(ABC):
     def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
         if self._keeps_logits:
             inputs["logits_to_keep"] = keep
-        logits = self.model(use_cache=True, return_dict=True, **inputs).logits[:, -keep:]
+        logits: torch.Tensor = self.model(use_cache=True, return_dict=True, **inputs).logits[:, -keep:]
         return logits.to(torch.float32)  # as transformers does before any processor
 
 
@@ -79,10 +80,20 @@ class RaggedDecoder(Decoder):
         self._additive_mask = model.config._attn_implementation == "eager"
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
-        """Feed as one rectangle that ends at every row's own end; see [`Decoder.feed`]."""
-        rows = range(len(ends))
-        q = max(keep, max(ends[row] - self.cached[row] for row in rows))
-        span = max(min(ends[row] - self.padding[row], self.cache.capacity) for row in rows)
+        """Feed a long prompt in chunks, and the rest at once; see [`Decoder.feed`]."""
+        while self._lag(ends) > PREFILL_CHUNK + keep:
+            chunk = zip(self.cached, ends, strict=True)
+            self._feed(ids, [max(cached, min(cached + PREFILL_CHUNK, end - keep)) for cached, end in chunk], 1)
+        return self._feed(ids, ends, keep)
+
+    def _lag(self, ends: Sequence[int]) -> int:
+        return max(end - cached for cached, end in zip(self.cached, ends, strict=True))
+
+    def _feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """One forward over a rectangle of columns that ends at every row's own end."""
+        q = max(keep, self._lag(ends))
+        spans = (end - pad for end, pad in zip(ends, self.padding, strict=True))
+        span = min(max(spans), self.cache.capacity)
         columns = torch.arange(-q, 0, device=self._device) + torch.tensor(ends, device=self._device)[:, None]
         positions = columns - self._padding
         mask = self.cache.stage(positions, span)
@@ -112,8 +123,9 @@ class RaggedDecoder(Decoder):
         slots = (columns - self._padding).clamp(0, self.cache.capacity)  # (batch, columns)
         exported = DynamicCache()
         for index, layer in enumerate(self.cache.layers):
+            assert isinstance(layer, RaggedLayer)
             states = []
-            for store in (layer.keys, layer.values):
+            for store in layer.stores():
                 rows = store.view(self.cache.batch, self.cache.slots, *store.shape[1:])
                 picked = rows[torch.arange(len(rows), device=store.device)[:, None], slots.to(store.device)]
                 states.append(picked.transpose(1, 2))
@@ -131,13 +143,11 @@ class CroppableDecoder(Decoder):
         cache (`Cache`, *optional*): A cache to go on from, updated in place; defaults to an empty one.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None) -> None:
         super().__init__(model, padding, width)
         if len(self.padding) != 1:
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot decode speculatively in a batch of {len(self.padding)} (its cache does "
+                f"{type(model).__name__} cannot decode in a batch of {len(self.padding)} (its cache does "
                 "not hold rows of different lengths): pass one prompt at a time"
             )
         self.cache = cache if cache is not None else DynamicCache(config=model.config)
@@ -160,6 +170,8 @@ class CroppableDecoder(Decoder):
 
     def rollback(self, ends: Sequence[int]) -> None:
         """Crop the cache. Called after every round, since it also bounds windowed layers; see [`Decoder.rollback`]."""
+        if self.cache.get_seq_length() == 0:
+            return
         surplus = max(self.cached[0] - ends[0], 0)
         self.cache.crop(-surplus)
         self.cached = [self.cached[0] - surplus]
@@ -169,9 +181,7 @@ class CroppableDecoder(Decoder):
         return self.cache
 
 
-def make_decoder(
-    model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None
-) -> Decoder:
+def make_decoder(model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None) -> Decoder:
     """
     Choose the decoder for a model.
 

@@ -34,7 +34,7 @@ class DraftCounts:
     accepted: int = 0
 
 
-class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
+class OnlineAssistedGenerator(AssistedCandidateGenerator):
     """
     Proposes tokens with a draft model, and records where the target disagreed.
 
@@ -77,7 +77,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
         weights: AbstractContextManager[Any] | None = None,
     ) -> None:
         attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
-        super().__init__(input_ids, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
+        prompt: Any = input_ids  # torch.LongTensor to its parent, which no tensor is to a type checker
+        super().__init__(prompt, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
         if draft_length is not None:
             self.num_assistant_tokens = draft_length
         self.counts = DraftCounts()
@@ -110,7 +111,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
         """
-        ids = ids.to(self.assistant_model.device)
+        ids = self._readable(ids)
         if k == 0:
             self._last = Proposal(ids.new_empty(len(ids), 0))
             return self._last
@@ -123,6 +124,12 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
         probabilities = [q for _, q in steps if q is not None]
         self._last = Proposal(tokens, torch.stack(probabilities, dim=1) if probabilities else None)
         return self._last
+
+    def _readable(self, ids: torch.Tensor) -> torch.Tensor:
+        """Put the tokens where the draft can read them, and replace ids that its embedding does not have."""
+        ids = ids.to(self.assistant_model.device)
+        known = self.assistant_model.config.get_text_config(decoder=True).vocab_size
+        return ids if known >= self._vocab_size else ids.clamp(max=known - 1)
 
     def _step(
         self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]
@@ -137,9 +144,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
         ids.scatter_(1, torch.tensor(ends, device=ids.device)[:, None], tokens[:, None])
         return tokens, probabilities
 
-    def note(
-        self, logits: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]
-    ) -> None:
+    def note(self, logits: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]) -> None:
         """
         Note what the target made of the last proposal.
 
@@ -160,7 +165,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):  # type: ignore[misc]
 
     # The three hooks of transformers' stock assisted decoding, which serves one row.
 
-    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[Any, Any]:
         """
         Propose tokens behind `input_ids`, for transformers' assisted decoding.
 

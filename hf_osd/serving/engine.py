@@ -112,7 +112,8 @@ class Engine:
             if history is not None:
                 history.append(values, taken)
         columns = max(self.sequences.ends) - self.sequences.prompt_length
-        taken = self.stop_check(self.sequences, taken, self.scores.columns(columns) if self.scores else None)
+        seen = self.scores.columns(columns) if self.scores is not None and self.stop_check.asks else None
+        taken = self.stop_check(self.sequences, taken, seen)
         self.drafter.note(logits, accepted, taken)
 
     def _stream(self) -> None:

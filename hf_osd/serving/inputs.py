@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessor
 
@@ -24,6 +25,10 @@ _REFUSED_SETTINGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "use_mtp": (bool, "multi-token prediction"),
     "guidance_scale": (lambda value: value not in (None, 1, 1.0), "classifier-free guidance"),
     "token_healing": (bool, "token healing"),
+    "cache_implementation": (
+        lambda value: any(kind in (value or "") for kind in ("quantized", "offloaded", "paged")),
+        "a cache of another kind",
+    ),
     "output_attentions": (bool, "returning attentions"),
     "output_hidden_states": (bool, "returning hidden states"),
 }
@@ -62,9 +67,13 @@ def check_settings(lookup: Callable[[str], Any]) -> None:
 def check_target(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for targets that no cache here can serve."""
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{describe(model)} is an encoder-decoder model; only decoder-only targets are served")
+        raise UnsupportedModelError(
+            f"{describe(model)} is an encoder-decoder model; only decoder-only targets are served"
+        )
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{describe(model)} keeps a recurrent state, which cannot roll back rejected tokens")
+        raise UnsupportedModelError(
+            f"{describe(model)} keeps a recurrent state, which cannot roll back rejected tokens"
+        )
 
 
 def check_processors(processors: list[LogitsProcessor]) -> None:
@@ -98,13 +107,25 @@ def padding_of(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list
         UnsupportedGenerationError: Model inputs beyond tokens.
     """
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise InputError(f"input_ids must hold at least one prompt of at least one token, got shape {tuple(input_ids.shape)}")
+        raise InputError(
+            f"input_ids must hold at least one prompt of at least one token, got shape {tuple(input_ids.shape)}"
+        )
     extra = [name for name, value in model_kwargs.items() if name not in _KNOWN_MODEL_INPUTS and _is_given(value)]
     if extra:
-        raise UnsupportedGenerationError(f"model inputs other than tokens are not supported yet, got {', '.join(extra)}")
+        raise UnsupportedGenerationError(
+            f"model inputs other than tokens are not supported yet, got {', '.join(extra)}"
+        )
     padding = _padding(input_ids, model_kwargs.get("attention_mask"))
     _check_positions(model_kwargs.get("position_ids"), padding, input_ids.shape[1])
     return padding
+
+
+def check_cache(cache: Cache) -> None:
+    """Raise `UnsupportedGenerationError` for a cache of the caller's that cannot roll back."""
+    if type(cache) is not DynamicCache:
+        raise UnsupportedGenerationError(
+            f"past_key_values must be a DynamicCache, which can roll back rejected tokens, got {type(cache).__name__}"
+        )
 
 
 def _is_given(value: Any) -> bool:
@@ -119,7 +140,9 @@ def _padding(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     left_padded = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]
     wrong = [row for row, same in enumerate((mask == left_padded).all(dim=1).tolist()) if not same]
     if wrong:
-        raise InputError(f"attention_mask has padding that is not on the left in rows {wrong}: use padding_side='left'")
+        raise InputError(
+            f"attention_mask has padding that is not on the left in rows {wrong}: use padding_side='left'"
+        )
     empty = [row for row, count in enumerate(padding.tolist()) if count == mask.shape[1]]
     if empty:
         raise InputError(f"attention_mask hides every token of rows {empty}: a prompt needs at least one token")
@@ -132,5 +155,7 @@ def _check_positions(position_ids: torch.Tensor | None, padding: list[int], widt
         return
     for row, pad in enumerate(padding):
         given = position_ids[min(row, len(position_ids) - 1), -(width - pad) :].tolist()
-        if given and given != list(range(given[-1] - len(given) + 1, given[-1] + 1)) or given[-1:] != [width - pad - 1]:
+        if (given and given != list(range(given[-1] - len(given) + 1, given[-1] + 1))) or given[-1:] != [
+            width - pad - 1
+        ]:
             raise InputError("position_ids other than 0, 1, 2, ... from each row's first token are not supported")

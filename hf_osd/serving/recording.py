@@ -61,7 +61,14 @@ class Recorder:
     def finish(self, sequences: Sequences) -> None:
         """Deliver an observation for every recorded row that produced anything."""
         rounds = [
-            _Round(r.teacher_ids.cpu(), r.teacher_log_probs.cpu(), r.teacher_tail.cpu(), r.drafted.cpu(), r.accepted, r.taken)
+            _Round(
+                r.teacher_ids.cpu(),
+                r.teacher_log_probs.cpu(),
+                r.teacher_tail.cpu(),
+                r.drafted.cpu(),
+                r.accepted,
+                r.taken,
+            )
             for r in self._rounds
         ]
         for row in range(sequences.batch):
@@ -70,7 +77,9 @@ class Recorder:
                 self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu()))
 
 
-def _observation(rounds: Sequence[_Round], row: int, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> Observation:
+def _observation(
+    rounds: Sequence[_Round], row: int, prompt_ids: torch.Tensor, output_ids: torch.Tensor
+) -> Observation:
     def gather(name: str) -> torch.Tensor:
         return torch.cat([getattr(r, name)[row, : r.taken[row]] for r in rounds])[: len(output_ids)]
 

@@ -23,6 +23,11 @@ class StopCheck:
     def __init__(self, criteria: Sequence[StoppingCriteria]) -> None:
         self._criteria = [criterion for criterion in criteria if type(criterion) not in _BUILT_IN]
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is any criterion beyond eos and length."""
+        return bool(self._criteria)
+
     def __call__(
         self, sequences: Sequences, taken: Sequence[int], scores: tuple[torch.Tensor, ...] | None
     ) -> list[int]:

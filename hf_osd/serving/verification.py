@@ -37,9 +37,7 @@ def verify_greedy(scores: torch.Tensor, proposal: Proposal) -> Verdict:
     return Verdict(choices, leading(choices[:, :-1] == proposal.tokens))
 
 
-def verify_sampling(
-    scores: torch.Tensor, proposal: Proposal, generator: torch.Generator | None = None
-) -> Verdict:
+def verify_sampling(scores: torch.Tensor, proposal: Proposal, generator: torch.Generator | None = None) -> Verdict:
     """
     Accept token x with probability min(1, p(x) / q(x)); at the first refusal sample from max(p - q, 0), normalised.
 

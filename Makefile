@@ -1,0 +1,52 @@
+# Needs only Python (3.11 or newer), make and git: every command installs what it runs, once, into .venv.
+#   make demo ARGS="--requests 40"     make test ARGS="-k prompts"     make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check format bench clean
+
+help:
+	@echo "make demo    watch a draft learn from live requests, next to plain and to static decoding"
+	@echo "make test    run the tests          make check   lint, formatting and types"
+	@echo "make bench   serving benchmark      make format  apply the formatting"
+
+demo: $(STAMP)
+	$(BIN)/hf-osd demo $(ARGS)
+
+# One thread a worker: the models are so small that more threads only wait for one another.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/serving.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+
+# The stamp is written last, so an installation that failed is tried again by the next command.
+# torch comes first: the rest then builds on the pinned version instead of choosing one.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, " \
+		"this is %s: try make PYTHON=python3.12" % sys.version.split()[0])'
+	@echo "Installing into $(VENV): once, a few minutes ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,5 @@
+"""The command line, `hf-osd`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,142 @@
+"""The demo from options to files: load, run, print, write."""
+
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from .display import open_display
+from .models import Pair, load_pair
+from .plot import require_matplotlib, write_plot
+from .prompts import load_prompts
+from .report import print_report, run_paths, write_json
+from .results import DemoResult
+from .runner import DemoSettings, run_demo
+
+_EMBEDDED_BUDGET = 240.0  # seconds; with loading and reporting, the whole stays below five minutes
+_EMBEDDED_THREADS = 2  # more of them only wait for one another in a model of this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand:
+    """
+    Options of `hf-osd demo`; its help explains each.
+
+    Example:
+
+    ```python
+    >>> DemoCommand(target="Qwen/Qwen3-4B", assistant="Qwen/Qwen3-0.6B", prompts="my.jsonl").run()
+    ```
+    """
+
+    target: str | None = None
+    assistant: str | None = None
+    prompts: str | None = None
+    requests: int = 160
+    max_new_tokens: int = 64
+    draft_length: int = 5
+    update_every: int = 8
+    sample: bool = False
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    budget_seconds: float | None = None
+    output: Path = Path("runs")
+    plot: bool = True
+
+    def run(self, console: Console | None = None) -> bool:
+        """
+        Run the demo, print what it finds, and write its files.
+
+        Args:
+            console (`Console`, *optional*): Where to print; standard output by default.
+
+        Returns:
+            `bool`: Whether every greedy output was the target's own.
+        """
+        console, started = console or Console(), perf_counter()
+        settings = self._settings()
+        if self.plot:
+            require_matplotlib()
+        _set_threads(self.threads or (_EMBEDDED_THREADS if self._is_embedded else None))
+        with _quiet(), console.status("Loading prompts and models ..."):
+            prompts = load_prompts(self.prompts, self.requests + 1)
+            pair = load_pair(self.target, self.assistant, self.device, self.dtype)
+        requests = min(self.requests, len(prompts))
+        console.print(self._headline(pair, requests), soft_wrap=True)
+        with _quiet(), open_display(console, requests) as display:
+            result = run_demo(pair, prompts, settings, display, started)
+        print_report(console, result, sample=self.sample)
+        self._write(console, result, pair)
+        return not result.mismatches
+
+    @property
+    def _is_embedded(self) -> bool:
+        return self.target is None and self.assistant is None
+
+    def _settings(self) -> DemoSettings:
+        budget = self.budget_seconds
+        return DemoSettings(
+            requests=self.requests,
+            max_new_tokens=self.max_new_tokens,
+            draft_length=self.draft_length,
+            update_every=self.update_every,
+            sample=self.sample,
+            seed=self.seed,
+            budget_seconds=_EMBEDDED_BUDGET if budget is None and self._is_embedded else budget,
+        )
+
+    def _headline(self, pair: Pair, requests: int) -> str:
+        target, draft = (f"{model.num_parameters() / 1e6:,.1f}M" for model in (pair.target, pair.draft))
+        return (
+            f"Target {target} and draft {draft} parameters on {pair.target.device}: {requests} requests of up to "
+            f"{self.max_new_tokens} tokens, an update every {self.update_every}"
+        )
+
+    def _write(self, console: Console, result: DemoResult, pair: Pair) -> None:
+        json_path, png_path = run_paths(self.output)
+        write_json(result, self._about(pair), json_path)
+        console.print(f"Figures: {json_path}", soft_wrap=True)
+        if self.plot:
+            write_plot(result, png_path)
+            console.print(f"Plot:    {png_path}", soft_wrap=True)
+
+    def _about(self, pair: Pair) -> dict[str, Any]:
+        return {
+            "command": shlex.join(["hf-osd", *sys.argv[1:]]),
+            "options": asdict(self) | {"output": str(self.output)},
+            "parameters": {"target": pair.target.num_parameters(), "draft": pair.draft.num_parameters()},
+            "device": str(pair.target.device),
+            "dtype": str(pair.target.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars, advice about settings and deprecations of other packages from tearing the display."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,116 @@
+"""The four ways to answer a request that the demo compares, each behind the same one method."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from ..assistant import OnlineAssistant
+from ..config import OnlineConfig
+from ..generation import generate
+from .models import Inputs, Pair
+from .results import ONLINE, PLAIN, STATIC, STOCK, Measure
+
+
+class Contender(Protocol):
+    """Answers a request and says what it cost."""
+
+    @property
+    def name(self) -> str:
+        """One of `results.CONTENDERS`."""
+        ...
+
+    def answer(self, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, Measure]:
+        """
+        Generate the answer to one request.
+
+        Returns:
+            `tuple[torch.LongTensor, Measure]`: The new tokens, of shape `(new,)`, and their figures.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersContender:
+    """`model.generate` as it comes: plain, or assisted by a static draft with transformers' own defaults."""
+
+    name: str
+    target: Any
+    assistant: Any = None
+
+    def answer(self, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, Measure]:
+        """Generate with transformers alone."""
+        if self.assistant is not None:
+            options["assistant_model"] = self.assistant
+        output, seconds = _timed(lambda: self.target.generate(**inputs, **options), self.target.device)
+        new = _new_tokens(output, inputs)
+        return new, Measure(tokens=len(new), seconds=seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class AssistantContender:
+    """`hf_osd.generate`; what the draft did is the change in the assistant's own counters."""
+
+    name: str
+    target: Any
+    assistant: OnlineAssistant
+
+    def answer(self, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, Measure]:
+        """Generate with the assistant, and tell serving from learning."""
+        before = self.assistant.stats()
+        options |= inputs
+        output, seconds = _timed(
+            lambda: generate(self.target, online_assistant=self.assistant, **options), self.target.device
+        )
+        after = self.assistant.stats()
+        new = _new_tokens(output, inputs)
+        learning = after.learn_seconds - before.learn_seconds
+        return new, Measure(
+            tokens=len(new),
+            seconds=seconds - learning,
+            learning_seconds=learning,
+            drafted=after.draft_tokens - before.draft_tokens,
+            accepted=after.accepted_tokens - before.accepted_tokens,
+            passes=after.target_passes - before.target_passes,
+            updates=after.updates - before.updates,
+        )
+
+
+@contextmanager
+def open_contenders(pair: Pair, config: OnlineConfig, static: OnlineConfig) -> Iterator[list[Contender]]:
+    """
+    Set up plain, transformers' assisted, static and online decoding over one target.
+
+    Args:
+        pair (`Pair`): The models. Each contender gets a copy of the draft, so that none sees what another one learns.
+        config (`OnlineConfig`): Settings of the online contender.
+        static (`OnlineConfig`): Settings of the static one, the same but for `learn=False`.
+    """
+    with ExitStack() as stack:
+        fixed, learner = (
+            stack.enter_context(OnlineAssistant(copy.deepcopy(pair.draft), pair.target, config=one))
+            for one in (static, config)
+        )
+        yield [
+            TransformersContender(PLAIN, pair.target),
+            TransformersContender(STOCK, pair.target, copy.deepcopy(pair.draft)),
+            AssistantContender(STATIC, pair.target, fixed),
+            AssistantContender(ONLINE, pair.target, learner),
+        ]
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Run `work` and return its result and wall-clock seconds, the accelerator's queue included."""
+    start = perf_counter()
+    result = work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return result, perf_counter() - start
+
+
+def _new_tokens(output: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    return output[0, inputs["input_ids"].shape[1] :].cpu()

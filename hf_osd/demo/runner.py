@@ -1,0 +1,174 @@
+"""The run itself: every request goes to every contender, interleaved, in one process, with the same weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+from ..config import OnlineConfig
+from ..errors import ConfigError
+from .contenders import Contender, open_contenders
+from .models import Inputs, Pair, encode_prompts
+from .prompts import Prompt
+from .results import PLAIN, DemoResult, Difference, Round
+
+NEAR_TIE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """
+    Settings of a run.
+
+    Args:
+        requests (`int`, defaults to 160): Requests to serve.
+        max_new_tokens (`int`, defaults to 64): Longest answer.
+        draft_length (`int`, defaults to 5): Tokens that our contenders draft in a round.
+        update_every (`int`, defaults to 8): Requests between two updates of the online draft.
+        sample (`bool`, defaults to `False`): Sample instead of decoding greedily; outputs are then not compared.
+        seed (`int`, defaults to 0): Seed of sampling and of learning.
+        budget_seconds (`float`, *optional*): Time after which no further request starts.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    requests: int = 160
+    max_new_tokens: int = 64
+    draft_length: int = 5
+    update_every: int = 8
+    sample: bool = False
+    seed: int = 0
+    budget_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "max_new_tokens", "draft_length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.budget_seconds is not None and self.budget_seconds <= 0:
+            raise ConfigError(f"budget_seconds must be positive, got {self.budget_seconds!r}")
+        self.online_config()  # validates the rest
+
+    def online_config(self) -> OnlineConfig:
+        """Return the settings of the online contender."""
+        return OnlineConfig(draft_length=self.draft_length, update_every=self.update_every, seed=self.seed)
+
+
+class Observer(Protocol):
+    """Watches a run."""
+
+    def on_round(self, result: DemoResult) -> None:
+        """Take note that `result` has one more round."""
+        ...
+
+
+def run_demo(
+    pair: Pair, prompts: Sequence[Prompt], settings: DemoSettings, observer: Observer, started: float | None = None
+) -> DemoResult:
+    """
+    Serve the prompts by every contender and compare them.
+
+    Args:
+        pair (`Pair`): The models.
+        prompts (`Sequence[Prompt]`): One more than the requests, where there are enough: the last one warms up.
+        settings (`DemoSettings`): What to run.
+        observer (`Observer`): Hears of every round.
+        started (`float`, *optional*): When the time budget began, by `time.perf_counter`; now by default.
+
+    Returns:
+        `DemoResult`: Figures of every round.
+    """
+    deadline = (perf_counter() if started is None else started) + (settings.budget_seconds or float("inf"))
+    inputs = encode_prompts(pair, prompts, settings.max_new_tokens)
+    options = _generate_options(pair, settings)
+    config = settings.online_config()
+    result = DemoResult()
+    with open_contenders(pair, config, replace(config, learn=False)) as contenders:
+        _warm_up(contenders, inputs[-1], options)
+        for index, request in enumerate(inputs[: settings.requests]):
+            if result.rounds and perf_counter() > deadline:
+                result.stopped_early = True
+                break
+            result.rounds.append(_play(contenders, request, index, pair, settings, options))
+            observer.on_round(result)
+    return result
+
+
+def _generate_options(pair: Pair, settings: DemoSettings) -> dict[str, Any]:
+    """Return what every contender's `generate` receives."""
+    pad = pair.tokenizer.pad_token_id
+    options = {
+        "max_new_tokens": settings.max_new_tokens,
+        "do_sample": settings.sample,
+        "pad_token_id": pair.tokenizer.eos_token_id if pad is None else pad,
+    }
+    if not settings.sample:  # a checkpoint's own sampling settings would each raise a warning
+        options |= {"temperature": None, "top_p": None, "top_k": None}
+    return options
+
+
+def _warm_up(contenders: Sequence[Contender], request: Inputs, options: dict[str, Any]) -> None:
+    """Answer one request that does not count: first calls pay for allocations that later ones do not."""
+    for contender in contenders:
+        contender.answer(request, **options)
+
+
+def _play(
+    contenders: Sequence[Contender],
+    request: Inputs,
+    index: int,
+    pair: Pair,
+    settings: DemoSettings,
+    options: dict[str, Any],
+) -> Round:
+    """Let every contender answer one request; who goes first changes with every request."""
+    turn = index % len(contenders)
+    outputs, measures = {}, {}
+    for contender in (*contenders[turn:], *contenders[:turn]):
+        torch.manual_seed(settings.seed + index)
+        outputs[contender.name], measures[contender.name] = contender.answer(request, **options)
+    if settings.sample:
+        return Round(measures)
+    return Round(measures, tuple(find_differences(pair.target, request, outputs, index)))
+
+
+def find_differences(target: Any, request: Inputs, outputs: dict[str, torch.Tensor], index: int) -> list[Difference]:
+    """
+    Compare greedy outputs with plain decoding, token for token.
+
+    Args:
+        target (`PreTrainedModel`): Says how far apart its two best tokens are where an output differs.
+        request (`Inputs`): The request.
+        outputs (`dict[str, torch.LongTensor]`): New tokens by contender, each of shape `(new,)`.
+        index (`int`): Index of the request.
+    """
+    reference = outputs[PLAIN]
+    found = []
+    for name, output in outputs.items():
+        if not torch.equal(output, reference):
+            position = _first_difference(output, reference)
+            gap, tolerance = _gap(target, request, reference[:position])
+            found.append(Difference(index, name, position, gap, near_tie=gap <= tolerance))
+    return found
+
+
+def _first_difference(output: torch.Tensor, reference: torch.Tensor) -> int:
+    shared = min(len(output), len(reference))
+    unequal = (output[:shared] != reference[:shared]).nonzero()
+    return int(unequal[0]) if len(unequal) else shared
+
+
+@torch.no_grad()
+def _gap(target: Any, request: Inputs, committed: torch.Tensor) -> tuple[float, float]:
+    """
+    Return the distance between the two largest logits after `committed`, and the largest one that rounding explains.
+
+    One pass over several tokens and several passes over one round differently. In float32 that is below 1e-4; in half
+    precision it is a few units in the last place of the logits themselves.
+    """
+    ids = torch.cat([request["input_ids"], committed.to(request["input_ids"]).unsqueeze(0)], dim=1)
+    logits = target(ids).logits[0, -1]
+    best, second = logits.float().topk(2).values.tolist()
+    return best - second, max(NEAR_TIE, 4 * torch.finfo(logits.dtype).eps * abs(best))

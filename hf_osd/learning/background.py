@@ -1,0 +1,143 @@
+"""Turns observed requests into new weights of the draft; `loop.py` has the thread that does it."""
+
+import weakref
+from collections.abc import Callable
+from inspect import ismethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import OnlineConfig
+from ..errors import ClosedError, LearningError
+from ..records import Observation
+from .loop import Publish, TrainingLoop, import_distillation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class OnlineLearner:
+    """
+    Turns observed requests into new weights of the draft, every `config.update_every` requests.
+
+    The weights are trained on a float32 copy of the draft, made when the first update is due, in a thread of its own.
+    With `config.background` the request that makes an update due does not wait for it; updates that come due while
+    one runs become one. Without, it waits, and the same requests give bit-identical weights. An update that fails, or
+    whose weights are not finite, is logged, counted and forgotten: the next one starts from the live draft.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]):
+            The live draft. It is only read.
+        config (`OnlineConfig`):
+            Settings.
+        publish (`Callable[[Mapping[str, torch.Tensor]], None]`):
+            Called after each update, in the training thread, with the trained parameters: float32, detached, under the
+            names of `draft.named_parameters()`. It has to copy them before it returns. The thread that calls `observe`
+            may be waiting for it, so that thread must not hold a lock that `publish` takes.
+        target ([`~transformers.PreTrainedModel`], *optional*):
+            The live target, which `config.full_teacher` re-runs.
+
+    Raises:
+        ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
+        LearningError: `config.full_teacher` without a target.
+    """
+
+    def __init__(
+        self,
+        draft: "PreTrainedModel",
+        config: OnlineConfig,
+        publish: Publish,
+        target: "PreTrainedModel | None" = None,
+    ) -> None:
+        if config.full_teacher and target is None:
+            raise LearningError("full_teacher needs the target, got None")
+        if config.training_arguments:  # TRL is imported this early only where there is something to check
+            import_distillation().training_arguments(config, draft.device)
+        # The thread must keep neither the learner nor the owner of `publish` alive: dropping both stops it.
+        self._publish = publish
+        self._loop = TrainingLoop(draft, config, _weak(publish), target if config.full_teacher else None)
+        self._stop = weakref.finalize(self, self._loop.stop)  # also at interpreter exit
+
+    @property
+    def updates(self) -> int:
+        """Published updates."""
+        return self._loop.updates
+
+    @property
+    def failures(self) -> int:
+        """Updates that failed."""
+        return self._loop.failures
+
+    @property
+    def last_loss(self) -> float | None:
+        """Mean divergence over the steps of the last update, in nats; `None` before the first."""
+        return self._loop.last_loss
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time spent in updates, failed ones included."""
+        return self._loop.seconds
+
+    @property
+    def acceptance(self) -> float:
+        """Moving average of the acceptance rate over recent requests, in [0, 1]; 0 before the first."""
+        return self._loop.acceptance
+
+    def observe(self, observation: Observation) -> None:
+        """
+        Record one request, and update the draft if that makes an update due. Never raises because learning failed.
+
+        Args:
+            observation (`Observation`): The request. Ignored after `close`, and where it has no output.
+        """
+        ticket = self._loop.record(observation)
+        if ticket is not None and not self._loop.config.background:
+            self._loop.wait_until_finished(ticket)
+
+    def update(self) -> None:
+        """
+        Run one update now, and wait until it is published.
+
+        Raises:
+            ClosedError: The learner is closed.
+            LearningError: Nothing has been recorded yet, or the update failed.
+        """
+        if self._loop.stopped:
+            raise ClosedError("update() after close()")
+        if not len(self._loop.replay):
+            raise LearningError("update() needs at least one recorded request to learn from")
+        error = self._loop.wait_until_finished(self._loop.request())
+        if error is not None:
+            raise LearningError(f"the update failed: {error}") from error
+
+    def close(self) -> None:
+        """Stop the thread after the step in progress. Idempotent; the state can still be saved."""
+        self._stop()
+
+    def save(self, directory: Path) -> None:
+        """
+        Write weights, optimiser, replay buffer and counters, as safetensors and JSON.
+
+        Waits for an update in progress; requests go on being recorded meanwhile.
+
+        Args:
+            directory (`Path`): Made if it does not exist.
+        """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._loop.save(Path(directory))
+
+    def load(self, directory: Path) -> None:
+        """
+        Go on from a saved state: the same requests then give the same weights as without the restart.
+
+        Args:
+            directory (`Path`): As `save` wrote it, for a draft of the same shape.
+
+        Raises:
+            LearningError: The state is missing, damaged or of another draft, or this learner has already been asked
+                for an update.
+        """
+        self._loop.load(Path(directory))
+
+
+def _weak(function: Publish) -> Callable[[], Publish | None]:
+    return weakref.WeakMethod(function) if ismethod(function) else weakref.ref(function)

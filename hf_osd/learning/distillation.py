@@ -1,0 +1,370 @@
+"""
+TRL's GKD trainer, taught to learn from recorded teachers; the only module that imports TRL.
+
+`trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.23.
+Not covered: on-policy samples (`lmbda`, `seq_kd`), which a record of served requests cannot give; several processes.
+"""
+
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers.trainer
+import trl.trainer.sft_trainer
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from ..config import OnlineConfig
+from ..errors import ConfigError
+from ..records import Observation
+from .collation import ObservationCollator
+from .losses import sparse_divergence
+from .pacing import OnlineUpdateCallback
+
+with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
+    warnings.simplefilter("ignore")
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+# Fields that OnlineConfig sets itself, or that have no meaning where training never ends.
+_RESERVED = {
+    "beta": "OnlineConfig.beta",
+    "learning_rate": "OnlineConfig.learning_rate",
+    "max_length": "OnlineConfig.max_length",
+    "per_device_train_batch_size": "OnlineConfig.batch_size",
+    "seed": "OnlineConfig.seed",
+    "max_steps": "OnlineConfig.steps_per_update",
+    "num_train_epochs": "OnlineConfig.steps_per_update",
+    "use_cpu": "the device of the draft",
+}
+# transformers 5.23 renamed it; TRL sets the old one by default.
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
+_LOG_HISTORY = 100
+_NEVER = 2**31 - 1
+
+
+class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
+    """[`~trl.experimental.gkd.GKDConfig`] on the device of the draft, which leaves no files unless asked to."""
+
+    def __init__(self, draft_device: torch.device, **arguments: Any) -> None:
+        self._draft_device = draft_device
+        super().__init__(**arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches go: with the draft, not on the first GPU."""
+        _ = super().device  # sets up the process state
+        return self._draft_device
+
+    @property
+    def n_gpu(self) -> int:
+        """One at most: `Trainer` would spread the training over GPUs that serve."""
+        return 0 if self._draft_device.type == "cpu" else 1
+
+    @property
+    def should_save(self) -> bool:
+        """Whether `output_dir` is used at all; `Trainer` creates it otherwise."""
+        return self.save_strategy != SaveStrategy.NO and bool(super().should_save)
+
+
+def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = False) -> OnlineGKDConfig:
+    """
+    The arguments of the trainer: quiet, endless, constant learning rate, then whatever the user chose.
+
+    Args:
+        config (`OnlineConfig`): Settings; `config.training_arguments` may name any other field of `GKDConfig`.
+        device (`torch.device`): Where the draft lives.
+        bf16 (`bool`, defaults to `False`): Whether to run the forward pass under bfloat16 autocast.
+
+    Returns:
+        `OnlineGKDConfig`: The arguments.
+
+    Raises:
+        ConfigError: An argument is unknown, is set elsewhere, or has a value that TRL refuses.
+    """
+    chosen = dict(config.training_arguments)
+    _check_names(chosen)
+    arguments: dict[str, Any] = {
+        "output_dir": "hf_osd",
+        "bf16": bf16,
+        "disable_tqdm": True,
+        "logging_strategy": "steps" if "logging_steps" in chosen else "no",
+        "lr_scheduler_type": "constant",
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    if chosen.get("fp16"):
+        arguments["bf16"] = False
+    if not chosen.keys() & set(_CHECKPOINTING):
+        known = {field.name for field in fields(GKDConfig)}
+        arguments[next(name for name in _CHECKPOINTING if name in known)] = False
+    arguments |= chosen
+    arguments |= {
+        "beta": config.beta,
+        "learning_rate": config.learning_rate,
+        "max_length": config.max_length,
+        "max_steps": _NEVER,
+        "per_device_train_batch_size": config.batch_size,
+        "seed": config.seed,
+        "use_cpu": device.type == "cpu",
+    }
+    precision = "bf16" if arguments["bf16"] else "fp16" if arguments.get("fp16") else "no"
+    arguments.setdefault("accelerator_config", {"use_configured_state": _fits(device, precision)})
+    try:
+        with on_device(device):
+            return OnlineGKDConfig(device, **arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"training_arguments: {error}") from error
+
+
+def _fits(device: torch.device, precision: str) -> bool:
+    """Whether to join accelerate's state of this process: a new one would reset it under trainers that are running."""
+    cpu = PartialState._shared_state.get("_cpu")
+    return cpu is (device.type == "cpu") and AcceleratorState._shared_state.get("_mixed_precision") == precision
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one of its kind, which is what accelerate trains on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check_names(chosen: Mapping[str, Any]) -> None:
+    known = {field.name for field in fields(GKDConfig) if field.init}
+    for name in chosen:
+        if name in _RESERVED:
+            raise ConfigError(f"training_arguments must not set {name!r}: it follows from {_RESERVED[name]}")
+        if name not in known:
+            raise ConfigError(f"training_arguments: GKDConfig has no field {name!r}")
+
+
+class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
+    """
+    [`~trl.experimental.gkd.GKDTrainer`] that learns from recorded teachers instead of running one.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Training copy of the draft, float32. It is changed, the draft that serves is not.
+        sample (`Callable[[int], list[Observation]]`):
+            Draws that many requests; called once a batch, for ever.
+        config (`OnlineConfig`):
+            Settings: batch size, positions, divergence, length, and every other training argument.
+        callback (`OnlineUpdateCallback`):
+            Paces the training and ends it.
+        target ([`~transformers.PreTrainedModel`], *optional*):
+            The live target, to re-run over the recorded requests for its full distribution, without gradients. It is
+            read only: neither moved, wrapped nor prepared. Defaults to the recorded, sparse teacher.
+        bf16 (`bool`, defaults to `False`):
+            Whether to run the forward pass under bfloat16 autocast.
+
+    Raises:
+        ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sample: Callable[[int], list[Observation]],
+        config: OnlineConfig,
+        callback: OnlineUpdateCallback,
+        target: PreTrainedModel | None = None,
+        bf16: bool = False,
+    ) -> None:
+        arguments = training_arguments(config, model.device, bf16)
+        # Asked before TRL replaces `model.forward`.
+        self._forward_parameters = set(inspect.signature(_base_model(model).forward).parameters)
+        with _global_seed_untouched():
+            super().__init__(
+                model=model,
+                teacher_model=_NoTeacher(model.config),
+                args=arguments,
+                data_collator=ObservationCollator(_context(model, config.max_length), config.positions),
+                train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # required; get_train_dataloader has the data
+                processing_class=_placeholder_tokenizer(),
+                callbacks=[callback],
+            )
+        self.remove_callback(PrinterCallback)
+        # `train` would change the special tokens of the model to those of the placeholder.
+        self.processing_class = None
+        self.target = target
+        self._sample = sample
+        self._loss_sum = torch.zeros((), device=model.device)
+        self._loss_count = 0
+        callback.trainer = self
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent: a server does not call home because its draft learns."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """
+        An endless stream of batches from the replay buffer.
+
+        Accelerate's loader would draw each batch one step ahead, before the requests that it should see, and a plain
+        `DataLoader` would take its seed from the global random state.
+        """
+        stream = _ReplayStream(self._sample, self.args.per_device_train_batch_size)
+        return DataLoader(stream, batch_size=None, collate_fn=self.data_collator, generator=torch.Generator())
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward pass on recorded outputs; GKD would toss a global coin for sampling new ones."""
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return, no-untyped-call]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """
+        Mean divergence between teacher and student over the positions to learn from.
+
+        Args:
+            model (`torch.nn.Module`): The student.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
+            return_outputs (`bool`, defaults to `False`): Whether to return the logits as well.
+            num_items_in_batch (`int`, *optional*): Not used: the mean is over this batch.
+
+        Returns:
+            `torch.FloatTensor`: Scalar, in nats; with `return_outputs`, a tuple with the logits of shape
+            `(batch, verified, vocab)`.
+        """
+        mask = inputs["learn_mask"]
+        logits = self._logits(model, inputs, self._forward_parameters)
+        student = logits[mask].float()
+        divergence = self._divergence(student, inputs)
+        loss = divergence.sum() / max(divergence.numel(), 1)
+        self._loss_sum += loss.detach()
+        self._loss_count += 1
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _divergence(self, student: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = inputs["learn_mask"]
+        if self.target is None:
+            ids, log_probs, tail = (inputs[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
+            return sparse_divergence(student, ids, log_probs, tail, self.beta)
+        dense = self._target_logits(inputs)[mask].to(student.device).float()
+        # Padded vocabularies differ in size; the ids that both have are the real ones.
+        shared = min(student.shape[-1], dense.shape[-1])
+        divergence: torch.Tensor = self.generalized_jsd_loss(  # type: ignore[no-untyped-call]
+            student[None, :, :shared], dense[None, :, :shared], beta=self.beta, reduction="none"
+        )
+        return divergence.sum(-1)[0]
+
+    @torch.no_grad()
+    def _target_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert self.target is not None
+        inputs = {name: tensor.to(self.target.device) for name, tensor in inputs.items()}
+        parameters = set(inspect.signature(self.target.forward).parameters)
+        # Serving holds no autocast, and the teacher has to be the model that serves.
+        with torch.autocast(self.target.device.type, enabled=False):
+            return self._logits(self.target, inputs, parameters)
+
+    @staticmethod
+    def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], parameters: set[str]) -> torch.Tensor:
+        verified = inputs["learn_mask"].shape[1]
+        options: dict[str, Any] = {}
+        if "position_ids" in parameters:  # models without it count from the attention mask
+            options["position_ids"] = inputs["position_ids"]
+        if "logits_to_keep" in parameters:
+            options["logits_to_keep"] = verified
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **options
+        )
+        logits: torch.Tensor = outputs.logits[:, -verified:]
+        return logits
+
+    def take_mean_loss(self) -> float:
+        """Mean loss since the last call; `nan` where no step was taken."""
+        mean = float(self._loss_sum) / self._loss_count if self._loss_count else float("nan")
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        return mean
+
+    def trained_weights(self) -> dict[str, torch.Tensor]:
+        """The parameters that are trained, detached, under their names in the model."""
+        assert isinstance(self.model, nn.Module)
+        return {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the reporters, and keep only the latest entries: this training never ends."""
+        super().log(logs, start_time)
+        del self.state.log_history[:-_LOG_HISTORY]
+
+
+class _ReplayStream(IterableDataset[list[Observation]]):
+    def __init__(self, sample: Callable[[int], list[Observation]], batch_size: int) -> None:
+        self.sample = sample
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[Observation]]:
+        while True:
+            yield self.sample(self.batch_size)
+
+
+class _NoTeacher(nn.Module):
+    """Takes the live target's place in GKDTrainer, which would wrap, move and hold it, and compares vocabularies."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def _placeholder_tokenizer() -> PreTrainedTokenizerFast:
+    """TRL asks for a tokenizer; requests are recorded as tokens, so any will do."""
+    tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
+
+
+def _base_model(model: PreTrainedModel) -> nn.Module:
+    unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
+    return unwrap() if callable(unwrap) else model
+
+
+def _context(model: PreTrainedModel, max_length: int) -> int:
+    """Tokens that both the settings and the draft allow."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
+
+
+@contextmanager
+def _global_seed_untouched() -> Iterator[None]:
+    """
+    Keep `Trainer.__init__` from seeding the global generators, which serving samples from.
+
+    Restoring their state afterwards would leave a moment in which another thread samples from a seeded one. Only the
+    calling thread skips the seeding; trainers of others are not affected.
+    """
+    owner = threading.get_ident()
+    modules = (transformers.trainer, trl.trainer.sft_trainer)
+    originals = [module.set_seed for module in modules]
+
+    def for_others(original: Callable[..., None]) -> Callable[..., None]:
+        def set_seed(*args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() != owner:
+                original(*args, **kwargs)
+
+        return set_seed
+
+    for module, original in zip(modules, originals, strict=True):
+        module.set_seed = for_others(original)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.set_seed = original  # type: ignore[attr-defined]

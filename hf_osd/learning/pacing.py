@@ -1,0 +1,95 @@
+"""The pace of an endless training: so many steps, publish, wait. Not covered: when an update is due; see `loop.py`."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class UpdateSession(Protocol):
+    """What the callback needs from whoever runs the trainer."""
+
+    def learning_rate_scale(self) -> float:
+        """Factor on the learning rate for the next step, in (0, 1]."""
+        ...
+
+    def is_stopped(self) -> bool:
+        """Whether training has to end at the next step."""
+        ...
+
+    def finish_update(self, weights: Mapping[str, torch.Tensor], loss: float) -> None:
+        """Take the weights of a finished update and its mean loss."""
+        ...
+
+    def wait_for_update(self) -> object:
+        """Wait until another update is due or training is stopped."""
+        ...
+
+
+class PacedTrainer(Protocol):
+    """What the callback needs from the trainer that it paces."""
+
+    optimizer: Any  # torch.optim.Optimizer, once training has begun
+    lr_scheduler: Any  # torch.optim.lr_scheduler.LRScheduler, likewise
+
+    def take_mean_loss(self) -> float:
+        """Mean loss since the last call."""
+        ...
+
+    def trained_weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that are trained, by name."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Tell the reporters."""
+        ...
+
+
+class OnlineUpdateCallback(TrainerCallback):
+    """
+    Paces an endless training: so many steps, publish, wait until the next update is due.
+
+    It waits at the end of a step, before the next batch is drawn, so that an update sees every request that made it
+    due. The optimiser lives in the trainer and so across updates.
+
+    Args:
+        session (`UpdateSession`): Says when an update is due, and takes the weights.
+        steps_per_update (`int`): Optimiser steps between two waits.
+        optimizer_state (`Mapping[int, Any]`, *optional*): State of the optimiser to go on from, by parameter.
+    """
+
+    trainer: PacedTrainer
+
+    def __init__(
+        self, session: UpdateSession, steps_per_update: int, optimizer_state: Mapping[int, Any] | None = None
+    ) -> None:
+        self.session = session
+        self.steps_per_update = steps_per_update
+        self._optimizer_state = optimizer_state
+        self._steps = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Restore the optimiser of an earlier run."""
+        optimizer = self.trainer.optimizer
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(self._optimizer_state)})
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Scale what the scheduler chose; it writes its own value again after the step."""
+        optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate * self.session.learning_rate_scale()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Publish and wait after the last step of an update."""
+        self._steps += 1
+        if self._steps == self.steps_per_update:
+            self._steps = 0
+            loss = self.trainer.take_mean_loss()
+            # First the log, which reads the trainer's state: whoever waits for the update goes on at once.
+            self.trainer.log({"online_loss": loss, "online_learning_rate_scale": self.session.learning_rate_scale()})
+            self.session.finish_update(self.trainer.trained_weights(), loss)
+            self.session.wait_for_update()
+        if self.session.is_stopped():
+            control.should_training_stop = True

@@ -1,0 +1,92 @@
+"""Small real models for the tests: random weights, and drafts that are wrong in every way we could think of."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+VOCAB = 61
+CONTEXT = 128
+ARCHITECTURES = ("llama", "qwen3", "gpt2", "neox", "gemma")
+
+_SHARED = dict(vocab_size=VOCAB, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+_LLAMA_LIKE = dict(
+    hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=CONTEXT, **_SHARED
+)
+_CONFIGS: dict[str, Callable[..., object]] = {
+    "llama": lambda **k: LlamaConfig(num_key_value_heads=2, **{**_LLAMA_LIKE, **k}),
+    "qwen3": lambda **k: Qwen3Config(num_key_value_heads=2, head_dim=8, **{**_LLAMA_LIKE, **k}),
+    "gpt2": lambda num_hidden_layers, **k: GPT2Config(
+        **{**_SHARED, "n_embd": 32, "n_head": 4, "n_positions": CONTEXT, "n_layer": num_hidden_layers, **k}
+    ),
+    "neox": lambda **k: GPTNeoXConfig(**{**_LLAMA_LIKE, **k}),
+    "gemma": lambda **k: GemmaConfig(num_key_value_heads=1, head_dim=8, **{**_LLAMA_LIKE, **k}),
+    "mistral": lambda **k: MistralConfig(num_key_value_heads=2, sliding_window=8, **{**_LLAMA_LIKE, **k}),
+    "gemma3": lambda **k: Gemma3TextConfig(
+        num_key_value_heads=1, head_dim=8, sliding_window=8, **{**_LLAMA_LIKE, **k}
+    ),
+    "bloom": lambda num_hidden_layers, **k: BloomConfig(
+        **{**_SHARED, "hidden_size": 32, "n_head": 4, "n_layer": num_hidden_layers, **k}
+    ),
+    "mamba": lambda **k: MambaConfig(hidden_size=32, **{**_SHARED, **k}),
+}
+
+
+def tiny_model(
+    kind: str = "llama", seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float64, **overrides: object
+) -> PreTrainedModel:
+    """A model of a few thousand random weights; in float64, so that ties between logits are out of the question."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    config = _CONFIGS[kind](num_hidden_layers=layers, **overrides)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    torch.set_rng_state(state)
+    return model
+
+
+def wrong_draft(target: PreTrainedModel, how: str) -> PreTrainedModel:
+    """A draft for a target: another model, or the target with its choices shifted, inverted, kept or blurred."""
+    if how == "random":
+        return tiny_model("llama", seed=99, layers=1, vocab_size=target.config.vocab_size)
+    draft = copy.deepcopy(target)
+    if how == "shifted":
+        draft.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.roll(1, -1))
+    elif how == "adversarial":
+        draft.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: -logits)
+    elif how == "noisy":
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(0.04 * noise)
+    else:
+        assert how == "perfect", how
+    return draft
+
+
+DRAFTS = ("random", "shifted", "adversarial", "noisy", "perfect")
+
+
+def prompts(batch: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths; the first row is full."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCAB, (batch, length), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(1, batch):
+        padding = (3 * row) % length
+        input_ids[row, :padding] = 0
+        attention_mask[row, :padding] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,423 @@
+"""The learner: when it updates, what it publishes, how it fails, ends and comes back."""
+
+import gc
+import json
+import logging
+import random
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_osd.config import OnlineConfig
+from hf_osd.errors import ClosedError, ConfigError, LearningError
+from hf_osd.learning.background import OnlineLearner
+from hf_osd.records import Observation
+
+VOCAB = 64
+Weights = dict[str, torch.Tensor]
+
+
+def llama(seed: int = 0, layers: int = 1, **options: Any) -> LlamaForCausalLM:
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.2, **sizes, **options))
+    torch.set_rng_state(state)
+    return model.eval()
+
+
+TARGET = llama(seed=1, layers=2)
+
+
+def request(draft: LlamaForCausalLM, number: int, k: int = 16) -> Observation:
+    """A request from a small domain, served greedily: the target's tokens, and what the draft would propose."""
+    generator = torch.Generator().manual_seed(number % 12)
+    prompt = torch.randint(0, VOCAB, (4,), generator=generator)
+    with torch.inference_mode():
+        ids = TARGET.generate(prompt[None], max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)[0]
+        log_probs = TARGET(ids[None]).logits[0, 3:-1].log_softmax(-1)
+        proposed = draft(ids[None]).logits[0, 3:-1].argmax(-1)
+        values, top = log_probs.topk(k)
+    tail = (1.0 - values.exp().sum(-1)).clamp(min=0.0)
+    return Observation(prompt, ids[4:], top, values, tail, proposed, proposed == ids[4:])
+
+
+class Live:
+    """A live draft that takes published weights, and remembers them."""
+
+    def __init__(self) -> None:
+        self.draft = llama()
+        self.published: list[Weights] = []
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.entered.set()
+        assert self.go_on.wait(20.0)
+        parameters = dict(self.draft.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+        self.published.append({name: weight.clone() for name, weight in weights.items()})
+
+
+def learner_of(live: Live, **settings: Any) -> OnlineLearner:
+    return OnlineLearner(live.draft, OnlineConfig(**{"update_every": 4, "batch_size": 4, **settings}), live.publish)
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_inline_learning_raises_acceptance() -> None:
+    """Catches a learner that publishes, and learns nothing: the draft starts at chance."""
+    live = Live()
+    learner = learner_of(live, learning_rate=1e-2)
+    rates = []
+    for number in range(60):
+        observation = request(live.draft, number)
+        rates.append(observation.accepted.float().mean().item())
+        learner.observe(observation)
+        assert learner.updates == (number + 1) // 4
+    learner.close()
+    assert sum(rates[:4]) / 4 < 0.2
+    assert sum(rates[-12:]) / 12 > 0.5
+    assert learner.acceptance > 0.4
+    assert learner.last_loss is not None
+    assert learner.seconds > 0.0
+    assert learner.failures == 0
+
+
+def test_inline_is_deterministic_and_leaves_the_global_random_state() -> None:
+    """Catches a batch drawn while requests arrive, global seeds, and an import that draws from `random`."""
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    runs = []
+    for _ in range(2):
+        live = Live()
+        learner = learner_of(live)
+        for number in range(16):
+            learner.observe(request(live.draft, number))
+        learner.close()
+        runs.append(live.published)
+    assert len(runs[0]) == 4
+    assert all(same(one, other) for one, other in zip(*runs, strict=True))
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_an_update_sees_the_requests_that_made_it_due() -> None:
+    """Catches a batch that was drawn before them: the first buffer holds one request, the second another."""
+    live = Live()
+    learner = learner_of(live, update_every=1, replay_size=1)
+    seen: list[set[int]] = []
+    learner.observe(request(live.draft, 0))
+    stream = learner._loop._trainer.callback_handler.train_dataloader.dataset  # type: ignore[union-attr]
+    sample = stream.sample
+
+    def spy(size: int) -> list[Observation]:
+        drawn = sample(size)
+        seen.append({id(o) for o in drawn})
+        return drawn
+
+    stream.sample = spy
+    for number in (1, 2):
+        seen.clear()
+        observation = request(live.draft, number)
+        learner.observe(observation)
+        assert seen == [{id(observation)}] * 4
+    learner.close()
+
+
+def test_the_live_draft_changes_only_by_publishing() -> None:
+    """Catches training on the live draft itself, and one that is left in train mode, frozen or with gradients."""
+    live = Live()
+    live.draft.requires_grad_(False)
+    before = {name: weight.clone() for name, weight in live.draft.named_parameters()}
+    learner = OnlineLearner(live.draft, OnlineConfig(update_every=2), lambda weights: None)
+    for number in range(4):
+        learner.observe(request(live.draft, number))
+    assert learner.updates == 2
+    assert same(before, dict(live.draft.named_parameters()))
+    assert not live.draft.training
+    assert all(weight.grad is None and not weight.requires_grad for weight in live.draft.parameters())
+    learner.close()
+
+
+def test_bfloat16_and_tied_weights() -> None:
+    """Catches a master copy in bf16, which loses small steps, and tied weights that come apart."""
+    live = Live()
+    live.draft = llama(tie_word_embeddings=True).bfloat16()
+    learner = learner_of(live, update_every=2)
+    for number in range(4):
+        learner.observe(request(live.draft, number))
+    learner.close()
+    assert {weight.dtype for weight in live.published[-1].values()} == {torch.float32}
+    assert live.published[-1].keys() == dict(live.draft.named_parameters()).keys()
+    assert "lm_head.weight" not in live.published[-1]
+    assert live.draft.dtype == torch.bfloat16
+
+
+def test_background_does_not_wait_and_intervals_coalesce() -> None:
+    """Catches a request that waits for the training, and updates that queue up without bound."""
+    live = Live()
+    live.go_on.clear()
+    learner = learner_of(live, update_every=1, background=True)
+    learner.observe(request(live.draft, 0))
+    assert live.entered.wait(30.0)
+    began = time.perf_counter()
+    for number in range(10):
+        learner.observe(request(live.draft, number))
+    assert learner.updates == 0
+    assert time.perf_counter() - began < 5.0
+    live.go_on.set()
+    deadline = time.perf_counter() + 20.0
+    while learner.updates < 2 and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert learner.updates == 2
+    learner.close()
+
+
+def test_update_now() -> None:
+    """Catches an update() that returns before the weights are published, or waits for N requests."""
+    live = Live()
+    learner = learner_of(live, update_every=100, background=True)
+    with pytest.raises(LearningError, match="at least one recorded request"):
+        learner.update()
+    learner.observe(request(live.draft, 0))
+    learner.update()
+    learner.update()
+    assert learner.updates == len(live.published) == 2
+    learner.close()
+    with pytest.raises(ClosedError):
+        learner.update()
+
+
+def test_a_failing_update_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches an exception that reaches the request or kills the thread, and a failure that is not told."""
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    sample = learner._loop.replay.sample
+    learner._loop.replay.sample = lambda size: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    with caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
+        learner.observe(request(live.draft, 0))
+    assert (learner.updates, learner.failures, live.published) == (0, 1, [])
+    assert "serving goes on" in caplog.text
+    with pytest.raises(LearningError, match="division by zero"):
+        learner.update()
+    learner._loop.replay.sample = sample  # type: ignore[method-assign]
+    learner.observe(request(live.draft, 1))
+    assert (learner.updates, learner.failures) == (1, 2)
+    learner.close()
+
+
+def test_poisoned_weights_are_not_published() -> None:
+    """Catches NaN in the live draft, and a training copy that stays poisoned."""
+    live = Live()
+    learner = learner_of(live, update_every=1, replay_size=1)
+    good = request(live.draft, 0)
+    learner.observe(good)
+    poison = torch.full_like(good.teacher_log_probs, float("nan"))
+    learner.observe(
+        Observation(
+            good.prompt_ids,
+            good.output_ids,
+            good.teacher_ids,
+            poison,
+            good.teacher_tail,
+            good.draft_ids,
+            good.accepted,
+        )
+    )
+    assert (learner.updates, learner.failures) == (1, 1)
+    assert all(weight.isfinite().all() for weight in live.draft.parameters())
+    learner.observe(good)
+    assert (learner.updates, learner.failures) == (2, 1)
+    assert all(weight.isfinite().all() for weight in live.draft.parameters())
+    learner.close()
+
+
+def test_a_publish_that_raises_is_a_failed_update() -> None:
+    """Catches an update that counts although the live draft never got it."""
+    calls = []
+
+    def publish(weights: Mapping[str, torch.Tensor]) -> None:
+        calls.append(len(weights))
+        raise RuntimeError("no room")
+
+    draft = llama()
+    learner = OnlineLearner(draft, OnlineConfig(update_every=1), publish)
+    learner.observe(request(draft, 0))
+    assert (learner.updates, learner.failures, len(calls)) == (0, 1, 1)
+    learner.close()
+
+
+def test_requests_without_rejections_or_output() -> None:
+    """Catches an update on nothing, where only rejected positions are learned from."""
+    live = Live()
+    learner = learner_of(live, update_every=1, positions="rejected")
+    o = request(live.draft, 0)
+    perfect = Observation(
+        o.prompt_ids, o.output_ids, o.teacher_ids, o.teacher_log_probs, o.teacher_tail,
+        o.output_ids, torch.ones_like(o.accepted),
+    )  # fmt: skip
+    learner.observe(perfect)
+    learner.observe(Observation(*(getattr(o, name)[:0] for name in Observation.__slots__)))
+    assert (learner.updates, learner.failures) == (0, 0)
+    learner.observe(o)
+    assert learner.updates == 1
+    learner.close()
+
+
+def test_close_is_prompt_idempotent_and_leaves_nothing_running() -> None:
+    """Catches a close that waits for the next request, and a request that fails because of a close."""
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    learner.observe(request(live.draft, 0))
+    began = time.perf_counter()
+    learner.close()
+    learner.close()
+    assert time.perf_counter() - began < 3.0
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_osd-learner"]
+    learner.observe(request(live.draft, 1))
+    assert learner.updates == 1
+
+
+def test_a_dropped_learner_is_collected() -> None:
+    """Catches a thread that keeps drafts and their memory alive for ever."""
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    learner.observe(request(live.draft, 0))
+    gone = weakref.ref(live)
+    live.learner = learner  # type: ignore[attr-defined] # as in the assistant: a cycle
+    del live, learner
+    gc.collect()
+    assert gone() is None
+    assert not [thread for thread in threading.enumerate() if thread.name == "hf_osd-learner"]
+
+
+def test_a_script_that_never_closes_exits(tmp_path: Path) -> None:
+    """Catches a thread that hangs or crashes a dying interpreter: one that waits, and one in mid-update."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
+        "from test_background import *\n"
+        "live = Live()\n"
+        "waits = learner_of(live, update_every=1)\n"
+        "waits.observe(request(live.draft, 0))\n"
+        "works = learner_of(live, update_every=1, steps_per_update=10**6, background=True)\n"
+        "works.observe(request(live.draft, 0))\n"
+        "time.sleep(0.5)\n"
+        "print(waits.updates, works.updates)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 0\n", "")
+
+
+def test_restart_goes_on_as_if_there_had_been_none(tmp_path: Path) -> None:
+    """Catches optimiser state, replay, sampling state, counters or precision that get lost between runs."""
+    live = Live()
+    learner = learner_of(live)
+    for number in range(10):
+        learner.observe(request(live.draft, number))
+    learner.save(tmp_path / "state")
+    again = Live()
+    again.draft.load_state_dict(live.draft.state_dict())
+    restored = learner_of(again)
+    restored.load(tmp_path / "state")
+    assert (restored.updates, restored.last_loss) == (learner.updates, learner.last_loss)
+    for number in range(10, 16):
+        learner.observe(request(live.draft, number))
+        restored.observe(request(again.draft, number))
+    learner.close()
+    restored.close()
+    assert len(live.published) == 4
+    assert len(again.published) == 2
+    assert all(same(one, other) for one, other in zip(live.published[2:], again.published, strict=True))
+    assert {path.suffix for path in (tmp_path / "state").iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_state_can_be_saved_before_learning_and_saved_again(tmp_path: Path) -> None:
+    """Catches weights that are lost when a restored learner is saved before its first update."""
+    live = Live()
+    learner = learner_of(live)
+    learner.save(tmp_path / "empty")
+    learner_of(live).load(tmp_path / "empty")
+    for number in range(4):
+        learner.observe(request(live.draft, number))
+    learner.close()
+    learner.save(tmp_path / "one")
+    middle = learner_of(live)
+    middle.load(tmp_path / "one")
+    middle.save(tmp_path / "two")
+    for name in ("weights.safetensors", "optimizer.safetensors", "replay.safetensors", "learner.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_bad_states_are_refused(tmp_path: Path) -> None:
+    """Catches a half-loaded state, and weights of another draft."""
+    live = Live()
+    with pytest.raises(LearningError, match="does not hold the state"):
+        learner_of(live).load(tmp_path / "nowhere")
+    learner = learner_of(live, update_every=1)
+    learner.observe(request(live.draft, 0))
+    learner.save(tmp_path)
+    with pytest.raises(LearningError, match="before the first update"):
+        learner.load(tmp_path)
+    learner.close()
+    wider = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(LearningError, match="has shape"):
+        OnlineLearner(wider, OnlineConfig(), live.publish).load(tmp_path)
+    state = json.loads((tmp_path / "learner.json").read_text())
+    del state["counters"]["updates"]
+    (tmp_path / "learner.json").write_text(json.dumps(state))
+    fresh = learner_of(live)
+    with pytest.raises(LearningError, match="updates"):
+        fresh.load(tmp_path)
+    assert fresh.updates == 0
+
+
+def test_bad_settings_are_refused_before_any_work() -> None:
+    """Catches an unknown training argument that only shows at the first update."""
+    live = Live()
+    with pytest.raises(ConfigError, match="no field 'warmup'"):
+        learner_of(live, training_arguments={"warmup": 1})
+    with pytest.raises(LearningError, match="full_teacher needs the target"):
+        learner_of(live, full_teacher=True)
+
+
+def test_concurrent_requests() -> None:
+    """Catches deadlocks and lost intervals between threads that observe, save and ask for updates."""
+    live = Live()
+    learner = learner_of(live, update_every=2)
+    observations = [request(live.draft, number) for number in range(6)]
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for observation in observations:
+                learner.observe(observation)
+            learner.update()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40.0)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not errors
+    assert 4 <= learner.updates == len(live.published) <= 12
+    learner.close()

@@ -1,0 +1,95 @@
+"""The command line: help, version, errors and exit codes."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import hf_osd
+from hf_osd.cli.app import app
+from hf_osd.demo.command import DemoCommand
+
+runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def test_help_lists_the_command_and_its_options() -> None:
+    """Would catch an option that was renamed in the code but not for its users."""
+    assert "demo" in runner.invoke(app, ["--help"]).output
+    text = runner.invoke(app, ["demo", "--help"]).output
+    for option in ("target", "assistant", "prompts", "requests", "max-new-tokens", "draft-length", "update-every"):
+        assert f"--{option}" in text
+    for option in ("device", "dtype", "seed", "sample", "greedy", "output", "budget-seconds", "threads", "no-plot"):
+        assert f"--{option}" in text
+
+
+def test_version_is_the_one_installed() -> None:
+    """Would catch a version written down twice."""
+    try:
+        installed = version("hf-osd")
+    except PackageNotFoundError:
+        pytest.skip("hf-osd runs from its sources here, without being installed")
+    assert installed == hf_osd.__version__
+    assert runner.invoke(app, ["--version"]).output == f"hf-osd {installed}\n"
+
+
+def test_the_command_line_loads_without_what_the_demo_needs() -> None:
+    """Would catch an import that makes `hf-osd --help` take seconds."""
+    code = "import sys, hf_osd.cli; print(*sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"hf_osd.demo", "datasets", "matplotlib", "trl"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target", "somewhere"], 2, "target and assistant are a pair"),
+        (["--prompts", "missing.jsonl"], 2, "missing.jsonl: cannot be read"),
+        (["--prompts", "p.txt", "--target", "no/such/model", "--assistant", "x"], 2, "cannot load 'no/such/model'"),
+        (["--prompts", "p.txt", "--device", "abacus"], 2, "device must be a torch device"),
+        (["--prompts", "p.txt", "--dtype", "int64"], 2, "dtype must be 'auto' or a floating torch dtype"),
+        (["--requests", "0"], 2, "requests"),
+        (["--frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_bad_options_are_refused_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    """Would catch a traceback in the user's face, or a run of minutes that ends in one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("hello\n")
+    if "--prompts" not in arguments:
+        arguments = [*arguments, "--prompts", "p.txt"]
+    result = runner.invoke(app, ["demo", *arguments])
+    assert result.exit_code == code
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("lossless", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_says_whether_outputs_were_the_targets_own(
+    monkeypatch: pytest.MonkeyPatch, lossless: bool, code: int
+) -> None:
+    """Would catch a mismatch that a script around the demo cannot see."""
+    seen: dict[str, Any] = {}
+
+    def run(self: DemoCommand) -> bool:
+        seen.update(requests=self.requests, sample=self.sample, prompts=self.prompts)
+        return lossless
+
+    monkeypatch.setattr(DemoCommand, "run", run)
+    result = runner.invoke(app, ["demo", "--requests", "3", "--sample", "--prompts", "x.txt"])
+    assert result.exit_code == code
+    assert seen == {"requests": 3, "sample": True, "prompts": "x.txt"}
+
+
+def test_a_missing_plotting_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch minutes of measurements being lost to an import error at their end."""
+    monkeypatch.setattr("hf_osd.demo.plot.find_spec", lambda name: None)
+    result = runner.invoke(app, ["demo"])
+    assert result.exit_code == 2
+    assert "pip install 'hf-osd[demo]'" in result.output

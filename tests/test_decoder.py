@@ -1,0 +1,94 @@
+"""Caches: feeding in any pieces, with any rollbacks, gives the logits of one plain forward."""
+
+import pytest
+import torch
+from fakes import ARCHITECTURES, prompts, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_osd import UnsupportedModelError
+from hf_osd.serving.decoder import (
+    CroppableDecoder,
+    RaggedDecoder,
+    attention_span,
+    holds_ragged_cache,
+    make_decoder,
+)
+
+LLAMA = tiny_model("llama")
+WIDTH = 14
+
+
+def plain_logits(model, ids, padding, end, keep):
+    with torch.no_grad():
+        return torch.stack(
+            [model(row[pad:stop][None]).logits[0, -keep:] for row, pad, stop in zip(ids, padding, end, strict=True)]
+        ).float()
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_pattern_of_feeds_and_rollbacks(data):
+    """Catches rows that read each other's slots, stale entries behind a rollback, and padding that is attended to."""
+    batch = data.draw(st.integers(1, 4))
+    padding = data.draw(st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
+    ids = torch.randint(0, 61, (batch, WIDTH), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    decoder = RaggedDecoder(LLAMA, padding, WIDTH)
+    ends = list(padding)
+    for _ in range(data.draw(st.integers(1, 4))):
+        ends = [data.draw(st.integers(end + 1, WIDTH)) if end < WIDTH else end for end in ends]
+        keep = data.draw(st.integers(1, min(end - pad for end, pad in zip(ends, padding, strict=True))))
+        with torch.no_grad():
+            logits = decoder.feed(ids, ends, keep)
+        torch.testing.assert_close(logits, plain_logits(LLAMA, ids, padding, ends, keep), atol=1e-5, rtol=1e-5)
+        back = [data.draw(st.integers(pad, end)) for pad, end in zip(padding, ends, strict=True)]
+        decoder.rollback(back)
+        for row, column in enumerate(back):
+            ids[row, column:] = (ids[row, column:] + 7) % 61  # what was rolled back is replaced by something else
+        ends = back
+
+
+def test_long_prompts_are_fed_in_chunks(monkeypatch):
+    """Catches chunks that skip or repeat columns of rows with different padding."""
+    monkeypatch.setattr("hf_osd.serving.decoder.PREFILL_CHUNK", 4)
+    inputs = prompts(3, length=23)
+    padding = (inputs["attention_mask"] == 0).sum(1).tolist()
+    for keep in (1, 3):
+        decoder = RaggedDecoder(LLAMA, padding, 23)
+        with torch.no_grad():
+            logits = decoder.feed(inputs["input_ids"], [23] * 3, keep)
+        expected = plain_logits(LLAMA, inputs["input_ids"], padding, [23] * 3, keep)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
+def test_croppable(kind):
+    """Catches a windowed cache that forgets what a rollback needs again."""
+    model = tiny_model(kind)
+    ids = prompts(1, length=40)["input_ids"]
+    decoder = CroppableDecoder(model, [0], 40)
+    with torch.no_grad():
+        for end, back in [(12, 11), (15, 12), (20, 16), (21, 20), (40, 40)]:
+            logits = decoder.feed(ids, [end], 1)
+            torch.testing.assert_close(logits, plain_logits(model, ids, [0], [end], 1), atol=1e-5, rtol=1e-5)
+            decoder.rollback([back])
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_full_attention_is_held(kind):
+    """Catches a probe that sends ordinary models to the slow, single-row cache."""
+    assert holds_ragged_cache(tiny_model(kind, seed=7))
+    assert holds_ragged_cache(tiny_model(kind, seed=7, dtype=torch.bfloat16))
+
+
+def test_choice_of_cache():
+    """Catches models on a cache that gives them wrong logits."""
+    assert not holds_ragged_cache(tiny_model("bloom"))  # builds its positions from a 2D mask
+    mistral = tiny_model("mistral")
+    assert attention_span(mistral) == 8
+    assert isinstance(make_decoder(mistral, [0, 0], 8), RaggedDecoder)  # within the window, it is full attention
+    assert isinstance(make_decoder(mistral, [0], 9), CroppableDecoder)
+    with pytest.raises(UnsupportedModelError, match="batch of 2"):
+        make_decoder(mistral, [0, 0], 9)
+    with pytest.raises(UnsupportedModelError, match="roll back"):
+        make_decoder(tiny_model("mamba", dtype=torch.float32), [0], 9)

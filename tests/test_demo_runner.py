@@ -1,0 +1,213 @@
+"""The demo from prompts to files, on tiny random models."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_osd.demo import models as demo_models
+from hf_osd.demo.command import DemoCommand
+from hf_osd.demo.models import Pair, encode_prompts, load_pair
+from hf_osd.demo.results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, DemoResult, Measure
+from hf_osd.demo.runner import DemoSettings, find_differences, run_demo
+from hf_osd.errors import ConfigError, InputError, UnsupportedModelError
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+SECRET = "zanzibar"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=TEMPLATE
+    )
+
+
+def make_model(layers: int, seed: int) -> LlamaForCausalLM:
+    """Return a Llama with random weights."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair(make_model(2, seed=1), make_model(1, seed=2), make_tokenizer())
+
+
+@pytest.fixture
+def folders(pair: Pair, tmp_path: Path) -> dict[str, str]:
+    """Save the pair and a file of prompts, and return the options that name them."""
+    for name, model in (("target", pair.target), ("draft", pair.draft)):
+        model.save_pretrained(tmp_path / name)
+        pair.tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{SECRET} {n}"}) + "\n" for n in range(9)))
+    return {
+        "target": str(tmp_path / "target"),
+        "assistant": str(tmp_path / "draft"),
+        "prompts": str(tmp_path / "prompts.jsonl"),
+    }
+
+
+class Log:
+    """An observer that counts."""
+
+    rounds = 0
+
+    def on_round(self, result: DemoResult) -> None:
+        self.rounds += 1
+
+
+def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict[str, str], tmp_path: Path) -> None:
+    """Would catch any break between options and files, and prompts that reach the disk."""
+    screen, output = io.StringIO(), tmp_path / "runs"
+    command = DemoCommand(
+        **folders, requests=3, max_new_tokens=12, update_every=2, output=output, device="cpu", budget_seconds=300
+    )
+    assert command.run(Console(file=screen, width=120))
+    assert "All 6 outputs of hf_osd equal the target's own" in screen.getvalue()
+    (png,) = output.glob("*.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    (path,) = output.glob("*.json")
+    assert SECRET not in path.read_text()
+    figures = json.loads(path.read_text())
+    assert figures["mismatches"] == 0
+    assert figures["about"]["dtype"] == "float32"
+    assert figures["about"]["options"]["update_every"] == 2
+    assert figures["about"]["versions"]["torch"] == torch.__version__
+    assert [set(row) for row in figures["requests"]] == [set(CONTENDERS)] * 3
+    whole = figures["summary"]["whole_run"]
+    assert len({whole[name]["tokens"] for name in CONTENDERS}) == 1  # greedy: all wrote the same
+    assert whole[ONLINE]["updates"] >= 1
+    assert whole[ONLINE]["learning_seconds"] > 0 == whole[STATIC]["learning_seconds"]
+    assert whole[PLAIN]["acceptance"] is None
+    assert 0 <= whole[STATIC]["acceptance"] <= 1 <= whole[STATIC]["tokens_per_target_pass"]
+
+
+def test_contenders_do_not_see_what_the_online_draft_learns(pair: Pair) -> None:
+    """Would catch a static contender that shares weights with the online one, and so hides its gain."""
+    before = {name: weight.clone() for name, weight in pair.draft.state_dict().items()}
+    log = Log()
+    settings = DemoSettings(requests=4, max_new_tokens=8, update_every=1)
+    result = run_demo(pair, ["a", "b", "c", "d", "e"], settings, log)
+    assert log.rounds == len(result.rounds) == 4
+    assert sum(one.measures[ONLINE].updates for one in result.rounds) >= 3
+    assert all(torch.equal(weight, before[name]) for name, weight in pair.draft.state_dict().items())
+
+
+def test_the_budget_ends_the_run_cleanly_after_a_whole_round(pair: Pair) -> None:
+    """Would catch a slow machine overrunning the promise of five minutes, or a half-measured request."""
+    settings = DemoSettings(requests=4, max_new_tokens=4, budget_seconds=1e-6)
+    result = run_demo(pair, ["a", "b", "c", "d"], settings, Log())
+    assert result.stopped_early
+    assert [set(one.measures) for one in result.rounds] == [set(CONTENDERS)]
+
+
+def test_sampled_outputs_are_not_compared(pair: Pair) -> None:
+    """Would catch sampled runs failing because two samples differ, as they should."""
+    result = run_demo(pair, ["a", "b"], DemoSettings(requests=2, max_new_tokens=8, sample=True), Log())
+    assert result.differences == []
+
+
+class Recorded:
+    """A contender that notes its turns."""
+
+    def __init__(self, name: str, turns: list[tuple[str, int]]) -> None:
+        self.name, self.turns = name, turns
+
+    def answer(self, inputs: Any, **options: Any) -> tuple[torch.Tensor, Measure]:
+        self.turns.append((self.name, torch.initial_seed()))
+        return torch.tensor([5, 6]), Measure(tokens=2, seconds=0.1)
+
+
+def test_who_goes_first_rotates_and_all_start_from_the_same_seed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a fixed order, in which one contender always finds the caches warm, and uneven seeds."""
+    turns: list[tuple[str, int]] = []
+
+    class Opened:
+        def __enter__(self) -> list[Recorded]:
+            return [Recorded(name, turns) for name in CONTENDERS]
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr("hf_osd.demo.runner.open_contenders", lambda *arguments: Opened())
+    run_demo(pair, ["a"] * 5, DemoSettings(requests=4, max_new_tokens=2, seed=7), Log())
+    counted = turns[len(CONTENDERS) :]  # the first round warms up
+    assert [name for name, _ in counted[::4]] == list(CONTENDERS)
+    assert [seed for _, seed in counted] == [7] * 4 + [8] * 4 + [9] * 4 + [10] * 4
+
+
+def test_a_wrong_token_is_a_mismatch_and_a_tie_is_called_one(pair: Pair) -> None:
+    """Would catch a check that passes everything, or that calls two equal logits a bug."""
+    (request,) = encode_prompts(pair, ["hello"], 4)
+    reference = torch.tensor([9, 8, 7])
+    outputs = {PLAIN: reference, STOCK: reference.clone(), STATIC: torch.tensor([9, 8, 6]), ONLINE: reference[:2]}
+    static, online = find_differences(pair.target, request, outputs, index=5)
+    assert (static.contender, static.position, static.request) == (STATIC, 2, 5)
+    assert (online.contender, online.position) == (ONLINE, 2)
+    ids = torch.cat([request["input_ids"], reference[None, :2]], dim=1)
+    best, second = pair.target(ids).logits[0, -1].topk(2).values.tolist()
+    assert static.gap == pytest.approx(best - second)
+    assert not static.near_tie
+    pair.target.lm_head.weight.data.zero_()
+    assert all(item.near_tie for item in find_differences(pair.target, request, outputs, index=5))
+
+
+def test_prompts_use_the_chat_template_and_must_fit(pair: Pair) -> None:
+    """Would catch chats flattened by hand, and requests that run out of context at different lengths."""
+    chat = [{"role": "user", "content": "hi"}]
+    text, same = (pair.tokenizer.decode(one["input_ids"][0]) for one in encode_prompts(pair, ["hi", chat], 8))
+    assert text == same == "<bos>[user]hi"
+    assert len(encode_prompts(pair, ["hi", "x" * 300], 8)) == 1
+    with pytest.raises(InputError, match=r"none of 1 prompts fits .* max_new_tokens=8"):
+        encode_prompts(pair, ["x" * 300], 8)
+    pair.tokenizer.chat_template = None
+    (plain,) = encode_prompts(pair, ["hi"], 8)
+    assert pair.tokenizer.decode(plain["input_ids"][0]) == "hi"
+
+
+@pytest.mark.parametrize("name", ["requests", "max_new_tokens", "draft_length", "update_every", "budget_seconds"])
+def test_settings_name_what_is_wrong(name: str) -> None:
+    """Would catch a setting of zero that divides by zero, or loops, minutes later."""
+    with pytest.raises(ConfigError, match=f"{name} must be .* got 0"):
+        DemoSettings(**{name: 0})
+
+
+def test_a_missing_embedded_pair_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch an installation without its models failing in the depths of transformers."""
+    monkeypatch.setattr(demo_models, "EMBEDDED_PAIR", tmp_path)
+    with pytest.raises(UnsupportedModelError, match="cannot load"):
+        load_pair(None, None, device="cpu")
+
+
+def test_the_live_panel_draws_on_a_terminal(folders: dict[str, str], tmp_path: Path) -> None:
+    """Would catch a display that only works where no one looks at it."""
+    screen = io.StringIO()
+    command = DemoCommand(**folders, requests=2, max_new_tokens=4, output=tmp_path / "runs", device="cpu", plot=False)
+    assert command.run(Console(file=screen, width=100, force_terminal=True))
+    assert "acceptance, online draft" in screen.getvalue()
+    assert "2/2" in screen.getvalue()
+    assert not list((tmp_path / "runs").glob("*.png"))

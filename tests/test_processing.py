@@ -1,0 +1,58 @@
+"""Processors over rows of different lengths, against calling them row by row and token by token."""
+
+import pytest
+import torch
+from transformers.generation import logits_process as lp
+
+from hf_osd.serving.processing import process
+
+PROCESSORS = {
+    "temperature": lp.TemperatureLogitsWarper(0.6),
+    "top_k": lp.TopKLogitsWarper(4),
+    "top_p": lp.TopPLogitsWarper(0.7),
+    "min_p": lp.MinPLogitsWarper(0.1),
+    "typical": lp.TypicalLogitsWarper(0.8),
+    "epsilon": lp.EpsilonLogitsWarper(0.02),
+    "eta": lp.EtaLogitsWarper(0.02),
+    "normalise": lp.LogitNormalization(),
+    "suppress": lp.SuppressTokensLogitsProcessor([3, 5]),
+    "repetition": lp.RepetitionPenaltyLogitsProcessor(1.5),
+    "ngram": lp.NoRepeatNGramLogitsProcessor(2),
+    "min_length": lp.MinLengthLogitsProcessor(8, eos_token_id=2),
+    "forced_eos": lp.ForcedEOSTokenLogitsProcessor(9, eos_token_id=2),
+}
+
+
+@pytest.mark.parametrize("name", [*PROCESSORS, "all"])
+def test_equals_one_call_a_token(name):
+    """Catches the fast path for processors that are not context-free, and lengths or rows mixed up in the slow one."""
+    processors = list(PROCESSORS.values()) if name == "all" else [PROCESSORS[name]]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 11, (3, 12), generator=generator)
+    scores = torch.randn(3, 4, 11, generator=generator)
+    ends, before = [5, 8, 6], scores.clone()
+    actual = process(processors, ids, scores, ends)
+    for row, end in enumerate(ends):
+        for step in range(4):
+            expected = lp.LogitsProcessorList(processors)(
+                ids[row : row + 1, : end + step], scores[row : row + 1, step].clone()
+            )
+            torch.testing.assert_close(actual[row, step], expected[0])
+    assert torch.equal(scores, before)
+
+
+def test_a_processor_sees_the_whole_batch():
+    """Catches processors called with a part of the batch: one that looks at the row's number would be misled."""
+    seen = []
+
+    class Spy(lp.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append((tuple(input_ids.shape), scores.shape[0]))
+            scores += 1.0  # in place, as careless processors do
+            return scores
+
+    scores = torch.zeros(2, 2, 5)
+    result = process([Spy()], torch.zeros(2, 9, dtype=torch.long), scores, [4, 6])
+    assert seen == [((2, length), 2) for length in (4, 5, 6, 7)]
+    assert (result == 1.0).all()
+    assert (scores == 0.0).all()

@@ -1,0 +1,90 @@
+"""What is recorded must be the target's own distribution, at the right positions, without a forward more."""
+
+import pytest
+import torch
+from fakes import prompts, tiny_model, wrong_draft
+
+import hf_osd
+from hf_osd import OnlineAssistant, OnlineConfig
+
+TARGET = tiny_model("llama")
+
+
+def record(how, batch, monkeypatch, **settings):
+    """Observations of one call, the output, and the number of forwards of the target."""
+    assistant = OnlineAssistant(wrong_draft(TARGET, how), TARGET, OnlineConfig(top_k_teacher=6, draft_length=3))
+    seen = []
+    monkeypatch.setattr(assistant._learner, "observe", seen.append)
+    output = hf_osd.generate(
+        TARGET, **prompts(batch), online_assistant=assistant, max_new_tokens=17, pad_token_id=0, **settings
+    )
+    return seen, output, assistant.stats()
+
+
+@pytest.mark.parametrize("how", ["noisy", "adversarial", "perfect"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("sample", [False, True])
+def test_teacher_is_the_targets_own(how, batch, sample, monkeypatch):
+    """Catches teachers of another position or row, after processors, or with a wrong tail."""
+    settings = dict(do_sample=sample, temperature=0.7, top_k=9) if sample else dict(do_sample=False)
+    observations, output, _ = record(how, batch, monkeypatch, **settings)
+    assert len(observations) == batch
+    for row, seen in enumerate(observations):
+        inputs = prompts(batch)
+        prompt = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        assert torch.equal(seen.prompt_ids, prompt)
+        assert torch.equal(seen.output_ids, output[row, 9:])
+        with torch.no_grad():
+            logits = TARGET(torch.cat([seen.prompt_ids, seen.output_ids])[None]).logits[0]
+        expected = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+        torch.testing.assert_close(seen.teacher_log_probs, expected.gather(1, seen.teacher_ids), atol=1e-5, rtol=1e-5)
+        assert torch.equal(seen.teacher_ids, expected.topk(6).indices)
+        torch.testing.assert_close(seen.teacher_tail, 1 - expected.exp().topk(6).values.sum(-1), atol=1e-6, rtol=1e-4)
+
+
+def test_drafted_and_accepted(monkeypatch):
+    """Catches proposals noted at the wrong position: accepted ones equal the output, refused ones differ from it."""
+    for how in ("noisy", "shifted", "perfect"):
+        observations, _, stats = record(how, 3, monkeypatch, do_sample=False)
+        for seen in observations:
+            proposed = seen.draft_ids >= 0
+            assert torch.equal(seen.accepted & proposed, seen.accepted)
+            assert (seen.draft_ids[seen.accepted] == seen.output_ids[seen.accepted]).all()
+            assert (seen.draft_ids[seen.rejected] != seen.output_ids[seen.rejected]).all()
+        assert sum(int(seen.accepted.sum()) for seen in observations) == stats.accepted_tokens
+        assert sum(int((seen.draft_ids >= 0).sum()) for seen in observations) == stats.draft_tokens
+
+
+def test_no_extra_forward(monkeypatch):
+    """Catches a teacher that is paid for with forwards of the target."""
+    calls = []
+    handle = TARGET.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    _, _, stats = record("noisy", 1, monkeypatch, do_sample=False)
+    handle.remove()
+    assert len(calls) == stats.target_passes
+
+
+def test_output_is_cut_at_eos(monkeypatch):
+    """Catches observations that run on behind the end of a row."""
+    plain = TARGET.generate(**prompts(1), max_new_tokens=17, do_sample=False)
+    eos = int(plain[0, 9 + 6])
+    observations, _, _ = record("perfect", 3, monkeypatch, do_sample=False, eos_token_id=eos)
+    for seen in observations:
+        assert (seen.output_ids[:-1] != eos).all()
+        assert len(seen.output_ids) == len(seen.teacher_ids) == len(seen.draft_ids) == len(seen.accepted)
+    assert int(observations[0].output_ids[-1]) == eos
+
+
+def test_fraction(monkeypatch):
+    """Catches a sampling fraction that is ignored, or that cannot be repeated."""
+    counts = []
+    for _ in range(2):
+        config = OnlineConfig(record_fraction=0.5, seed=3)
+        assistant = OnlineAssistant(wrong_draft(TARGET, "random"), TARGET, config)
+        seen = []
+        monkeypatch.setattr(assistant._learner, "observe", seen.append)
+        for _ in range(5):
+            hf_osd.generate(TARGET, **prompts(4), online_assistant=assistant, max_new_tokens=2)
+        counts.append(len(seen))
+    assert counts[0] == counts[1]
+    assert 0 < counts[0] < 20
