@@ -29,7 +29,7 @@ class OnlineConfig:
             Log-probabilities of the target to keep at each position; the mass of all others is kept as one number.
         replay_size (`int`, defaults to 256):
             Requests that the replay buffer holds; the oldest leaves first.
-        steps_per_update (`int`, defaults to 4):
+        steps_per_update (`int`, defaults to 8):
             Optimiser steps in one update.
         batch_size (`int`, defaults to 8):
             Requests, sampled from the replay buffer, in one optimiser step.
@@ -38,7 +38,7 @@ class OnlineConfig:
         beta (`float`, defaults to 0.0):
             Generalised Jensen-Shannon divergence, as in TRL's GKD (https://arxiv.org/abs/2306.13649, eq. 1):
             0.0 is the forward KL, 1.0 the reverse KL.
-        learning_rate (`float`, defaults to 1e-3):
+        learning_rate (`float`, defaults to 2e-3):
             Step size of a draft that accepts nothing; see `adaptive_learning_rate`.
         adaptive_learning_rate (`bool`, defaults to `True`):
             Scale the step size by how much the draft still gets wrong, so that a cold draft learns fast and a good
@@ -72,11 +72,11 @@ class OnlineConfig:
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
-    steps_per_update: int = 4
+    steps_per_update: int = 8
     batch_size: int = 8
     positions: Literal["all", "rejected"] = "all"
     beta: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     adaptive_learning_rate: bool = True
     max_length: int = 1024
     full_teacher: bool = False

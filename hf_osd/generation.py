@@ -14,6 +14,7 @@ from transformers import (
     StopStringCriteria,
 )
 from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -24,6 +25,7 @@ from .serving.decoder import Decoder, make_decoder
 from .serving.drafting import OnlineAssistedGenerator
 from .serving.engine import Engine, History
 from .serving.inputs import check_cache, check_config, check_processors, check_settings, check_target, padding_of
+from .serving.processing import on_device
 from .serving.randomness import Randomness
 from .serving.sequences import Sequences
 from .serving.stopping import StopCheck
@@ -90,7 +92,7 @@ def generate(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise UnsupportedGenerationError(f"{name} cannot be combined with online_assistant: leave it out")
     assistant = resolve_assistant(online_assistant, model)
-    generation_config, kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
+    kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
 
     def decode(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
         if streamer is not None:
@@ -110,19 +112,17 @@ def _with_stop_strings(
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
     kwargs: dict[str, Any],
-) -> tuple[GenerationConfig | None, dict[str, Any]]:
+) -> dict[str, Any]:
     """Turn stop strings into a criterion here: on the way to a custom callable, transformers loses the tokenizer."""
-    base = generation_config if generation_config is not None else model.generation_config
-    strings = kwargs.pop("stop_strings", None) or base.stop_strings
+    configs = [config for config in (generation_config, model.generation_config) if config is not None]
+    strings = kwargs.get("stop_strings") or next((c.stop_strings for c in configs if c.stop_strings), None)
     if not strings:
-        return generation_config, kwargs
+        return kwargs
     if tokenizer is None:
         raise InputError(f"stop_strings={strings!r} needs the tokenizer: pass tokenizer=...")
-    if base.stop_strings:
-        generation_config = GenerationConfig.from_dict({**base.to_dict(), "stop_strings": None})
-    criteria = StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or [])])
+    criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or [])])
     criteria.append(StopStringCriteria(tokenizer, strings))
-    return generation_config, {**kwargs, "stopping_criteria": criteria}
+    return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}  # None: over what the configs say
 
 
 def online_decoding(
@@ -188,6 +188,7 @@ def _decode(
     check_processors(logits_processor)
     padding = padding_of(input_ids, model_kwargs)
     sequences = _sequences(input_ids.to(model.device), padding, config, stopping_criteria, assistant)
+    config.max_length = sequences.limit  # of this call's own copy
     randomness = Randomness(generator) if config.do_sample else None
     started = time.perf_counter()
     with eval_mode(model, assistant.draft), assistant.request(len(padding)) as request:
@@ -197,7 +198,7 @@ def _decode(
             assistant.draft,
             config,
             {},
-            logits_processor=logits_processor,
+            logits_processor=on_device(logits_processor, assistant.draft.device, input_ids.device),
             draft_length=assistant.config.draft_length,
             padding=padding,
             vocab_size=model.config.get_text_config(decoder=True).vocab_size,
@@ -211,7 +212,7 @@ def _decode(
             target=target,
             drafter=drafter,
             draft_length=assistant.config.draft_length,
-            processors=list(logits_processor),
+            processors=on_device(logits_processor, model.device, input_ids.device),
             stop_check=StopCheck(stopping_criteria),
             randomness=randomness,
             streamer=streamer,
@@ -232,17 +233,19 @@ def _sequences(
 ) -> Sequences:
     eos: list[int] = []
     for criterion in stopping_criteria:
-        if hasattr(criterion, "eos_token_id"):
+        if type(criterion) is EosTokenCriteria:
             eos.extend(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
     pad = config._pad_token_tensor
-    lengths = [criterion.max_length for criterion in stopping_criteria if hasattr(criterion, "max_length")]
+    # The caller's own criterion takes the place of the config's; plain decoding takes a token before it asks.
+    lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
     return Sequences(
         input_ids,
         padding,
-        max_length=min([config.max_length, *lengths]),
+        max_length=max(min(lengths, default=config.max_length), input_ids.shape[1] + 1),
         slack=assistant.config.draft_length,
         pad_token_id=int(pad) if pad is not None else 0,
         eos_token_ids=eos,
+        pads=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
     )
 
 
@@ -250,7 +253,7 @@ def _target(model: PreTrainedModel, sequences: Sequences, cache: Cache | None) -
     """A cache of the caller's is gone on from and filled; the empty one that transformers prepares is not needed."""
     if cache is None or not getattr(cache, "_is_user_defined", False):
         return make_decoder(model, sequences.padding, sequences.ids.shape[1])
-    check_cache(cache)
+    check_cache(cache, sequences.padding)
     return make_decoder(model, sequences.padding, sequences.ids.shape[1], cache)
 
 
@@ -262,9 +265,8 @@ def _output(
     ids = sequences.padded(end).to(device)
     if not config.return_dict_in_generate:
         return ids
-    columns = end - sequences.prompt_length
     recorded: dict[str, Any] = {
-        "scores": engine.scores.columns(columns) if engine.scores is not None else None,
-        "logits": engine.logits.columns(columns) if engine.logits is not None else None,
+        "scores": engine.scores.columns(sequences.lengths) if engine.scores is not None else None,
+        "logits": engine.logits.columns(sequences.lengths) if engine.logits is not None else None,
     }
     return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=engine.target.export(), **recorded)  # type: ignore[arg-type]

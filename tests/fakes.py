@@ -10,10 +10,12 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -40,6 +42,21 @@ _CONFIGS: dict[str, Callable[..., object]] = {
     ),
     "bloom": lambda num_hidden_layers, **k: BloomConfig(
         **{**_SHARED, "hidden_size": 32, "n_head": 4, "n_layer": num_hidden_layers, **k}
+    ),
+    "neo": lambda num_hidden_layers, **k: GPTNeoConfig(
+        **{
+            **_SHARED,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "num_layers": num_hidden_layers,
+            "attention_types": [[["global", "local"], num_hidden_layers // 2]],
+            "window_size": 16,
+            **k,
+        }
+    ),
+    "gpt1": lambda num_hidden_layers, **k: OpenAIGPTConfig(
+        **{**_SHARED, "n_embd": 32, "n_head": 4, "n_positions": CONTEXT, "n_layer": num_hidden_layers, **k}
     ),
     "mamba": lambda **k: MambaConfig(hidden_size=32, **{**_SHARED, **k}),
 }

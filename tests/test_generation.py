@@ -8,8 +8,10 @@ import torch
 from fakes import ARCHITECTURES, CONTEXT, DRAFTS, VOCAB, prompts, tiny_model, wrong_draft
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -139,6 +141,22 @@ def test_user_processor(batch):
     assert torch.equal(expected, actual)
 
 
+class Scheduled(LogitsProcessor):
+    """A user's own, with a value for each token that may be generated, and none for any other."""
+
+    def __init__(self, start, count):
+        self.start, self.factors = start, torch.linspace(0.5, 1.5, count)
+
+    def __call__(self, input_ids, scores):
+        return scores * self.factors[input_ids.shape[1] - self.start]
+
+
+def test_processors_are_not_asked_beyond_the_limit():
+    """Catches texts shown to a processor that are longer than any that token-by-token decoding has."""
+    expected, actual = both(LLAMA, NOISY, prompts(3), max_new_tokens=20, logits_processor=[Scheduled(9, 20)])
+    assert torch.equal(expected, actual)
+
+
 @pytest.mark.parametrize("with_eos", [True, False])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_user_criterion(batch, with_eos):
@@ -150,6 +168,27 @@ def test_user_criterion(batch, with_eos):
         criteria = StoppingCriteriaList([EndsWith(stops)])
         expected, actual = both(LLAMA, wrong_draft(LLAMA, how), inputs, stopping_criteria=criteria, **extra)
         assert torch.equal(expected, actual)
+
+
+class NeverStops(StoppingCriteria):
+    """A user's own, whose attributes happen to be called as those of transformers' criteria."""
+
+    def __init__(self, eos):
+        self.max_length, self.eos_token_id = 12, eos
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_criteria_mean_what_they_say(batch):
+    """Catches criteria enforced by their attributes, and a MaxLengthCriteria that does not replace the config's."""
+    inputs = prompts(batch)
+    (eos,) = eos_of(LLAMA, inputs, [4])[:1]
+    for criterion in (NeverStops(eos), MaxLengthCriteria(35), MaxLengthCriteria(15), MaxLengthCriteria(3)):
+        criteria = StoppingCriteriaList([criterion])
+        expected, actual = both(LLAMA, NOISY, inputs, stopping_criteria=criteria)
+        assert torch.equal(expected, actual), criterion
 
 
 def test_max_length_and_one_token():
@@ -197,6 +236,27 @@ def test_padded_vocabularies(difference):
             assert torch.equal(output, LLAMA.generate(**inputs, max_new_tokens=12, do_sample=False))
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_token_that_the_draft_does_not_have(sample):
+    """Catches a processor that forces such a token: no distribution is left, or no embedding to read it back."""
+    draft = tiny_model("llama", seed=4, vocab_size=VOCAB - 7)
+    only_last = {"prefix_allowed_tokens_fn": lambda row, ids: [VOCAB - 1] if len(ids) % 2 else list(range(3, VOCAB))}
+    assistant = static(draft)
+    output = hf_osd.generate(
+        LLAMA,
+        **prompts(2),
+        online_assistant=assistant,
+        max_new_tokens=12,
+        do_sample=sample,
+        temperature=0.5,
+        **only_last,
+    )
+    assert (output[:, 9::2] == VOCAB - 1).all()
+    assert assistant.stats().acceptance_rate > 0
+    if not sample:
+        assert torch.equal(output, LLAMA.generate(**prompts(2), max_new_tokens=12, do_sample=False, **only_last))
+
+
 def test_draft_in_another_dtype():
     """Catches dtypes that leak from one model into the other's cache or mask."""
     draft = tiny_model("gpt2", seed=5, dtype=torch.bfloat16)
@@ -214,6 +274,22 @@ def test_croppable_cache(kind):
         assert torch.equal(expected, actual)
     with pytest.raises(UnsupportedModelError, match="one prompt at a time"):
         both(target, NOISY, prompts(2, length=14), max_new_tokens=40)
+
+
+def test_window_that_the_configuration_calls_otherwise():
+    """Catches GPT-Neo's local layers, whose window is one of columns, on rows of different lengths."""
+    target = tiny_model("neo")
+    expected, actual = both(target, NOISY, prompts(1), max_new_tokens=40)
+    assert torch.equal(expected, actual)
+    with pytest.raises(UnsupportedModelError, match="one prompt at a time"):
+        both(target, NOISY, prompts(3), max_new_tokens=40)
+
+
+def test_a_model_without_a_cache_is_refused():
+    """Catches models that ignore the cache: their output would be wrong, or fail somewhere deep."""
+    target = tiny_model("gpt1")
+    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel cannot be served"):
+        both(target, NOISY, prompts(1))
 
 
 def test_eager_attention():
@@ -308,6 +384,20 @@ def test_scores_and_logits(batch):
         assert (actual.scores[step][~alive] == 0).all()
 
 
+def test_scores_behind_a_criterion():
+    """Catches scores of tokens that a criterion has cut off: behind a row's end they are zero."""
+    stops = eos_of(LLAMA, prompts(3), [1, 9, 16])
+    output = hf_osd.generate(
+        LLAMA, **prompts(3), online_assistant=static(wrong_draft(LLAMA, "perfect")), max_new_tokens=16,
+        do_sample=False, eos_token_id=2, pad_token_id=0, stopping_criteria=[EndsWith(stops[:1])], output_scores=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    ended = torch.isin(output.sequences[:, 9:], torch.tensor([stops[0], 2])).cumsum(1).cumsum(1) > 1
+    assert ended[0, 2:].all()
+    for step, scores in enumerate(output.scores):
+        assert ((scores == 0).all(dim=1) == ended[:, step]).all()
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_returned_cache_can_be_continued(batch):
     """Catches an exported cache with rejected tokens in it, or in the wrong columns."""
@@ -336,6 +426,16 @@ def test_continues_a_given_cache():
     )
     assert torch.equal(expected, actual)
     assert cache.get_seq_length() == actual.shape[1] - 1
+
+
+def test_a_filled_cache_with_padding_is_refused():
+    """Catches padding in the caller's cache that is read as text: the cache does not say where it is."""
+    inputs = {"input_ids": torch.tensor([[0, 0, 5, 6, 7]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    first = LLAMA.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    turn = {"input_ids": first.sequences, "attention_mask": mask, "past_key_values": first.past_key_values}
+    with pytest.raises(InputError, match="padding"):
+        hf_osd.generate(LLAMA, **turn, max_new_tokens=4, online_assistant=static(NOISY))
 
 
 def test_num_return_sequences():
@@ -491,6 +591,24 @@ def test_stop_strings():
         assert torch.equal(expected, actual)
     with pytest.raises(InputError, match="tokenizer"):
         hf_osd.generate(LLAMA, **inputs, stop_strings=["x"], online_assistant=static(NOISY))
+
+
+@pytest.mark.parametrize("place", ["model", "config", "call"])
+def test_stop_strings_of_every_origin(place):
+    """Catches stop strings that only the model's own configuration names, whatever else is passed."""
+    target, tokenizer, inputs = tiny_model("llama"), tiny_tokenizer(), prompts(1)
+    plain = target.generate(**inputs, max_new_tokens=20, do_sample=False)
+    word = tokenizer.convert_ids_to_tokens(int(plain[0, 9 + 7]))
+    target.generation_config.stop_strings = [word if place == "model" else "never"]
+    settings = {"tokenizer": tokenizer, "max_new_tokens": 20, "do_sample": False}
+    if place == "config":
+        config = GenerationConfig(max_new_tokens=20, do_sample=False, stop_strings=[word])
+        settings = {"tokenizer": tokenizer, "generation_config": config}
+    if place == "call":
+        settings["stop_strings"] = [word]
+    expected = target.generate(**inputs, **settings)
+    assert expected.shape[1] < plain.shape[1]
+    assert torch.equal(expected, hf_osd.generate(target, **inputs, **settings, online_assistant=static(NOISY, target)))
 
 
 def test_pipeline():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as lp
 
-from hf_osd.serving.processing import process
+from hf_osd.serving.processing import on_device, process
 
 PROCESSORS = {
     "temperature": lp.TemperatureLogitsWarper(0.6),
@@ -39,6 +39,28 @@ def test_equals_one_call_a_token(name):
             )
             torch.testing.assert_close(actual[row, step], expected[0])
     assert torch.equal(scores, before)
+
+
+def test_processors_follow_the_scores_to_another_device():
+    """Catches processors whose tensors stay with the inputs, where a draft or a target is on another device."""
+    processor, meta = lp.MinLengthLogitsProcessor(8, eos_token_id=2), torch.device("meta")
+    cpu = torch.device("cpu")
+    assert on_device([processor], cpu, cpu)[0] is processor
+    assert on_device([processor], meta, cpu)[0].eos_token_id.device == meta
+    assert processor.eos_token_id.device == cpu
+
+
+def test_nothing_behind_the_limit():
+    """Catches processors asked about columns that there will never be."""
+    lengths = []
+
+    def processor(input_ids, scores):
+        lengths.append(input_ids.shape[1])
+        return scores + 1.0
+
+    result = process([processor], torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 3, 5), [4, 6], limit=7)
+    assert lengths == [4, 5, 6]
+    assert result[:, :, 0].tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
 
 
 def test_a_processor_sees_the_whole_batch():

@@ -59,6 +59,23 @@ def test_an_unknown_parameter_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_an_interrupted_publish_lets_readers_in():
+    """Catches a server that hangs for ever because someone pressed Ctrl-C while an update waited for a reader."""
+    model = tiny_model("llama")
+    weights = LiveWeights(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    weights._condition.wait_for = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        weights.publish(dict(model.named_parameters()))
+    entered = threading.Thread(target=lambda: weights.__enter__(), daemon=True)
+    entered.start()
+    entered.join(timeout=10)
+    assert not entered.is_alive()
+
+
 def test_eval_mode_is_given_back_by_the_last():
     """Catches a concurrent call that is put back into train mode while it still decodes."""
     model = tiny_model("llama")

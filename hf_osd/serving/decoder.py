@@ -165,6 +165,10 @@ class CroppableDecoder(Decoder):
         if self._takes_positions:
             inputs["position_ids"] = torch.arange(start, end, device=ids.device)[None] - self.padding[0]
         logits = self._logits(keep, **inputs)
+        if self.cache.get_seq_length() != end - self.padding[0]:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be served: it does not keep its tokens in the cache it is given"
+            )
         self.cached = [end]
         return logits
 
@@ -215,7 +219,8 @@ def attention_span(model: PreTrainedModel) -> int:
     else:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     chunk = getattr(config, "attention_chunk_size", None)
-    return min(window or 2**62, chunk or 2**62)
+    local = getattr(config, "window_size", None)  # GPT-Neo's, whose layers apply it by column, not by position
+    return min(window or 2**62, chunk or 2**62, local if isinstance(local, int) else 2**62)
 
 
 _ragged_models: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]]" = weakref.WeakKeyDictionary()

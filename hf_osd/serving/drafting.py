@@ -105,20 +105,21 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         Args:
             ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer. Columns behind the ends are
                 scratch: where the buffer lives on the draft's device, the proposal is left there.
-            ends (`Sequence[int]`): Column behind the last token of each row.
+            ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
+                as they were proposed: a row goes on from a prefix of its proposal and one token more.
             k (`int`): Tokens to propose; 0 gives an empty proposal without running the draft.
 
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
         """
-        ids = self._readable(ids)
+        ids = ids.to(self.assistant_model.device)
         if k == 0:
             self._last = Proposal(ids.new_empty(len(ids), 0))
             return self._last
-        if self._decoder is None:
-            self._decoder = make_decoder(self.assistant_model, self._padding, self._width)
-        self._decoder.rollback([end - 1 for end in ends])
-        with self._weights:
+        with self._weights:  # also over the choice of the decoder, which may try the draft out
+            if self._decoder is None:
+                self._decoder = make_decoder(self.assistant_model, self._padding, self._width)
+            self._decoder.rollback([end - 1 for end in ends])
             steps = [self._step(self._decoder, ids, [end + step for end in ends]) for step in range(k)]
         tokens = torch.stack([token for token, _ in steps], dim=1)
         probabilities = [q for _, q in steps if q is not None]
@@ -126,16 +127,15 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         return self._last
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
-        """Put the tokens where the draft can read them, and replace ids that its embedding does not have."""
-        ids = ids.to(self.assistant_model.device)
+        """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""
         known = self.assistant_model.config.get_text_config(decoder=True).vocab_size
         return ids if known >= self._vocab_size else ids.clamp(max=known - 1)
 
     def _step(
         self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        logits = _fit_vocabulary(decoder.feed(ids, ends, keep=1), self._vocab_size)
-        scores = process(self._processors, ids, logits, ends)[:, 0]  # (batch, vocab)
+        logits = _fit_vocabulary(decoder.feed(self._readable(ids), ends, keep=1), self._vocab_size)
+        scores = process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]  # (batch, vocab)
         if self._randomness is None:
             tokens, probabilities = scores.argmax(dim=-1), None
         else:
@@ -190,18 +190,24 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(1, length)`): All tokens, the accepted ones included.
-            scores (`torch.FloatTensor` of shape `(1, k + 1, vocab)`): The target's scores.
+            scores (`torch.FloatTensor` of shape `(1, k + 1, vocab)`): The target's scores, after processors: a
+                teacher recorded here is what they leave of the target's own distribution.
             num_matches (`int`): Proposed tokens it accepted.
         """
         self.note(scores, [int(num_matches)], [int(num_matches) + 1])
 
 
 def _fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut or pad the draft's logits to the target's vocabulary; ids that only one of them has are never proposed."""
+    """
+    Cut or pad the draft's logits to the target's vocabulary.
+
+    Ids that only the target has are never proposed, except where a processor allows nothing else: they are finite, so
+    that there is a choice then too.
+    """
     missing = size - logits.shape[-1]
     if missing <= 0:
         return logits[..., :size]
-    return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+    return torch.nn.functional.pad(logits, (0, missing), value=-1e30)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -33,10 +33,10 @@ class History:
         for row, count in enumerate(taken):
             self._rows[row].append(values[row, :count].clone())
 
-    def columns(self, count: int) -> tuple[torch.Tensor, ...]:
-        """Return `(batch, vocab)` for each of the first `count` generated columns; zeros behind the end of a row."""
-        rows = [torch.cat(row)[:count] for row in self._rows]
-        padded = [torch.nn.functional.pad(row, (0, 0, 0, count - len(row))) for row in rows]
+    def columns(self, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Return `(batch, vocab)` for each generated column; row r holds zeros behind its first `lengths[r]`."""
+        rows = [torch.cat(row)[:length] for row, length in zip(self._rows, lengths, strict=True)]
+        padded = [torch.nn.functional.pad(row, (0, 0, 0, max(lengths) - len(row))) for row in rows]
         return torch.stack(padded).unbind(1)
 
 
@@ -88,7 +88,7 @@ class Engine:
         sequences.propose(proposal.tokens)
         logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
         self.target_passes += 1
-        scores = process(self.processors, sequences.ids, logits, starts)
+        scores = process(self.processors, sequences.ids, logits, starts, sequences.limit)
         self._commit(logits, scores, self._verify(scores, proposal))
         self.target.rollback([end - 1 for end in sequences.ends])
 
@@ -111,8 +111,8 @@ class Engine:
         for history, values in ((self.scores, scores), (self.logits, logits)):
             if history is not None:
                 history.append(values, taken)
-        columns = max(self.sequences.ends) - self.sequences.prompt_length
-        seen = self.scores.columns(columns) if self.scores is not None and self.stop_check.asks else None
+        ask_for = self.scores if self.stop_check.asks else None
+        seen = ask_for.columns(self.sequences.lengths) if ask_for is not None else None
         taken = self.stop_check(self.sequences, taken, seen)
         self.drafter.note(logits, accepted, taken)
 

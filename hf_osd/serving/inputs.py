@@ -1,6 +1,6 @@
 """What `generate` was asked for, checked before any work starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,12 +120,24 @@ def padding_of(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list
     return padding
 
 
-def check_cache(cache: Cache) -> None:
-    """Raise `UnsupportedGenerationError` for a cache of the caller's that cannot roll back."""
+def check_cache(cache: Cache, padding: Sequence[int]) -> None:
+    """
+    Refuse a cache of the caller's that cannot be gone on from.
+
+    Args:
+        cache (`Cache`): As given to `generate`.
+        padding (`Sequence[int]`): Padding columns of each row.
+
+    Raises:
+        UnsupportedGenerationError: It cannot roll back.
+        InputError: It is filled, and may hold padding: whether it does cannot be seen from it.
+    """
     if type(cache) is not DynamicCache:
         raise UnsupportedGenerationError(
             f"past_key_values must be a DynamicCache, which can roll back rejected tokens, got {type(cache).__name__}"
         )
+    if any(padding) and cache.get_seq_length():
+        raise InputError("a filled past_key_values cannot be combined with padding: pass the prompt without it")
 
 
 def _is_given(value: Any) -> bool:

@@ -1,8 +1,10 @@
 """transformers' logits processors over rows of different lengths."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
+from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessor
 
@@ -21,8 +23,32 @@ _CONTEXT_FREE: tuple[type, ...] = (
 )
 
 
+def on_device(
+    processors: Sequence[LogitsProcessor], device: torch.device, built_for: torch.device
+) -> LogitsProcessorList:
+    """
+    Return processors that work on a device: `generate` builds them for that of its inputs.
+
+    Args:
+        processors (`Sequence[LogitsProcessor]`): As `generate` built them; not changed.
+        device (`torch.device`): Where the scores will be.
+        built_for (`torch.device`): Where the inputs were.
+    """
+    if device == built_for:
+        return LogitsProcessorList(processors)
+    moved = [copy.copy(processor) for processor in processors]
+    for processor in moved:
+        attributes = getattr(processor, "__dict__", {})
+        attributes.update({k: v.to(device) for k, v in attributes.items() if isinstance(v, torch.Tensor)})
+    return LogitsProcessorList(moved)
+
+
 def process(
-    processors: Sequence[LogitsProcessor], ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int]
+    processors: Sequence[LogitsProcessor],
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+    ends: Sequence[int],
+    limit: int | None = None,
 ) -> torch.Tensor:
     """
     Apply processors to the scores of consecutive positions of every row, exactly as token-by-token decoding would.
@@ -35,6 +61,8 @@ def process(
         ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer, proposals included.
         scores (`torch.FloatTensor` of shape `(batch, q, vocab)`): Not modified.
         ends (`Sequence[int]`): For each row, the column that `scores[:, 0]` predicts.
+        limit (`int`, *optional*): Columns that there will be. What lies behind them no row takes, so no processor
+            that looks at the text is asked about it: token-by-token decoding never would.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, q, vocab)`.
@@ -44,16 +72,17 @@ def process(
             flat = scores.flatten(0, 1)  # (batch * q, vocab)
             scores = processor(ids[:, :1].expand(-1, scores.shape[1]).reshape(-1, 1), flat).view_as(scores)
         else:
-            scores = _by_length(processor, ids, scores, ends)
+            scores = _by_length(processor, ids, scores, ends, limit)
     return scores
 
 
 def _by_length(
-    processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int]
+    processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int], limit: int | None
 ) -> torch.Tensor:
     batch, q, _ = scores.shape
-    processed = torch.empty_like(scores)
-    for length in sorted({end + step for end in ends for step in range(q)}):
+    processed = scores.clone()
+    lengths = {end + step for end in ends for step in range(q)}
+    for length in sorted(length for length in lengths if limit is None or length < limit):
         steps = [length - end for end in ends]
         rows = [row for row in range(batch) if 0 <= steps[row] < q]
         # Rows that are elsewhere come along with scores of theirs, so that the processor sees a full batch.

@@ -15,8 +15,10 @@ class Sequences:
         max_length (`int`): Columns after which every row ends, prompt and padding included.
         slack (`int`): Columns beyond `max_length` for proposals of rows that are nearly done.
         pad_token_id (`int`): What stands behind the end of a finished row.
-        eos_token_ids (`Sequence[int]`): Tokens that end a row. Without any, a row that a criterion stops goes on until
-            every row has stopped, as in transformers' own loop.
+        eos_token_ids (`Sequence[int]`): Tokens that end a row.
+        pads (`bool`, *optional*): Whether a row ends where a criterion stops it, and is padded from there on. If not,
+            it goes on until every row has stopped, as in transformers' own loop. Defaults to whether there are
+            `eos_token_ids`.
     """
 
     def __init__(
@@ -27,11 +29,13 @@ class Sequences:
         slack: int,
         pad_token_id: int,
         eos_token_ids: Sequence[int] = (),
+        pads: bool | None = None,
     ) -> None:
         self.batch, self.prompt_length = prompt_ids.shape
         self.padding = list(padding)
         self.pad_token_id = pad_token_id
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.pads = bool(eos_token_ids) if pads is None else pads
         self.limit = max_length  # falls to the last stop once all rows have stopped
         self.ends = [self.prompt_length] * self.batch  # column behind the last committed token of each row
         self.stops: list[int | None] = [None] * self.batch  # the end of each row, once it is known
@@ -42,7 +46,7 @@ class Sequences:
 
     def is_active(self, row: int) -> bool:
         """Say whether a row still takes tokens."""
-        stopped = self.stops[row] is not None and bool(self.eos_token_ids)
+        stopped = self.stops[row] is not None and self.pads
         return self.ends[row] < self.limit and not stopped
 
     @property
@@ -54,6 +58,11 @@ class Sequences:
     def budget(self) -> int:
         """The most tokens that any active row may still take."""
         return max((self.limit - self.ends[row] for row in range(self.batch) if self.is_active(row)), default=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each row has generated."""
+        return [end - self.prompt_length for end in self.ends]
 
     def propose(self, tokens: torch.Tensor) -> None:
         """Write a proposal of shape `(batch, k)` behind each row's end, without moving the ends."""
@@ -79,7 +88,9 @@ class Sequences:
         rows = [row for row in range(self.batch) if taken[row]]
         last = [self.ends[row] + taken[row] - 1 for row in rows]
         values = [tokens[row][taken[row] - 1] for row in rows]
-        index = torch.tensor([rows, last, values], device=self.ids.device)
+        index = torch.tensor(
+            [rows, last, values], dtype=torch.long, device=self.ids.device
+        )  # (3, 0) if no row takes any
         self.ids[index[0], index[1]] = index[2]
         for row in rows:
             self.ends[row] += taken[row]
@@ -97,11 +108,11 @@ class Sequences:
     def stop(self, row: int, column: int) -> None:
         """End a row at a column that a stopping criterion chose; later tokens of the row are dropped."""
         self.stops[row] = column
-        if self.eos_token_ids:
+        if self.pads:
             self.ends[row] = column
 
     def settle(self) -> None:
-        """Once every row has stopped, let the last stop be the end of all: see `eos_token_ids` above."""
+        """Once every row has stopped, let the last stop be the end of all: see `pads` above."""
         stops = [stop for stop in self.stops if stop is not None]
         if len(stops) == self.batch:
             self.limit = max(stops)

@@ -53,8 +53,8 @@ class LiveWeights:
         pairs = [(live[name], value) for name, value in parameters.items()]
         with self._condition:
             self._writers_waiting += 1
-            self._condition.wait_for(lambda: self._readers == 0)
-            try:
+            try:  # an interrupt while waiting must not lock the readers out
+                self._condition.wait_for(lambda: self._readers == 0)
                 for parameter, value in pairs:
                     parameter.copy_(value)
             finally:
@@ -73,8 +73,8 @@ def eval_mode(*models: PreTrainedModel) -> Iterator[None]:
 
     Models that were training are put back when the last concurrent call leaves.
     """
-    training = [model for model in models if model.training or id(model) in _eval_users]
     with _eval_lock:
+        training = [model for model in models if model.training or id(model) in _eval_users]
         for model in training:
             _eval_users[id(model)] = _eval_users.get(id(model), 0) + 1
             model.eval()
