@@ -3,7 +3,10 @@
 import inspect
 import sys
 from types import FrameType
+from typing import Any
 
+import torch
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 
@@ -24,3 +27,26 @@ def dropped_streamer() -> BaseStreamer | None:
             return streamer if isinstance(streamer, BaseStreamer) or hasattr(streamer, "put") else None
         frame = frame.f_back
     return None
+
+
+class _WindowLayer(DynamicSlidingWindowLayer):
+    """Returns what its mask is made for: the window before the new tokens, and these."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[:, :, -visible:], values[:, :, -visible:]
+
+
+def show_windows_only(cache: Cache) -> None:
+    """
+    Make the windowed layers of a cache that records its past fit for several forwards between two crops.
+
+    transformers 5.17 returns the recorded past as well, for which the mask is too short; 5.23 does as here. This can
+    go once 5.17 is no longer supported. The class is replaced, not the method, so that the cache can still be copied.
+    """
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.__class__ = _WindowLayer

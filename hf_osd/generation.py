@@ -24,7 +24,15 @@ from .errors import InputError, UnsupportedGenerationError
 from .serving.decoder import Decoder, make_decoder
 from .serving.drafting import OnlineAssistedGenerator
 from .serving.engine import Engine, History
-from .serving.inputs import check_cache, check_config, check_processors, check_settings, check_target, padding_of
+from .serving.inputs import (
+    check_cache,
+    check_config,
+    check_length,
+    check_processors,
+    check_settings,
+    check_target,
+    padding_of,
+)
 from .serving.processing import on_device
 from .serving.randomness import Randomness
 from .serving.sequences import Sequences
@@ -36,6 +44,8 @@ def generate(
     model: PreTrainedModel,
     inputs: torch.Tensor | None = None,
     generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
     *,
     online_assistant: OnlineAssistant | PreTrainedModel | str,
     streamer: BaseStreamer | None = None,
@@ -56,6 +66,11 @@ def generate(
             The prompts, left-padded; also accepted as `input_ids`, together with `attention_mask`.
         generation_config (`GenerationConfig`, *optional*):
             As in transformers; keyword arguments override it.
+        logits_processor (`LogitsProcessorList`, *optional*):
+            As in transformers. Your own must be functions of the tokens and scores they are given: state that they
+            keep from call to call would be misled by proposals that are rejected.
+        stopping_criteria (`StoppingCriteriaList`, *optional*):
+            As in transformers; the same holds.
         online_assistant (`OnlineAssistant`, `PreTrainedModel` or `str`):
             The draft. A model, or a Hub id or local path of one, is wrapped into an [`OnlineAssistant`] with default
             settings, which is kept for the next call with the same target.
@@ -67,7 +82,7 @@ def generate(
             Source of randomness for sampling; defaults to one seeded from torch's global state.
         kwargs:
             Everything else that `model.generate` takes: `attention_mask`, `max_new_tokens`, `do_sample`,
-            `logits_processor`, `stopping_criteria`, `return_dict_in_generate` ...
+            `prefix_allowed_tokens_fn`, `return_dict_in_generate` ...
 
     Returns:
         `torch.LongTensor` of shape `(batch, length)`, or [`~transformers.generation.GenerateDecoderOnlyOutput`] with
@@ -92,6 +107,8 @@ def generate(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise UnsupportedGenerationError(f"{name} cannot be combined with online_assistant: leave it out")
     assistant = resolve_assistant(online_assistant, model)
+    given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+    kwargs |= {name: value for name, value in given.items() if value is not None}
     kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
 
     def decode(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
@@ -188,6 +205,7 @@ def _decode(
     check_processors(logits_processor)
     padding = padding_of(input_ids, model_kwargs)
     sequences = _sequences(input_ids.to(model.device), padding, config, stopping_criteria, assistant)
+    check_length(model, sequences.limit - min(padding))
     config.max_length = sequences.limit  # of this call's own copy
     randomness = Randomness(generator) if config.do_sample else None
     started = time.perf_counter()

@@ -114,6 +114,40 @@ def test_processors(settings, batch):
         assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("how", ["perfect", "noisy"])
+def test_nothing_is_asked_behind_a_drafted_eos(how):
+    """Catches a trie that is asked for what follows its end, and raises: token-by-token decoding never asks."""
+    inputs = prompts(1)
+    eos = eos_of(LLAMA, inputs, [7])[0]
+
+    def trie(row, ids):
+        return [] if (ids[9:] == eos).any() else list(range(3, VOCAB))
+
+    expected, actual = both(LLAMA, wrong_draft(LLAMA, how), inputs, eos_token_id=eos, prefix_allowed_tokens_fn=trie)
+    assert torch.equal(expected, actual)
+
+
+def test_arguments_by_position():
+    """Catches positional arguments of `model.generate` that land elsewhere."""
+    ids, config = prompts(1)["input_ids"], LLAMA.generation_config
+    processors = LogitsProcessorList([FavourByLength()])
+    expected = LLAMA.generate(ids, config, processors, max_new_tokens=9)
+    actual = hf_osd.generate(LLAMA, ids, config, processors, online_assistant=static(NOISY), max_new_tokens=9)
+    assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_change_with_the_length(kind):
+    """Catches proposals that reach past the switch of the frequencies, which changes tokens before it."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 24, **factors}
+    target = tiny_model("llama", rope_parameters=rope, max_position_embeddings=24 if kind == "dynamic" else 96)
+    expected, actual = both(target, wrong_draft(target, "noisy"), prompts(2), max_new_tokens=15)
+    assert torch.equal(expected, actual)
+    with pytest.raises(UnsupportedGenerationError, match=f"{kind}.*24 tokens"):
+        both(target, NOISY, prompts(2), max_new_tokens=16)
+
+
 class FavourByLength(LogitsProcessor):
     """A user's own: depends on the length, the row and the last token."""
 
@@ -563,6 +597,12 @@ def test_bad_pairs():
         hf_osd.generate(LLAMA, **prompts(1), online_assistant=tiny_model("llama", vocab_size=5000))
     with pytest.raises(UnsupportedModelError, match="itself"):
         hf_osd.generate(LLAMA, **prompts(1), online_assistant=LLAMA)
+    with pytest.raises(UnsupportedModelError, match=r"draft MambaForCausalLM.*recurrent"):
+        hf_osd.generate(LLAMA, **prompts(1), online_assistant=tiny_model("mamba", dtype=torch.float32))
+    with pytest.raises(UnsupportedModelError, match="NoneType"):
+        hf_osd.generate(None, **prompts(1), online_assistant=NOISY)
+    with pytest.raises(UnsupportedModelError, match=r"the draft BloomForCausalLM.*batch of 2"):
+        hf_osd.generate(LLAMA, **prompts(2), online_assistant=tiny_model("bloom"), max_new_tokens=4)
     with pytest.raises(UnsupportedModelError, match="recurrent"):
         hf_osd.generate(tiny_model("mamba", dtype=torch.float32), **prompts(1), online_assistant=NOISY)
 

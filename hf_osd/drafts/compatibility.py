@@ -27,6 +27,10 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one"
         )
+    if getattr(draft, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"the draft {type(draft).__name__} keeps a recurrent state, which cannot roll back"
+        )
     if draft is target:
         raise UnsupportedModelError("the draft is the target itself: pass a smaller model, or a copy")
     if any(parameter.is_meta for parameter in draft.parameters()):

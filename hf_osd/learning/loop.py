@@ -36,7 +36,7 @@ _ACCEPTANCE_MEMORY = 0.9
 # The acceptance that the learning rate follows moves up by this fraction a request, and down at once.
 _TRUST = 1.0 / 128.0
 # A draft that accepts this much, from the start or for long, learns at the smallest rate.
-_GOOD_ACCEPTANCE, _SMALLEST_SCALE = 0.5, 0.05
+_GOOD_ACCEPTANCE, _SMALLEST_SCALE = 0.5, 0.015
 # Seconds that `close` and interpreter exit give the step in progress.
 _PATIENCE = 10.0
 _STATE, _WEIGHTS = "learner.json", "weights.safetensors"
@@ -208,7 +208,7 @@ class TrainingLoop:
 
     def learning_rate_scale(self) -> float:
         """
-        1 for a draft that accepts nothing, 0.05 for one that accepts half or more.
+        1 for a draft that accepts nothing, 0.015 for one that accepts half or more.
 
         A draft that was good before it learned anything is at an optimum, which large steps only leave. One that has
         become good is still on its way, so a rise counts slowly; a fall, such as a new domain, counts at once.

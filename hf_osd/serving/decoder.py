@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .._compat import show_windows_only
 from ..errors import UnsupportedModelError
 from .cache import RaggedCache, RaggedLayer
 
@@ -136,7 +137,7 @@ class RaggedDecoder(Decoder):
 class CroppableDecoder(Decoder):
     """
     One row, on transformers' own dynamic cache: sliding windows, hybrid and other layers that the ragged cache cannot
-    hold, and caches that the caller hands over to be continued.
+    hold, and caches that the caller hands over to be continued. See [`make_decoder`].
 
     Args:
         model, padding, width: See [`Decoder`].
@@ -145,14 +146,10 @@ class CroppableDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None) -> None:
         super().__init__(model, padding, width)
-        if len(self.padding) != 1:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot decode in a batch of {len(self.padding)} (its cache does "
-                "not hold rows of different lengths): pass one prompt at a time"
-            )
         self.cache = cache if cache is not None else DynamicCache(config=model.config)
         self.cached = [self.padding[0] + self.cache.get_seq_length()]
         self.cache.activate_past_recording()
+        show_windows_only(self.cache)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
@@ -185,7 +182,9 @@ class CroppableDecoder(Decoder):
         return self.cache
 
 
-def make_decoder(model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None) -> Decoder:
+def make_decoder(
+    model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None, role: str = "target"
+) -> Decoder:
     """
     Choose the decoder for a model.
 
@@ -194,6 +193,7 @@ def make_decoder(model: PreTrainedModel, padding: Sequence[int], width: int, cac
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns that may ever be fed.
         cache (`Cache`, *optional*): A filled cache to go on from.
+        role (`str`, defaults to `"target"`): What to call the model in errors.
 
     Raises:
         UnsupportedModelError: Neither cache can hold the model, or not at this batch size.
@@ -202,7 +202,12 @@ def make_decoder(model: PreTrainedModel, padding: Sequence[int], width: int, cac
         return RaggedDecoder(model, padding, width)
     if not _is_croppable(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be served: its cache cannot roll back rejected tokens"
+            f"the {role} {type(model).__name__} cannot be served: its cache cannot roll back rejected tokens"
+        )
+    if len(padding) != 1:
+        raise UnsupportedModelError(
+            f"the {role} {type(model).__name__} cannot decode in a batch of {len(padding)} (its cache does not hold "
+            "rows of different lengths): pass one prompt at a time"
         )
     return CroppableDecoder(model, padding, width, cache)
 

@@ -11,7 +11,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 
 from ..records import Proposal
 from .decoder import Decoder, make_decoder
-from .processing import process
+from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
 from .verification import sample
@@ -107,7 +107,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
                 scratch: where the buffer lives on the draft's device, the proposal is left there.
             ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
                 as they were proposed: a row goes on from a prefix of its proposal and one token more.
-            k (`int`): Tokens to propose; 0 gives an empty proposal without running the draft.
+            k (`int`): Tokens to propose; 0 gives an empty proposal without running the draft. Fewer are proposed once
+                every row has an eos among them, where processors that look at the text would be asked to go on.
 
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
@@ -118,13 +119,29 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             return self._last
         with self._weights:  # also over the choice of the decoder, which may try the draft out
             if self._decoder is None:
-                self._decoder = make_decoder(self.assistant_model, self._padding, self._width)
+                self._decoder = make_decoder(self.assistant_model, self._padding, self._width, role="draft")
             self._decoder.rollback([end - 1 for end in ends])
-            steps = [self._step(self._decoder, ids, [end + step for end in ends]) for step in range(k)]
+            steps = self._steps(self._decoder, ids, ends, k)
         tokens = torch.stack([token for token, _ in steps], dim=1)
         probabilities = [q for _, q in steps if q is not None]
         self._last = Proposal(tokens, torch.stack(probabilities, dim=1) if probabilities else None)
         return self._last
+
+    def _steps(
+        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        eos = self.generation_config.eos_token_id
+        # Looking for eos waits for the device, so that it is done only where it matters.
+        stops = None if eos is None or is_context_free(self._processors) else torch.tensor(eos, device=ids.device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        for step in range(k):
+            steps.append(self._step(decoder, ids, [end + step for end in ends]))
+            if stops is not None:
+                ended |= torch.isin(steps[-1][0], stops)
+                if bool(ended.all()):
+                    break
+        return steps
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
         """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""

@@ -88,7 +88,7 @@ class Engine:
         sequences.propose(proposal.tokens)
         logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
         self.target_passes += 1
-        scores = process(self.processors, sequences.ids, logits, starts, sequences.limit)
+        scores = process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
         self._commit(logits, scores, self._verify(scores, proposal))
         self.target.rollback([end - 1 for end in sequences.ends])
 

@@ -66,6 +66,10 @@ def check_settings(lookup: Callable[[str], Any]) -> None:
 
 def check_target(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for targets that no cache here can serve."""
+    if not hasattr(model, "config") or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"the target must be a transformers model that generates, got {type(model).__name__}"
+        )
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{describe(model)} is an encoder-decoder model; only decoder-only targets are served"
@@ -73,6 +77,27 @@ def check_target(model: PreTrainedModel) -> None:
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             f"{describe(model)} keeps a recurrent state, which cannot roll back rejected tokens"
+        )
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """
+    Raise `UnsupportedGenerationError` where a target's rotary frequencies would change in the middle of the text.
+
+    They then depend on how far any row has been fed, proposals included. transformers itself recomputes its cache at
+    that point for some models.
+    """
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    config = model.config.get_text_config(decoder=True)
+    kind = rope.get("rope_type")
+    if kind not in ("dynamic", "longrope"):
+        return
+    switch = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    switch = switch or config.max_position_embeddings
+    if length > switch:
+        raise UnsupportedGenerationError(
+            f"{describe(model)} changes its {kind} position embeddings at {switch} tokens, and prompt and output may "
+            f"reach {length}: lower max_new_tokens, or call model.generate without online_assistant"
         )
 
 

@@ -1,7 +1,7 @@
 """transformers' logits processors over rows of different lengths."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import LogitsProcessorList
@@ -49,6 +49,7 @@ def process(
     scores: torch.Tensor,
     ends: Sequence[int],
     limit: int | None = None,
+    eos_token_ids: Collection[int] = (),
 ) -> torch.Tensor:
     """
     Apply processors to the scores of consecutive positions of every row, exactly as token-by-token decoding would.
@@ -63,28 +64,52 @@ def process(
         ends (`Sequence[int]`): For each row, the column that `scores[:, 0]` predicts.
         limit (`int`, *optional*): Columns that there will be. What lies behind them no row takes, so no processor
             that looks at the text is asked about it: token-by-token decoding never would.
+        eos_token_ids (`Collection[int]`): Tokens that end a row; what lies behind a proposed one is skipped likewise.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, q, vocab)`.
     """
+    reachable = (
+        [scores.shape[1]] * len(ends) if is_context_free(processors) else _reachable(ids, scores, ends, eos_token_ids)
+    )
     for processor in processors:
-        if type(processor) in _CONTEXT_FREE:
+        if is_context_free([processor]):
             flat = scores.flatten(0, 1)  # (batch * q, vocab)
             scores = processor(ids[:, :1].expand(-1, scores.shape[1]).reshape(-1, 1), flat).view_as(scores)
         else:
-            scores = _by_length(processor, ids, scores, ends, limit)
+            scores = _by_length(processor, ids, scores, ends, reachable, limit)
     return scores
 
 
+def is_context_free(processors: Sequence[LogitsProcessor]) -> bool:
+    """Whether processors look at nothing but the scores."""
+    return all(type(processor) in _CONTEXT_FREE for processor in processors)
+
+
+def _reachable(
+    ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int], eos_token_ids: Collection[int]
+) -> list[int]:
+    """Count the positions of each row up to the one behind which a proposed eos stands."""
+    last = scores.shape[1] - 1
+    proposed = [ids[row, end : end + last].tolist() for row, end in enumerate(ends)] if eos_token_ids else []
+    stops = [next((i for i, token in enumerate(row) if token in eos_token_ids), last) for row in proposed]
+    return [stop + 1 for stop in stops] or [last + 1] * len(ends)
+
+
 def _by_length(
-    processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int], limit: int | None
+    processor: LogitsProcessor,
+    ids: torch.Tensor,
+    scores: torch.Tensor,
+    ends: Sequence[int],
+    reachable: Sequence[int],
+    limit: int | None,
 ) -> torch.Tensor:
     batch, q, _ = scores.shape
     processed = scores.clone()
-    lengths = {end + step for end in ends for step in range(q)}
+    lengths = {end + step for end, count in zip(ends, reachable, strict=True) for step in range(count)}
     for length in sorted(length for length in lengths if limit is None or length < limit):
         steps = [length - end for end in ends]
-        rows = [row for row in range(batch) if 0 <= steps[row] < q]
+        rows = [row for row in range(batch) if 0 <= steps[row] < reachable[row]]
         # Rows that are elsewhere come along with scores of theirs, so that the processor sees a full batch.
         picked = scores[torch.arange(batch), torch.tensor(steps).clamp(0, q - 1)]  # (batch, vocab)
         result = processor(ids[:, :length], picked)
