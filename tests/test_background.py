@@ -135,7 +135,7 @@ def test_an_update_sees_the_requests_that_made_it_due() -> None:
         seen.clear()
         observation = request(live.draft, number)
         learner.observe(observation)
-        assert seen == [{id(observation)}] * 4
+        assert seen == [{id(observation)}] * OnlineConfig().steps_per_update
     learner.close()
 
 

@@ -42,8 +42,8 @@ class DemoCommand:
     assistant: str | None = None
     prompts: str | None = None
     requests: int = 160
-    max_new_tokens: int = 64
-    draft_length: int = 5
+    max_new_tokens: int = 48
+    draft_length: int = 3
     update_every: int = 8
     sample: bool = False
     seed: int = 0

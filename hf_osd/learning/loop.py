@@ -226,6 +226,7 @@ class TrainingLoop:
         publish = self._publish()
         if publish is not None:
             publish(weights)
+        del publish  # it holds the owner, which whoever waits for the update may want to drop
         self.last_loss = loss
         self.updates += 1
         self._finish()
