@@ -15,6 +15,9 @@ class OnlineConfig:
     Args:
         draft_length (`int`, defaults to 5):
             Tokens the draft proposes before each pass of the target. 0 turns speculation off.
+        confidence_threshold (`float`, defaults to 0.0):
+            Stop a proposal early once the product of the draft's own probabilities of it is no more than this: what
+            follows would hardly be looked at. 0.0 always proposes `draft_length` tokens.
         learn (`bool`, defaults to `True`):
             Whether the draft learns. `False` serves with a static draft and records nothing.
         update_every (`int`, defaults to 8):
@@ -66,6 +69,7 @@ class OnlineConfig:
     """
 
     draft_length: int = 5
+    confidence_threshold: float = 0.0
     learn: bool = True
     update_every: int = 8
     background: bool = False
@@ -88,7 +92,7 @@ class OnlineConfig:
         for name in ("update_every", "top_k_teacher", "replay_size", "steps_per_update", "batch_size"):
             self._check_int(name, minimum=1)
         self._check_int("max_length", minimum=2)
-        for name in ("record_fraction", "beta"):
+        for name in ("record_fraction", "beta", "confidence_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if self.learning_rate <= 0.0:

@@ -218,6 +218,7 @@ def _decode(
             {},
             logits_processor=on_device(logits_processor, assistant.draft.device, input_ids.device),
             draft_length=assistant.config.draft_length,
+            confidence_threshold=assistant.config.confidence_threshold,
             padding=padding,
             vocab_size=model.config.get_text_config(decoder=True).vocab_size,
             randomness=randomness,

@@ -84,6 +84,20 @@ def test_any_draft_length(draft_length):
         assert assistant.stats().tokens_per_target_pass == 1.0
 
 
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 1.0])
+def test_proposals_of_any_confidence(threshold):
+    """Catches proposals that stop early and leave the rows, the cache or the counts behind."""
+    for batch in (1, 3):
+        inputs = prompts(batch)
+        expected = LLAMA.generate(**inputs, max_new_tokens=20, do_sample=False)
+        assistant = static(NOISY, confidence_threshold=threshold, draft_length=6)
+        actual = hf_osd.generate(LLAMA, **inputs, max_new_tokens=20, do_sample=False, online_assistant=assistant)
+        assert torch.equal(expected, actual)
+        stats = assistant.stats()
+        if threshold == 1.0:  # no probability is above it: one token a round
+            assert stats.proposed_tokens <= stats.target_passes
+
+
 @pytest.mark.parametrize(
     "settings",
     [

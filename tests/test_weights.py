@@ -21,7 +21,7 @@ def test_readers_never_see_half_an_update():
     def read():
         while not stop.is_set():
             with weights:
-                found = {float(p.flatten()[-1]) for p in model.parameters()}
+                found = {float(p.detach().flatten()[-1]) for p in model.parameters()}
             reads.append(1)
             if len(found) > 1:
                 torn.append(found)

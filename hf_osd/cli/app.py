@@ -38,7 +38,7 @@ _Device = Annotated[str, typer.Option(help="A torch device; auto takes an accele
 _Dtype = Annotated[str, typer.Option(help="A torch dtype; auto is the checkpoint's, but float32 on the CPU.")]
 _Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads of torch; 2 for the embedded pair if left out.", show_default=False),
+    typer.Option(min=1, help="CPU threads of torch; 1 for the embedded pair if left out.", show_default=False),
 ]
 _Budget = Annotated[
     float | None,

@@ -23,7 +23,7 @@ from .results import DemoResult
 from .runner import DemoSettings, run_demo
 
 _EMBEDDED_BUDGET = 240.0  # seconds; with loading and reporting, the whole stays below five minutes
-_EMBEDDED_THREADS = 2  # more of them only wait for one another in a model of this size
+_EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft as to the target, which is what
             makes the two agree.
         draft_length (`int`, *optional*): Tokens to propose; defaults to the draft's `num_assistant_tokens`.
+        confidence_threshold (`float`, defaults to 0.0): Stop a proposal once the product of the draft's own
+            probabilities of it falls to this in every row; 0.0 proposes in full.
         padding (`Sequence[int]`, *optional*): Padding columns of each row; defaults to none.
         vocab_size (`int`, *optional*): The target's, where the two differ by padding; defaults to the draft's.
         randomness (`Randomness`, *optional*): Source of randomness.
@@ -70,6 +72,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         logits_processor: LogitsProcessorList | None = None,
         *,
         draft_length: int | None = None,
+        confidence_threshold: float = 0.0,
         padding: Sequence[int] | None = None,
         vocab_size: int | None = None,
         randomness: Randomness | None = None,
@@ -85,6 +88,11 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._processors = list(logits_processor or [])
         self._do_sample = bool(generation_config.do_sample)
         self._randomness = randomness or (Randomness() if self._do_sample else None)
+        self._confidence_threshold = confidence_threshold
+        # Behind an eos, processors that look at the text must not be asked to go on.
+        self._may_stop_early = confidence_threshold > 0.0 or not is_context_free(self._processors)
+        eos = generation_config.eos_token_id
+        self._eos = None if eos is None else torch.tensor(eos, device=assistant_model.device)
         self._recorder = recorder
         self._weights = weights or nullcontext()
         self._vocab_size = vocab_size or assistant_model.config.get_text_config(decoder=True).vocab_size
@@ -107,8 +115,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
                 scratch: where the buffer lives on the draft's device, the proposal is left there.
             ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
                 as they were proposed: a row goes on from a prefix of its proposal and one token more.
-            k (`int`): Tokens to propose; 0 gives an empty proposal without running the draft. Fewer are proposed once
-                every row has an eos among them, where processors that look at the text would be asked to go on.
+            k (`int`): Tokens to propose, at most; 0 gives an empty proposal without running the draft.
 
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
@@ -130,17 +137,20 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
     def _steps(
         self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        eos = self.generation_config.eos_token_id
-        # Looking for eos waits for the device, so that it is done only where it matters.
-        stops = None if eos is None or is_context_free(self._processors) else torch.tensor(eos, device=ids.device)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        """
+        Draft token by token, until going on is not worth a step.
+
+        Whether to go on may depend on the tokens drafted so far, as long as those are verified: what is not proposed
+        is left to the target, so the output's distribution is the target's either way.
+        """
+        reach = torch.ones(len(ids), device=ids.device)  # how likely each row is to accept all it has, (batch,)
         steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for step in range(k):
-            steps.append(self._step(decoder, ids, [end + step for end in ends]))
-            if stops is not None:
-                ended |= torch.isin(steps[-1][0], stops)
-                if bool(ended.all()):
-                    break
+            tokens, probabilities, reach = self._step(decoder, ids, [end + step for end in ends], reach)
+            steps.append((tokens, probabilities))
+            # Asking waits for the device, so it is done only where it can matter.
+            if self._may_stop_early and step + 1 < k and not bool((reach > self._confidence_threshold).any()):
+                break
         return steps
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
@@ -149,17 +159,21 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         return ids if known >= self._vocab_size else ids.clamp(max=known - 1)
 
     def _step(
-        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], reach: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         logits = _fit_vocabulary(decoder.feed(self._readable(ids), ends, keep=1), self._vocab_size)
         scores = process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]  # (batch, vocab)
-        if self._randomness is None:
-            tokens, probabilities = scores.argmax(dim=-1), None
+        probabilities = scores.softmax(dim=-1) if self._may_stop_early or self._randomness is not None else None
+        if self._randomness is None or probabilities is None:
+            tokens = scores.argmax(dim=-1)
         else:
-            probabilities = scores.softmax(dim=-1)
             tokens = sample(probabilities, self._randomness.on(scores.device))
         ids.scatter_(1, torch.tensor(ends, device=ids.device)[:, None], tokens[:, None])
-        return tokens, probabilities
+        if self._may_stop_early and probabilities is not None:
+            reach = reach * probabilities.gather(1, tokens[:, None])[:, 0]
+            if self._eos is not None:
+                reach = reach.masked_fill(torch.isin(tokens, self._eos), 0.0)  # nothing follows
+        return tokens, probabilities if self._randomness is not None else None, reach
 
     def note(self, logits: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]) -> None:
         """
