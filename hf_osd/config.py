@@ -14,7 +14,11 @@ class OnlineConfig:
 
     Args:
         draft_length (`int`, defaults to 5):
-            Tokens the draft proposes before each pass of the target. 0 turns speculation off.
+            Tokens the draft proposes before each pass of the target, at most. 0 turns speculation off.
+        draft_length_schedule (`str`, defaults to `"heuristic"`):
+            `"heuristic"`: within a request, one token less after each proposal that is not accepted in full, two more
+            after one that is; transformers' `num_assistant_tokens_schedule`, bounded by `draft_length`. `"constant"`:
+            always `draft_length`.
         confidence_threshold (`float`, defaults to 0.0):
             Stop a proposal early once the product of the draft's own probabilities of it is no more than this: what
             follows would hardly be looked at. 0.0 always proposes `draft_length` tokens.
@@ -69,6 +73,7 @@ class OnlineConfig:
     """
 
     draft_length: int = 5
+    draft_length_schedule: Literal["constant", "heuristic"] = "heuristic"
     confidence_threshold: float = 0.0
     learn: bool = True
     update_every: int = 8
@@ -97,6 +102,10 @@ class OnlineConfig:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if self.learning_rate <= 0.0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        if self.draft_length_schedule not in ("constant", "heuristic"):
+            raise ConfigError(
+                f"draft_length_schedule must be 'constant' or 'heuristic', got {self.draft_length_schedule!r}"
+            )
         if self.positions not in ("all", "rejected"):
             raise ConfigError(f"positions must be 'all' or 'rejected', got {self.positions!r}")
 

@@ -18,6 +18,8 @@ from hf_osd import ConfigError, HfOsdError, OnlineConfig
         ("beta", -0.1),
         ("learning_rate", 0.0),
         ("positions", "some"),
+        ("draft_length_schedule", "some"),
+        ("confidence_threshold", 2.0),
         ("replay_size", True),
     ],
 )

@@ -58,6 +58,23 @@ def test_counts_only_what_the_target_judged():
     assert (drafter.counts.proposed, drafter.counts.judged, drafter.counts.accepted) == (8, 4 + 2, 4 + 1)
 
 
+def test_length_follows_what_is_accepted():
+    """Catches a draft length that never falls for a bad draft, never rises again, or leaves its bounds."""
+    ids = prompts(1)["input_ids"]
+    drafter = drafter_for(tiny_model("llama", seed=3), ids, draft_length_schedule="heuristic")
+    lengths = []
+    for accepted in (0, 1, 0, 0, 1, 3, 4):  # of 4, 3, 2, 1, 1, 3, 4
+        k = drafter.num_assistant_tokens
+        lengths.append(k)
+        drafter.propose(torch.nn.functional.pad(ids, (0, k)), [9], k)
+        drafter.note(torch.zeros(1, k + 1, 7), [accepted], [accepted + 1])
+    assert lengths == [4, 3, 2, 1, 1, 3, 4]
+    assert drafter.num_assistant_tokens == 4
+    drafter.propose(torch.nn.functional.pad(ids, (0, 2)), [9], 2)  # cut short by the budget
+    drafter.note(torch.zeros(1, 3, 7), [0], [1])
+    assert drafter.num_assistant_tokens == 4
+
+
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("how", ["noisy", "shifted", "random", "perfect"])
 def test_inside_stock_assisted_decoding(how, sample, monkeypatch):

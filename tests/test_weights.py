@@ -37,7 +37,7 @@ def test_readers_never_see_half_an_update():
         reader.join(timeout=30)
     assert not torn
     assert reads
-    assert {float(p.flatten()[0]) for p in model.parameters()} == {59.0}
+    assert {float(p.detach().flatten()[0]) for p in model.parameters()} == {59.0}
 
 
 def test_publish_is_in_place_and_casts():

@@ -52,6 +52,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft as to the target, which is what
             makes the two agree.
         draft_length (`int`, *optional*): Tokens to propose; defaults to the draft's `num_assistant_tokens`.
+        draft_length_schedule (`str`, defaults to `"constant"`): See [`OnlineConfig`].
         confidence_threshold (`float`, defaults to 0.0): Stop a proposal once the product of the draft's own
             probabilities of it falls to this in every row; 0.0 proposes in full.
         padding (`Sequence[int]`, *optional*): Padding columns of each row; defaults to none.
@@ -72,6 +73,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         logits_processor: LogitsProcessorList | None = None,
         *,
         draft_length: int | None = None,
+        draft_length_schedule: str = "constant",
         confidence_threshold: float = 0.0,
         padding: Sequence[int] | None = None,
         vocab_size: int | None = None,
@@ -88,6 +90,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._processors = list(logits_processor or [])
         self._do_sample = bool(generation_config.do_sample)
         self._randomness = randomness or (Randomness() if self._do_sample else None)
+        self._longest = int(self.num_assistant_tokens) if draft_length_schedule == "heuristic" else None
         self._confidence_threshold = confidence_threshold
         # Behind an eos, processors that look at the text must not be asked to go on.
         self._may_stop_early = confidence_threshold > 0.0 or not is_context_free(self._processors)
@@ -191,8 +194,21 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
                 self.counts.proposed += k
                 self.counts.judged += min(row_accepted + 1, k, row_taken)
                 self.counts.accepted += min(row_accepted, row_taken)
+        self._adapt_length(k, [full == k for full, kept in zip(accepted, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
             self._recorder.record(logits, self._last.tokens.to(logits.device), accepted, taken)
+
+    def _adapt_length(self, k: int, accepted_in_full: Sequence[bool]) -> None:
+        """
+        Follow transformers' heuristic: its length settles where a third of the proposals is accepted in full.
+
+        A batch asks for that third of its rows; for one row, that is transformers' own rule. Proposals that were cut
+        short say nothing about the length.
+        """
+        if self._longest is None or not accepted_in_full or k < self.num_assistant_tokens:
+            return
+        step = 2 if 3 * sum(accepted_in_full) > len(accepted_in_full) else -1
+        self.num_assistant_tokens = min(max(k + step, 1), self._longest)
 
     # The three hooks of transformers' stock assisted decoding, which serves one row.
 
@@ -217,7 +233,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
         """
-        Note the outcome, for transformers' assisted decoding; the draft length stays as it is.
+        Note the outcome, for transformers' assisted decoding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(1, length)`): All tokens, the accepted ones included.

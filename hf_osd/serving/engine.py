@@ -49,7 +49,6 @@ class Engine:
         sequences (`Sequences`): The batch; changed in place.
         target (`Decoder`): The target and its cache.
         drafter (`OnlineAssistedGenerator`): The draft's side.
-        draft_length (`int`): Tokens to propose in a round, at most.
         processors (`Sequence[LogitsProcessor]`): Applied to the target's logits.
         stop_check (`StopCheck`): The stopping criteria.
         randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
@@ -61,7 +60,6 @@ class Engine:
     sequences: Sequences
     target: Decoder
     drafter: OnlineAssistedGenerator
-    draft_length: int
     processors: Sequence[LogitsProcessor]
     stop_check: StopCheck
     randomness: Randomness | None = None
@@ -97,7 +95,7 @@ class Engine:
         ends, padding = self.sequences.ends, self.sequences.padding
         longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
         room = min(context_length(self.target.model) - longest, self.drafter.room(ends))
-        return max(min(self.draft_length, self.sequences.budget - 1, room), 0)
+        return max(min(int(self.drafter.num_assistant_tokens), self.sequences.budget - 1, room), 0)
 
     def _verify(self, scores: torch.Tensor, proposal: Proposal) -> Verdict:
         if self.randomness is None:
