@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ._compat import dropped_streamer
-from .assistant import OnlineAssistant, resolve_assistant
+from .assistant import OnlineAssistant, Request, resolve_assistant
 from .errors import InputError, UnsupportedGenerationError
 from .serving.decoder import Decoder, make_decoder
 from .serving.drafting import OnlineAssistedGenerator
@@ -210,26 +210,13 @@ def _decode(
     randomness = Randomness(generator) if config.do_sample else None
     started = time.perf_counter()
     with eval_mode(model, assistant.draft), assistant.request(len(padding)) as request:
-        target = _target(model, sequences, model_kwargs.get("past_key_values"))
-        drafter = OnlineAssistedGenerator(
-            sequences.ids[:, : sequences.prompt_length],
-            assistant.draft,
-            config,
-            {},
-            logits_processor=on_device(logits_processor, assistant.draft.device, input_ids.device),
-            draft_length=assistant.config.draft_length,
-            draft_length_schedule=assistant.config.draft_length_schedule,
-            confidence_threshold=assistant.config.confidence_threshold,
-            padding=padding,
-            vocab_size=model.config.get_text_config(decoder=True).vocab_size,
-            randomness=randomness,
-            recorder=request.recorder,
-            weights=assistant.weights,
-        )
+        processors = on_device(logits_processor, assistant.draft.device, input_ids.device)
+        vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        drafter = _drafter(assistant, request, sequences, config, processors, vocab_size, randomness)
         keep = bool(config.return_dict_in_generate)
         engine = Engine(
             sequences=sequences,
-            target=target,
+            target=_target(model, sequences, model_kwargs.get("past_key_values")),
             drafter=drafter,
             processors=on_device(logits_processor, model.device, input_ids.device),
             stop_check=StopCheck(stopping_criteria),
@@ -265,6 +252,32 @@ def _sequences(
         pad_token_id=int(pad) if pad is not None else 0,
         eos_token_ids=eos,
         pads=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
+    )
+
+
+def _drafter(
+    assistant: OnlineAssistant,
+    request: Request,
+    sequences: Sequences,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    vocab_size: int,
+    randomness: Randomness | None,
+) -> OnlineAssistedGenerator:
+    return OnlineAssistedGenerator(
+        sequences.ids[:, : sequences.prompt_length],
+        assistant.draft,
+        config,
+        {},
+        logits_processor=processors,
+        draft_length=assistant.config.draft_length,
+        draft_length_schedule=assistant.config.draft_length_schedule,
+        confidence_threshold=assistant.config.confidence_threshold,
+        padding=sequences.padding,
+        vocab_size=vocab_size,
+        randomness=randomness,
+        recorder=request.recorder,
+        weights=assistant.weights,
     )
 
 
