@@ -34,7 +34,7 @@ class OnlineStats:
     Attributes:
         requests (`int`): Prompts served; a batch counts each of its rows.
         generated_tokens (`int`): Tokens generated.
-        target_passes (`int`): Sum over requests of the target's forwards they took part in.
+        target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
         proposed_tokens (`int`): Tokens that the draft proposed.
         draft_tokens (`int`): Proposed tokens that the target judged: up to and including the first refusal of each
             round. Later ones follow a refused token and say nothing about the draft.
@@ -221,7 +221,7 @@ class OnlineAssistant:
             self._totals = OnlineStats(
                 requests=t.requests + sequences.batch,
                 generated_tokens=t.generated_tokens + generated,
-                target_passes=t.target_passes + passes * sequences.batch,
+                target_passes=t.target_passes + passes,
                 proposed_tokens=t.proposed_tokens + counts.proposed,
                 draft_tokens=t.draft_tokens + counts.judged,
                 accepted_tokens=t.accepted_tokens + counts.accepted,

@@ -39,6 +39,16 @@ def test_stats_of_a_perfect_draft():
     assert stats.to_dict()["tokens_per_second"] > 0
 
 
+def test_passes_of_finished_rows_do_not_count():
+    """Catches a rate below one token a pass, which a batch of unequal rows would otherwise report."""
+    inputs = prompts(3)
+    output = TARGET.generate(**inputs, max_new_tokens=12, do_sample=False)
+    eos = [int(output[0, 9]), int(output[1, 9])]  # two rows end at once
+    assistant = OnlineAssistant(wrong_draft(TARGET, "shifted"), TARGET, OnlineConfig(learn=False))
+    serve(assistant, batch=3, eos_token_id=eos, pad_token_id=0)
+    assert assistant.stats().tokens_per_target_pass >= 1.0
+
+
 def test_inline_learning_raises_acceptance():
     """Catches learning that trains on the wrong positions, or never reaches the live draft."""
     target = TARGET

@@ -54,7 +54,7 @@ class Engine:
         randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
         streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
         scores, logits (`History`, *optional*): Filled where the user asked for them.
-        target_passes (`int`): Forwards of the target so far.
+        target_passes (`int`): Forwards of the target so far, counted once for each row that was still going on.
     """
 
     sequences: Sequences
@@ -85,7 +85,7 @@ class Engine:
         k = proposal.tokens.shape[1]
         sequences.propose(proposal.tokens)
         logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
-        self.target_passes += 1
+        self.target_passes += sum(sequences.is_active(row) for row in range(sequences.batch))
         scores = process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
         self._commit(logits, scores, self._verify(scores, proposal))
         self.target.rollback([end - 1 for end in sequences.ends])
