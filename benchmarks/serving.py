@@ -24,7 +24,10 @@ def contenders(target: Any, draft: Any, options: argparse.Namespace) -> dict[str
     """Return what is timed, by name."""
     static, recording = (
         hf_osd.OnlineAssistant(draft, target, hf_osd.OnlineConfig(draft_length=options.draft_length, **settings))
-        for settings in ({"learn": False}, {"update_every": 2**31})
+        for settings in (
+            {"learn": False, "draft_length_schedule": "constant"},  # so that every round has the floor's k forwards
+            {"update_every": 2**31, "draft_length_schedule": "constant"},
+        )
     )
 
     def assisted(schedule: str, count: int, threshold: float) -> Callable[..., Any]:
