@@ -35,7 +35,7 @@ class Decoder(ABC):
     def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
         self.model = model
         self.padding = list(padding)
-        self.width = width
+        self.context = context_length(model)
         self.cached = list(padding)  # first column of each row that is not in the cache
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -180,6 +180,12 @@ class CroppableDecoder(Decoder):
     def export(self) -> Cache:
         """The cache itself; see [`Decoder.export`]."""
         return self.cache
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Return how many positions a model was built for; unlimited where its configuration does not say."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 2**62)
 
 
 def make_decoder(

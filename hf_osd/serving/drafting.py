@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from ..records import Proposal
-from .decoder import Decoder, make_decoder
+from .decoder import Decoder, context_length, make_decoder
 from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
@@ -98,7 +98,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._eos = None if eos is None else torch.tensor(eos, device=assistant_model.device)
         self._recorder = recorder
         self._weights = weights or nullcontext()
-        self._vocab_size = vocab_size or assistant_model.config.get_text_config(decoder=True).vocab_size
+        self._known_tokens = assistant_model.config.get_text_config(decoder=True).vocab_size
+        self._vocab_size = vocab_size or self._known_tokens
+        self._context = context_length(assistant_model)
         self._padding = list(padding) if padding is not None else [0] * len(input_ids)
         self._width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
@@ -106,8 +108,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def room(self, ends: Sequence[int]) -> int:
         """Return how many tokens the draft's context still takes behind the longest row."""
-        context = context_length(self.assistant_model)
-        return max(context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
+        return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
 
     def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int) -> Proposal:
         """
@@ -158,8 +159,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
         """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""
-        known = self.assistant_model.config.get_text_config(decoder=True).vocab_size
-        return ids if known >= self._vocab_size else ids.clamp(max=known - 1)
+        return ids if self._known_tokens >= self._vocab_size else ids.clamp(max=self._known_tokens - 1)
 
     def _step(
         self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], reach: torch.Tensor
@@ -255,9 +255,3 @@ def _fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
     if missing <= 0:
         return logits[..., :size]
     return torch.nn.functional.pad(logits, (0, missing), value=-1e30)
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Return how many positions a model was built for; unlimited where its configuration does not say."""
-    config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 2**62)

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..records import Proposal, Verdict
 from .decoder import Decoder
-from .drafting import OnlineAssistedGenerator, context_length
+from .drafting import OnlineAssistedGenerator
 from .processing import process
 from .randomness import Randomness
 from .sequences import Sequences
@@ -94,7 +94,7 @@ class Engine:
         """A row takes one token more than it accepts, so proposing its whole budget would waste the last one."""
         ends, padding = self.sequences.ends, self.sequences.padding
         longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
-        room = min(context_length(self.target.model) - longest, self.drafter.room(ends))
+        room = min(self.target.context - longest, self.drafter.room(ends))
         return max(min(int(self.drafter.num_assistant_tokens), self.sequences.budget - 1, room), 0)
 
     def _verify(self, scores: torch.Tensor, proposal: Proposal) -> Verdict:

@@ -87,8 +87,8 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     They then depend on how far any row has been fed, proposals included. transformers itself recomputes its cache at
     that point for some models.
     """
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type")
     if kind not in ("dynamic", "longrope"):
         return

@@ -16,7 +16,6 @@ class Randomness:
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         self._by_device: dict[torch.device, torch.Generator] = {}
-        self._seed = 0
         if generator is not None:
             self._by_device[generator.device] = generator
         device = generator.device if generator is not None else torch.device("cpu")
