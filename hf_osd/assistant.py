@@ -4,6 +4,7 @@ import json
 import random
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,9 +19,10 @@ from .drafts.compatibility import check_pair, check_tokenizers
 from .errors import ClosedError
 from .learning.background import OnlineLearner
 from .records import Observation
-from .serving.drafting import DraftCounts
+from .serving.engine import Engine
+from .serving.experience import Experience
 from .serving.recording import Recorder
-from .serving.sequences import Sequences
+from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights
 
 STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
@@ -35,14 +37,18 @@ class OnlineStats:
         requests (`int`): Prompts served; a batch counts each of its rows.
         generated_tokens (`int`): Tokens generated.
         target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
-        proposed_tokens (`int`): Tokens that the draft proposed.
-        draft_tokens (`int`): Proposed tokens that the target judged: up to and including the first refusal of each
-            round. Later ones follow a refused token and say nothing about the draft.
-        accepted_tokens (`int`): Proposed tokens that the target accepted.
+        proposed_tokens (`int`): Tokens that the draft chose.
+        draft_tokens (`int`): Those that the target judged: up to and including the first wrong one of each round.
+            Later ones follow a wrong token and say nothing about the draft.
+        accepted_tokens (`int`): Those that were right.
+        lookup_tokens (`int`): Tokens guessed from the text that were submitted and judged.
+        accepted_lookup_tokens (`int`): Those that the target accepted.
         updates (`int`): Times that new weights were published.
         failed_updates (`int`): Updates that were given up; serving went on with the old weights.
         decode_seconds (`float`): Wall time of decoding, summed over calls.
-        learn_seconds (`float`): Wall time of training.
+        learn_seconds (`float`): Wall time of training, without pauses.
+        learned_steps (`int`): Steps of the optimiser.
+        learned_positions (`int`): Positions that these learned from, counted once a step.
     """
 
     requests: int = 0
@@ -51,14 +57,22 @@ class OnlineStats:
     proposed_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    lookup_tokens: int = 0
+    accepted_lookup_tokens: int = 0
     updates: int = 0
     failed_updates: int = 0
     decode_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    record_seconds: float = 0.0
     learn_seconds: float = 0.0
+    learned_steps: int = 0
+    learned_positions: int = 0
 
     @property
     def acceptance_rate(self) -> float:
-        """`accepted_tokens / draft_tokens`: how likely a proposed token is accepted (alpha in the literature)."""
+        """`accepted_tokens / draft_tokens`: how likely a drafted token is accepted (alpha in the literature)."""
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
     @property
@@ -94,11 +108,11 @@ class Request:
             else None
         )
 
-    def finish(self, sequences: Sequences, counts: DraftCounts, passes: int, seconds: float) -> None:
+    def finish(self, engine: Engine, seconds: float) -> None:
         """Count the request, and make its observations."""
-        self._assistant._count(sequences, counts, passes, seconds)
+        self._assistant._count(engine, seconds)
         if self.recorder is not None:
-            self.recorder.finish(sequences)
+            self.recorder.finish(engine.sequences)
 
 
 class OnlineAssistant:
@@ -144,13 +158,14 @@ class OnlineAssistant:
         self.draft = draft
         self.tokenizer = tokenizer
         self.weights = LiveWeights(draft)
+        self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
         self._learner = OnlineLearner(
             draft, self.config, self.weights.publish, target=target if self.config.full_teacher else None
         )
         self._lock = threading.Lock()
         self._random = random.Random(self.config.seed)
-        self._totals = OnlineStats()
+        self._totals: Counter[str] = Counter()
         self._closed = False
 
     @classmethod
@@ -205,7 +220,8 @@ class OnlineAssistant:
         if self._closed:
             raise ClosedError("this OnlineAssistant is closed: make a new one")
         request = Request(self, self._choose_rows(rows))
-        yield request
+        with self._learner.serving():
+            yield request
         for observation in request.observations:
             self._learner.observe(observation)
 
@@ -214,25 +230,29 @@ class OnlineAssistant:
         with self._lock:
             return [self._random.random() < fraction for _ in range(rows)]
 
-    def _count(self, sequences: Sequences, counts: DraftCounts, passes: int, seconds: float) -> None:
-        generated = sum(end - sequences.prompt_length for end in sequences.ends)
+    def _count(self, engine: Engine, seconds: float) -> None:
+        counts, stages = engine.speculator.counts, engine.watch.totals
+        counted = {
+            "requests": engine.sequences.batch,
+            "generated_tokens": sum(engine.sequences.lengths),
+            "target_passes": engine.target_passes,
+            "proposed_tokens": counts.proposed,
+            "draft_tokens": counts.judged,
+            "accepted_tokens": counts.accepted,
+            "lookup_tokens": counts.guessed,
+            "accepted_lookup_tokens": counts.guessed_right,
+            "decode_seconds": seconds,
+            **{f"{stage}_seconds": stages[stage] for stage in STAGES},
+        }
         with self._lock:
-            t = self._totals
-            self._totals = OnlineStats(
-                requests=t.requests + sequences.batch,
-                generated_tokens=t.generated_tokens + generated,
-                target_passes=t.target_passes + passes,
-                proposed_tokens=t.proposed_tokens + counts.proposed,
-                draft_tokens=t.draft_tokens + counts.judged,
-                accepted_tokens=t.accepted_tokens + counts.accepted,
-                decode_seconds=t.decode_seconds + seconds,
-            )
+            self._totals.update(counted)
 
     def stats(self) -> OnlineStats:
         """Return the counters as they are now."""
         with self._lock:
-            counted = {field.name: getattr(self._totals, field.name) for field in fields(OnlineStats)}
+            counted: dict[str, Any] = dict(self._totals)
         counted |= {"updates": self._learner.updates, "failed_updates": self._learner.failures}
+        counted |= {"learned_steps": self._learner.steps, "learned_positions": self._learner.positions}
         return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
 
     def update(self) -> None:

@@ -13,15 +13,21 @@ class OnlineConfig:
     Settings of an [`OnlineAssistant`]: how it drafts, what it records, and how it learns.
 
     Args:
-        draft_length (`int`, defaults to 5):
+        draft_length (`int`, defaults to 8):
             Tokens the draft proposes before each pass of the target, at most. 0 turns speculation off.
-        draft_length_schedule (`str`, defaults to `"heuristic"`):
+        draft_length_schedule (`str`, defaults to `"measured"`):
+            `"measured"`: each round proposes as many tokens as promise the most tokens per second, by the measured
+            costs of both models and the draft's acceptance so far; none where speculation does not pay.
             `"heuristic"`: within a request, one token less after each proposal that is not accepted in full, two more
             after one that is; transformers' `num_assistant_tokens_schedule`, bounded by `draft_length`. `"constant"`:
             always `draft_length`.
+        prompt_lookup (`bool`, defaults to `True`):
+            With `"measured"`: propose what followed the last few tokens earlier in the text, or in the outputs of
+            recent requests, where that promises more than the draft. Costs no model.
         confidence_threshold (`float`, defaults to 0.0):
-            Stop a proposal early once the product of the draft's own probabilities of it is no more than this: what
-            follows would hardly be looked at. 0.0 always proposes `draft_length` tokens.
+            With `"heuristic"` and `"constant"`: stop a proposal early once the product of the draft's own
+            probabilities of it is no more than this: what follows would hardly be looked at. 0.0 always proposes in
+            full.
         learn (`bool`, defaults to `True`):
             Whether the draft learns. `False` serves with a static draft and records nothing.
         update_every (`int`, defaults to 8):
@@ -30,6 +36,9 @@ class OnlineConfig:
         background (`bool`, defaults to `False`):
             Where an update runs. `False`: inline, the request that completes the interval waits for it, and results
             are deterministic. `True`: in a thread, while serving goes on.
+        duty_cycle (`float`, defaults to 0.1):
+            With `background`, the share of the time that learning may take while requests are in flight, in (0, 1].
+            1.0 learns as fast as it can; while serving is idle, it always does.
         record_fraction (`float`, defaults to 1.0):
             Fraction of requests to record, in [0, 1].
         top_k_teacher (`int`, defaults to 32):
@@ -72,12 +81,14 @@ class OnlineConfig:
     ```
     """
 
-    draft_length: int = 5
-    draft_length_schedule: Literal["constant", "heuristic"] = "heuristic"
+    draft_length: int = 8
+    draft_length_schedule: Literal["measured", "heuristic", "constant"] = "measured"
+    prompt_lookup: bool = True
     confidence_threshold: float = 0.0
     learn: bool = True
     update_every: int = 8
     background: bool = False
+    duty_cycle: float = 0.1
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
@@ -100,11 +111,14 @@ class OnlineConfig:
         for name in ("record_fraction", "beta", "confidence_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        if not 0.0 < self.duty_cycle <= 1.0:
+            raise ConfigError(f"duty_cycle must be in (0, 1], got {self.duty_cycle!r}")
         if self.learning_rate <= 0.0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        if self.draft_length_schedule not in ("constant", "heuristic"):
+        if self.draft_length_schedule not in ("measured", "heuristic", "constant"):
             raise ConfigError(
-                f"draft_length_schedule must be 'constant' or 'heuristic', got {self.draft_length_schedule!r}"
+                "draft_length_schedule must be 'measured', 'heuristic' or 'constant', got "
+                f"{self.draft_length_schedule!r}"
             )
         if self.positions not in ("all", "rejected"):
             raise ConfigError(f"positions must be 'all' or 'rejected', got {self.positions!r}")

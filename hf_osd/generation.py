@@ -33,10 +33,13 @@ from .serving.inputs import (
     check_target,
     padding_of,
 )
+from .serving.lookup import LOOKUP_LENGTH
 from .serving.processing import on_device
 from .serving.randomness import Randomness
 from .serving.sequences import Sequences
+from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
 from .serving.stopping import StopCheck
+from .serving.stopwatch import Stopwatch
 from .serving.weights import eval_mode
 
 
@@ -217,7 +220,8 @@ def _decode(
         engine = Engine(
             sequences=sequences,
             target=_target(model, sequences, model_kwargs.get("past_key_values")),
-            drafter=drafter,
+            speculator=_speculator(assistant, drafter, sequences),
+            watch=Stopwatch(model.device, assistant.draft.device),
             processors=on_device(logits_processor, model.device, input_ids.device),
             stop_check=StopCheck(stopping_criteria),
             randomness=randomness,
@@ -226,8 +230,12 @@ def _decode(
             logits=History(sequences.batch) if keep and config.output_logits else None,
         )
         engine.run()
-        request.finish(sequences, drafter.counts, engine.target_passes, time.perf_counter() - started)
-    return _output(engine, config, input_ids.device)
+        engine.speculator.finish(sequences.lengths)
+        request.finish(engine, time.perf_counter() - started)
+    output = _output(engine, config, input_ids.device)
+    drafter.release()
+    engine.target.release()
+    return output
 
 
 def _sequences(
@@ -248,7 +256,7 @@ def _sequences(
         input_ids,
         padding,
         max_length=max(min(lengths, default=config.max_length), input_ids.shape[1] + 1),
-        slack=assistant.config.draft_length,
+        slack=max(assistant.config.draft_length, LOOKUP_LENGTH),
         pad_token_id=int(pad) if pad is not None else 0,
         eos_token_ids=eos,
         pads=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
@@ -279,6 +287,13 @@ def _drafter(
         recorder=request.recorder,
         weights=assistant.weights,
     )
+
+
+def _speculator(assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences) -> Speculator:
+    config = assistant.config
+    if config.draft_length_schedule != "measured" or config.draft_length == 0:
+        return DraftSpeculator(drafter)
+    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup)
 
 
 def _target(model: PreTrainedModel, sequences: Sequences, cache: Cache | None) -> Decoder:

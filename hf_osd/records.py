@@ -1,5 +1,6 @@
 """The shared vocabulary: what serving hands to learning. Plain data, no behaviour beyond counting."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,23 @@ class Proposal:
         if self.tokens.device == device:
             return self
         return Proposal(self.tokens.to(device), None if self.probabilities is None else self.probabilities.to(device))
+
+    def replaced(self, rows: Mapping[int, Sequence[int]]) -> "Proposal":
+        """
+        Return the proposal with other tokens at the beginning of some rows, each proposed by a point mass.
+
+        Args:
+            rows (`Mapping[int, Sequence[int]]`): Up to `k` tokens by row; what is behind them stays.
+        """
+        tokens = self.tokens.clone()
+        probabilities = None if self.probabilities is None else self.probabilities.clone()
+        for row, chosen in rows.items():
+            values = torch.tensor(chosen, dtype=torch.long, device=tokens.device)
+            tokens[row, : len(chosen)] = values
+            if probabilities is not None:
+                probabilities[row, : len(chosen)] = 0.0
+                probabilities[row, : len(chosen)].scatter_(1, values[:, None], 1.0)
+        return Proposal(tokens, probabilities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +73,9 @@ class Observation:
         teacher_ids (`torch.LongTensor` of shape `(output, k)`): Most likely tokens at each position, best first.
         teacher_log_probs (`torch.FloatTensor` of shape `(output, k)`): Their log-probabilities, float32.
         teacher_tail (`torch.FloatTensor` of shape `(output,)`): Probability of all other tokens together, in [0, 1].
-        draft_ids (`torch.LongTensor` of shape `(output,)`): The token the draft proposed there; -1 where it proposed
-            none (a bonus token, or a round without drafting).
-        accepted (`torch.BoolTensor` of shape `(output,)`): Whether that proposal was accepted.
+        draft_ids (`torch.LongTensor` of shape `(output,)`): The token the draft chose there; -1 where it chose none (a
+            bonus token, or a round without drafting).
+        accepted (`torch.BoolTensor` of shape `(output,)`): Whether that is the token in the output.
     """
 
     prompt_ids: torch.Tensor

@@ -14,7 +14,9 @@ import hf_osd
 from hf_osd import ClosedError, LearningError, OnlineAssistant, OnlineConfig
 
 TARGET = tiny_model("llama", dtype=torch.float32)
-FAST = OnlineConfig(update_every=4, steps_per_update=2, batch_size=4, learning_rate=3e-3)
+# Measured lengths would depend on how busy the machine is, and these models are too fast to be speculated on.
+ALWAYS = {"draft_length_schedule": "constant", "draft_length": 3}
+FAST = OnlineConfig(update_every=4, steps_per_update=2, batch_size=4, learning_rate=3e-3, **ALWAYS)
 
 
 def serve(assistant, seed=0, batch=2, **kwargs):
@@ -28,7 +30,7 @@ def plain(seed=0, batch=2):
 
 def test_stats_of_a_perfect_draft():
     """Catches rates that count what was never judged: a perfect draft accepts everything."""
-    assistant = OnlineAssistant(wrong_draft(TARGET, "perfect"), TARGET, OnlineConfig(learn=False, draft_length=3))
+    assistant = OnlineAssistant(wrong_draft(TARGET, "perfect"), TARGET, OnlineConfig(learn=False, **ALWAYS))
     assert assistant.stats().acceptance_rate == 0.0
     serve(assistant, batch=3)
     stats = assistant.stats()
@@ -53,7 +55,7 @@ def test_inline_learning_raises_acceptance():
     """Catches learning that trains on the wrong positions, or never reaches the live draft."""
     target = TARGET
     draft = tiny_model("llama", seed=5, layers=1, dtype=torch.float32)
-    config = OnlineConfig(update_every=8, steps_per_update=8, batch_size=8, learning_rate=1e-2)
+    config = OnlineConfig(update_every=8, steps_per_update=8, batch_size=8, learning_rate=1e-2, **ALWAYS)
     with OnlineAssistant(draft, target, config) as assistant:
         rates = []
         for _ in range(12):

@@ -104,7 +104,7 @@ def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict
     assert whole[ONLINE]["updates"] >= 1
     assert whole[ONLINE]["learning_seconds"] > 0 == whole[STATIC]["learning_seconds"]
     assert whole[PLAIN]["acceptance"] is None
-    assert 0 <= whole[STATIC]["acceptance"] <= 1 <= whole[STATIC]["tokens_per_target_pass"]
+    assert 0 <= (whole[STATIC]["acceptance"] or 0) <= 1 <= whole[STATIC]["tokens_per_target_pass"]
 
 
 def test_contenders_do_not_see_what_the_online_draft_learns(pair: Pair) -> None:

@@ -55,16 +55,25 @@ def observe(target: PreTrainedModel, number: int, k: int = 8) -> Observation:
 class Steps:
     """A session that runs a few updates and keeps what they publish."""
 
-    def __init__(self, updates: int = 1, scale: float = 1.0) -> None:
-        self.updates, self.scale = updates, scale
+    def __init__(self, updates: int = 1, scale: float = 1.0, seconds: float = 1.0) -> None:
+        self.updates, self.scale, self.seconds = updates, scale, seconds
         self.losses: list[float] = []
         self.weights: dict[str, torch.Tensor] = {}
+        self.positions: list[int] = []
+        self.pauses = 0
 
     def learning_rate_scale(self) -> float:
         return self.scale
 
     def is_stopped(self) -> bool:
         return len(self.losses) == self.updates
+
+    def give_way(self) -> float:
+        self.pauses += 1
+        return self.seconds
+
+    def count_step(self, positions: int) -> None:
+        self.positions.append(positions)
 
     def finish_update(self, weights: Any, loss: float) -> None:
         self.losses.append(loss)
@@ -163,7 +172,8 @@ def test_training_lowers_the_loss() -> None:
     assert all(torch.equal(session.weights[name], weight) for name, weight in draft.named_parameters())
 
 
-def test_no_rejected_position_is_no_error() -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_no_rejected_position_is_no_error(background: bool) -> None:
     """Catches 0 / 0, which would poison the weights."""
     target, draft = llama(seed=1), llama()
     o = observe(target, 0)
@@ -172,7 +182,7 @@ def test_no_rejected_position_is_no_error() -> None:
         torch.full_like(o.draft_ids, -1), torch.zeros_like(o.accepted),
     )  # fmt: skip
     session = Steps()
-    trainer_of(draft, [none], session, OnlineConfig(positions="rejected")).train()
+    trainer_of(draft, [none], session, OnlineConfig(positions="rejected", background=background)).train()
     assert session.losses == [0.0]
     assert all(weight.isfinite().all() for weight in draft.parameters())
 
@@ -188,6 +198,31 @@ def test_learning_rate_is_scaled_once() -> None:
         moved.append(session.weights)
     for name, weight in moved[0].items():
         torch.testing.assert_close(weight, moved[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("seconds", [1.0, 0.0], ids=["row by row", "growing parts"])
+@pytest.mark.parametrize("positions", ["all", "rejected"])
+def test_parts_take_the_step_of_the_batch(positions: Any, seconds: float) -> None:
+    """Catches parts that each take a mean of their own, a step for each part, and a loss or count of one part only."""
+    target = llama(seed=1)
+    observations = [observe(target, number) for number in range(6)]
+    sessions = []
+    for background in (False, True):
+        session = Steps(updates=2, seconds=seconds)
+        # SGD: a wrong gradient shows in full, where Adam would only look at its sign.
+        config = OnlineConfig(
+            background=background, positions=positions, batch_size=6, steps_per_update=2,
+            training_arguments={"optim": "sgd", "max_grad_norm": 0.0}, learning_rate=0.1,
+        )  # fmt: skip
+        trainer_of(llama(), observations, session, config).train()
+        sessions.append(session)
+    whole, parts = sessions
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert parts.positions == whole.positions == [whole.positions[0]] * 4
+    assert parts.pauses > whole.pauses
+    start = dict(llama().named_parameters())
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(parts.weights[name] - start[name], weight - start[name], rtol=1e-3, atol=1e-6)
 
 
 def test_collator_keeps_the_end_of_long_requests() -> None:

@@ -53,8 +53,11 @@ def test_counts_only_what_the_target_judged():
     """Catches an acceptance rate diluted by tokens behind a refusal, or by finished rows."""
     ids = prompts(3)["input_ids"]
     drafter = drafter_for(tiny_model("llama", seed=3), ids)
-    drafter.propose(torch.nn.functional.pad(ids, (0, 4)), [9, 9, 9], 4)
-    drafter.note(torch.zeros(3, 5, 7), accepted=[4, 1, 3], taken=[5, 2, 0])
+    drafted = drafter.propose(torch.nn.functional.pad(ids, (0, 4)), [9, 9, 9], 4).tokens.tolist()
+    wrong = [-2] * 5  # no token
+    tokens = [[*drafted[0], 7], [*drafted[1][:1], *wrong], drafted[2]]
+    right = drafter.note(torch.zeros(3, 5, 7), tokens, taken=[5, 2, 0])
+    assert right == [4, 1, 0]
     assert (drafter.counts.proposed, drafter.counts.judged, drafter.counts.accepted) == (8, 4 + 2, 4 + 1)
 
 
@@ -66,12 +69,12 @@ def test_length_follows_what_is_accepted():
     for accepted in (0, 1, 0, 0, 1, 3, 4):  # of 4, 3, 2, 1, 1, 3, 4
         k = drafter.num_assistant_tokens
         lengths.append(k)
-        drafter.propose(torch.nn.functional.pad(ids, (0, k)), [9], k)
-        drafter.note(torch.zeros(1, k + 1, 7), [accepted], [accepted + 1])
+        (drafted,) = drafter.propose(torch.nn.functional.pad(ids, (0, k)), [9], k).tokens.tolist()
+        drafter.note(torch.zeros(1, k + 1, 7), [[*drafted[:accepted], -2]], [accepted + 1])
     assert lengths == [4, 3, 2, 1, 1, 3, 4]
     assert drafter.num_assistant_tokens == 4
     drafter.propose(torch.nn.functional.pad(ids, (0, 2)), [9], 2)  # cut short by the budget
-    drafter.note(torch.zeros(1, 3, 7), [0], [1])
+    drafter.note(torch.zeros(1, 3, 7), [[-2]], [1])
     assert drafter.num_assistant_tokens == 4
 
 

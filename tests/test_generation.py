@@ -33,6 +33,8 @@ NOISY = wrong_draft(LLAMA, "noisy")
 
 
 def static(draft, target=LLAMA, **settings):
+    """A draft that always proposes: with measured lengths these models are too fast to be speculated on."""
+    settings = {"draft_length_schedule": "constant", "draft_length": 5, **settings}
     return OnlineAssistant(draft, target, OnlineConfig(learn=False, **settings))
 
 

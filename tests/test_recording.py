@@ -12,7 +12,8 @@ TARGET = tiny_model("llama")
 
 def record(how, batch, monkeypatch, **settings):
     """Observations of one call, the output, and the number of forwards of the target."""
-    assistant = OnlineAssistant(wrong_draft(TARGET, how), TARGET, OnlineConfig(top_k_teacher=6, draft_length=3))
+    config = OnlineConfig(top_k_teacher=6, draft_length=3, draft_length_schedule="constant")
+    assistant = OnlineAssistant(wrong_draft(TARGET, how), TARGET, config)
     seen = []
     monkeypatch.setattr(assistant._learner, "observe", seen.append)
     output = hf_osd.generate(

@@ -129,7 +129,9 @@ def test_sampled_sequences_have_the_targets_distribution(how, batch):
         inputs = {name: torch.nn.functional.pad(value, (1, 0)) for name, value in inputs.items()}
         inputs["input_ids"][::2, 0], inputs["attention_mask"][::2, 0] = 2, 1
     threshold = 0.25 if how == "noisy" else 0.0  # proposals that stop early must not bias the output either
-    config = OnlineConfig(learn=False, draft_length=2, confidence_threshold=threshold)
+    config = OnlineConfig(
+        learn=False, draft_length=2, draft_length_schedule="constant", confidence_threshold=threshold
+    )
     assistant = OnlineAssistant(draft, target, config)
     torch.manual_seed(11)
     counts = torch.zeros(vocab**3)
@@ -162,9 +164,8 @@ def test_sampling_with_processors_and_no_proposal():
     """Catches a sampling path that breaks without a proposal (k = 0) or with contextual processors."""
     target = tiny_model("gpt2")
     for draft_length in (0, 4):
-        assistant = OnlineAssistant(
-            wrong_draft(target, "noisy"), target, OnlineConfig(learn=False, draft_length=draft_length)
-        )
+        config = OnlineConfig(learn=False, draft_length=draft_length, draft_length_schedule="constant")
+        assistant = OnlineAssistant(wrong_draft(target, "noisy"), target, config)
         output = hf_osd.generate(
             target,
             **prompts(3),

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from inspect import ismethod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ class OnlineLearner:
 
     The weights are trained on a float32 copy of the draft, made when the first update is due, in a thread of its own.
     With `config.background` the request that makes an update due does not wait for it; updates that come due while
-    one runs become one. Without, it waits, and the same requests give bit-identical weights. An update that fails, or
-    whose weights are not finite, is logged, counted and forgotten: the next one starts from the live draft.
+    one runs become one, and learning gives way to requests in flight. Without, it waits, and the same requests give
+    bit-identical weights. An update that fails, or whose weights are not finite, is logged, counted and forgotten: the
+    next one starts from the live draft.
 
     Args:
         draft ([`~transformers.PreTrainedModel`]):
@@ -50,6 +52,8 @@ class OnlineLearner:
     ) -> None:
         if config.full_teacher and target is None:
             raise LearningError("full_teacher needs the target, got None")
+        if config.background and config.learn:  # seconds, in which requests would hardly get on
+            import_distillation()
         if config.training_arguments:  # TRL is imported this early only where there is something to check
             import_distillation().training_arguments(config, draft.device)
         # The thread must keep neither the learner nor the owner of `publish` alive: dropping both stops it.
@@ -68,19 +72,33 @@ class OnlineLearner:
         return self._loop.failures
 
     @property
+    def steps(self) -> int:
+        """Steps of the optimiser."""
+        return self._loop.steps
+
+    @property
+    def positions(self) -> int:
+        """Positions learned from, counted once a step."""
+        return self._loop.positions
+
+    @property
     def last_loss(self) -> float | None:
         """Mean divergence over the steps of the last update, in nats; `None` before the first."""
         return self._loop.last_loss
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time spent in updates, failed ones included."""
+        """Wall-clock time spent in updates, failed ones included, without the pauses in which serving went first."""
         return self._loop.seconds
 
     @property
     def acceptance(self) -> float:
         """Moving average of the acceptance rate over recent requests, in [0, 1]; 0 before the first."""
         return self._loop.acceptance
+
+    def serving(self) -> AbstractContextManager[None]:
+        """Mark a request as in flight: background learning keeps to its `config.duty_cycle` meanwhile."""
+        return self._loop.duty.serving()
 
     def observe(self, observation: Observation) -> None:
         """

@@ -35,6 +35,7 @@ from ..records import Observation
 from .collation import ObservationCollator
 from .losses import sparse_divergence
 from .pacing import OnlineUpdateCallback
+from .parts import BatchParts
 
 with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
     warnings.simplefilter("ignore")
@@ -201,8 +202,10 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.processing_class = None
         self.target = target
         self._sample = sample
+        self._session = callback.session
+        self._parts = BatchParts(config.batch_size) if config.background else None
         self._loss_sum = torch.zeros((), device=model.device)
-        self._loss_count = 0
+        self._loss_count = self._positions = 0
         callback.trainer = self
 
     def _send_telemetry(self) -> None:
@@ -221,8 +224,22 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward pass on recorded outputs; GKD would toss a global coin for sampling new ones."""
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return, no-untyped-call]
+        """
+        Forward and backward passes on recorded outputs; GKD would toss a global coin for sampling new ones.
+
+        In the background a batch goes in parts, which add up to its gradient, and serving may go first in between.
+        """
+        positions = int(inputs["learn_mask"].sum())
+        loss = torch.zeros((), device=self.args.device)
+        for part in [inputs] if self._parts is None else self._parts.of(inputs):
+            part = {**part, "positions": positions}
+            loss += super(GKDTrainer, self).training_step(model, part, num_items_in_batch)  # type: ignore[no-untyped-call]
+            seconds = self._session.give_way()
+            if self._parts is not None:
+                self._parts.fit(seconds)
+        self._positions += positions
+        self._loss_count += 1
+        return loss
 
     def compute_loss(
         self,
@@ -236,9 +253,10 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
         Args:
             model (`torch.nn.Module`): The student.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], or a part of one together with
+                `positions`, the number of positions of all parts.
             return_outputs (`bool`, defaults to `False`): Whether to return the logits as well.
-            num_items_in_batch (`int`, *optional*): Not used: the mean is over this batch.
+            num_items_in_batch (`int`, *optional*): Not used: the mean is over the batch.
 
         Returns:
             `torch.FloatTensor`: Scalar, in nats; with `return_outputs`, a tuple with the logits of shape
@@ -248,9 +266,9 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         logits = self._logits(model, inputs, self._forward_parameters)
         student = logits[mask].float()
         divergence = self._divergence(student, inputs)
-        loss = divergence.sum() / max(divergence.numel(), 1)
+        loss = divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
         self._loss_sum += loss.detach()
-        self._loss_count += 1
+        self._session.give_way()  # before the backward pass
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _divergence(self, student: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -295,6 +313,11 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self._loss_sum.zero_()
         self._loss_count = 0
         return mean
+
+    def take_positions(self) -> int:
+        """Positions learned from since the last call."""
+        positions, self._positions = self._positions, 0
+        return positions
 
     def trained_weights(self) -> dict[str, torch.Tensor]:
         """The parameters that are trained, detached, under their names in the model."""

@@ -21,6 +21,8 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from .replay import ReplayBuffer
+from .streams import TrainingStream
+from .yielding import DutyCycle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +43,9 @@ _GOOD_ACCEPTANCE, _SMALLEST_SCALE = 0.5, 0.015
 _PATIENCE = 10.0
 _STATE, _WEIGHTS = "learner.json", "weights.safetensors"
 _OPTIMIZER, _REPLAY = "optimizer.safetensors", "replay.safetensors"
-_COUNTERS = ("updates", "failures", "last_loss", "seconds", "_fresh", "_accepted", "_decided", "_trusted")
+_COUNTERS = (
+    "updates", "failures", "steps", "positions", "last_loss", "seconds", "_fresh", "_accepted", "_decided", "_trusted",
+)  # fmt: skip
 
 
 def import_distillation() -> ModuleType:
@@ -82,9 +86,14 @@ class TrainingLoop:
         self.replay = ReplayBuffer(config.replay_size, config.seed, config.replay_size * config.max_length)
         self.updates = 0
         self.failures = 0
+        self.steps = 0
+        self.positions = 0
         self.last_loss: float | None = None
         self.seconds = 0.0
         self.stopped = False
+        # Inline, a request in flight may be one that waits for this very update.
+        self.duty = DutyCycle(config.duty_cycle if config.background else 1.0)
+        self._stream = TrainingStream(draft.device if config.background else torch.device("cpu"))
         self._draft, self._target, self._publish = draft, target, publish
         self._trainer: OnlineGKDTrainer | None = None
         self._restored: _Restored | None = None
@@ -151,6 +160,7 @@ class TrainingLoop:
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
+        self.duty.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_PATIENCE)
 
@@ -164,7 +174,7 @@ class TrainingLoop:
                 self._fail(error)
 
     def _train(self) -> None:
-        with import_distillation().on_device(self._draft.device):
+        with import_distillation().on_device(self._draft.device), self._stream.training():
             if self._trainer is None:
                 self._trainer = self._build()
             self._trainer.train()
@@ -200,11 +210,24 @@ class TrainingLoop:
                 return False
             self._started = self._requested
             self._began = time.perf_counter()
+            self.duty.resume()
             return True
 
     def is_stopped(self) -> bool:
         """Whether training has to end at the next step."""
         return self.stopped
+
+    def give_way(self) -> float:
+        """Let serving go first; return the seconds worked since the last call."""
+        self._stream.synchronize()
+        worked, paused = self.duty.give_way()
+        self._began += paused  # the time that counts as learning stands still meanwhile
+        return worked
+
+    def count_step(self, positions: int) -> None:
+        """Count a step of the optimiser, and the positions that it learned from."""
+        self.steps += 1
+        self.positions += positions
 
     def learning_rate_scale(self) -> float:
         """
@@ -225,7 +248,8 @@ class TrainingLoop:
             raise LearningError(f"weights are not finite after the update: {broken[0]}")
         publish = self._publish()
         if publish is not None:
-            publish(weights)
+            with self._stream.publishing():
+                publish(weights)
         del publish  # it holds the owner, which whoever waits for the update may want to drop
         self.last_loss = loss
         self.updates += 1

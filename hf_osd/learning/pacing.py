@@ -18,6 +18,14 @@ class UpdateSession(Protocol):
         """Whether training has to end at the next step."""
         ...
 
+    def give_way(self) -> float:
+        """Let serving go first; return the seconds worked since the last call."""
+        ...
+
+    def count_step(self, positions: int) -> None:
+        """Count a step of the optimiser, and the positions that it learned from."""
+        ...
+
     def finish_update(self, weights: Mapping[str, torch.Tensor], loss: float) -> None:
         """Take the weights of a finished update and its mean loss."""
         ...
@@ -35,6 +43,10 @@ class PacedTrainer(Protocol):
 
     def take_mean_loss(self) -> float:
         """Mean loss since the last call."""
+        ...
+
+    def take_positions(self) -> int:
+        """Positions learned from since the last call."""
         ...
 
     def trained_weights(self) -> Mapping[str, torch.Tensor]:
@@ -81,8 +93,15 @@ class OnlineUpdateCallback(TrainerCallback):
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate * self.session.learning_rate_scale()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let serving go first; the trainer itself does so between forward and backward passes."""
+        self.session.give_way()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Publish and wait after the last step of an update."""
+        self.session.count_step(self.trainer.take_positions())
         self._steps += 1
         if self._steps == self.steps_per_update:
             self._steps = 0
@@ -90,6 +109,7 @@ class OnlineUpdateCallback(TrainerCallback):
             # First the log, which reads the trainer's state: whoever waits for the update goes on at once.
             self.trainer.log({"online_loss": loss, "online_learning_rate_scale": self.session.learning_rate_scale()})
             self.session.finish_update(self.trainer.trained_weights(), loss)
+            self.session.give_way()
             self.session.wait_for_update()
         if self.session.is_stopped():
             control.should_training_stop = True

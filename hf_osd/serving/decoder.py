@@ -4,6 +4,7 @@ import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from transformers.cache_utils import Cache
 
 from .._compat import show_windows_only
 from ..errors import UnsupportedModelError
-from .cache import RaggedCache, RaggedLayer
+from .cache import RaggedLayer
+from .graphs import captured_span, captured_width
+from .kept import borrow, give_back
+from .transfer import upload
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
 PREFILL_CHUNK = 1024  # columns in one forward: a 4D mask over a whole long prompt would not fit into memory
@@ -61,6 +65,9 @@ class Decoder(ABC):
     def export(self) -> Cache:
         """Return the cache as transformers' `generate` would, for a caller who wants to go on from it."""
 
+    def release(self) -> None:  # noqa: B027 -- most have nothing to leave
+        """Leave what later calls can use. The decoder must not be used afterwards."""
+
     def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
         if self._keeps_logits:
             inputs["logits_to_keep"] = keep
@@ -73,11 +80,11 @@ class RaggedDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
         super().__init__(model, padding, width)
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._device = model.device
-        self.cache = RaggedCache(len(self.padding), width - min(self.padding), layers, self._device)
-        self._padding = torch.tensor(self.padding, device=self._device)[:, None]  # (batch, 1)
-        self._last_position = width - min(self.padding) - 1
+        self._kept = borrow(model, len(self.padding), width - min(self.padding))
+        self.cache = self._kept.cache
+        self._padding = upload(self.padding, self._device)[:, None]  # (batch, 1)
+        self._last_position = min(self.cache.capacity, self.context) - 1
         self._additive_mask = model.config._attn_implementation == "eager"
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
@@ -93,20 +100,45 @@ class RaggedDecoder(Decoder):
     def _feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
         """One forward over a rectangle of columns that ends at every row's own end."""
         q = max(keep, self._lag(ends))
+        graphs, width = self._kept.graphs, captured_width(q)
+        if graphs is not None and width is not None:
+            span = captured_span(self._span(ends), self.cache.capacity)
+            forward = partial(self._forward, span=span)
+            logits = graphs.run(self.model, span, forward, *self._columns(ids, ends, width))[:, -keep:]
+        elif len(ends) == 1 and self._is_inside(ends[0], q):
+            positions, mask = self.cache.stage_run(ends[0] - q - self.padding[0], q)
+            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, mask, keep)
+        else:
+            logits = self._forward(*self._columns(ids, ends, q), span=self._span(ends), keep=keep)
+        self.cached = list(ends)
+        return logits
+
+    def _span(self, ends: Sequence[int]) -> int:
         spans = (end - pad for end, pad in zip(ends, self.padding, strict=True))
-        span = min(max(spans), self.cache.capacity)
-        columns = torch.arange(-q, 0, device=self._device) + torch.tensor(ends, device=self._device)[:, None]
+        return min(max(spans), self.cache.capacity)
+
+    def _is_inside(self, end: int, q: int) -> bool:
+        return q <= end - self.padding[0] <= self.cache.capacity
+
+    def _columns(self, ids: torch.Tensor, ends: Sequence[int], q: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions of each row's last `q` columns; positions outside the row belong to padding."""
+        columns = torch.arange(-q, 0, device=self._device) + upload(ends, self._device)[:, None]
         positions = columns - self._padding
+        return ids.gather(1, columns.clamp_(0, ids.shape[1] - 1)), positions
+
+    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, *, span: int, keep: int = 0) -> torch.Tensor:
+        """Every kernel of a forward, the mask's included; `keep` 0 means all."""
         mask = self.cache.stage(positions, span)
-        logits = self._logits(
+        return self._call(tokens, positions.clamp(0, self._last_position), mask, keep or tokens.shape[1])
+
+    def _call(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+        return self._logits(
             keep,
-            input_ids=ids.gather(1, columns.clamp_(0, ids.shape[1] - 1)),
-            position_ids=positions.clamp_(0, self._last_position),
+            input_ids=tokens,
+            position_ids=positions,
             attention_mask=self._as_model_mask(mask),
             past_key_values=self.cache,
         )
-        self.cached = list(ends)
-        return logits
 
     def _as_model_mask(self, mask: torch.Tensor) -> torch.Tensor:
         if not self._additive_mask:
@@ -117,6 +149,10 @@ class RaggedDecoder(Decoder):
     def rollback(self, ends: Sequence[int]) -> None:
         """A length change; see [`Decoder.rollback`]."""
         self.cached = [min(cached, end) for cached, end in zip(self.cached, ends, strict=True)]
+
+    def release(self) -> None:
+        """Leave the cache to the next call of its shape; see [`Decoder.release`]."""
+        give_back(self.model, self._kept)
 
     def export(self) -> Cache:
         """Copy into a `DynamicCache` with the buffer's columns, left padding included; see [`Decoder.export`]."""

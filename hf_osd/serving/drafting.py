@@ -1,6 +1,6 @@
 """The draft's side of a round: propose tokens in a tight loop, and note which of them the target took."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +14,31 @@ from .decoder import Decoder, context_length, make_decoder
 from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
+from .transfer import upload
 from .verification import sample
+
+GoesOn = Callable[[torch.Tensor, torch.Tensor | None], bool]
 
 
 @dataclass(slots=True)
-class DraftCounts:
+class Counts:
     """
     What became of the proposed tokens of one request.
 
     Attributes:
-        proposed (`int`): Tokens the draft proposed.
-        judged (`int`): Those that the target judged: up to and including the first refusal of each round. Later ones
-            follow a refused token and say nothing about the draft.
-        accepted (`int`): Those it took.
+        proposed (`int`): Tokens the draft chose.
+        judged (`int`): Those that the target judged: up to and including the first wrong one of each round. Later ones
+            follow a wrong token and say nothing about the draft.
+        accepted (`int`): Those that were right.
+        guessed (`int`): Tokens submitted by the lookup, and judged.
+        guessed_right (`int`): Those that were accepted.
     """
 
     proposed: int = 0
     judged: int = 0
     accepted: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
 
 
 class OnlineAssistedGenerator(AssistedCandidateGenerator):
@@ -86,7 +93,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         super().__init__(prompt, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
         if draft_length is not None:
             self.num_assistant_tokens = draft_length
-        self.counts = DraftCounts()
+        self.counts = Counts()
         self._processors = list(logits_processor or [])
         self._do_sample = bool(generation_config.do_sample)
         self._randomness = randomness or (Randomness() if self._do_sample else None)
@@ -105,12 +112,13 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
         self._last: Proposal | None = None
+        self._starts: list[int] = []  # where the last proposal of each row began
 
     def room(self, ends: Sequence[int]) -> int:
         """Return how many tokens the draft's context still takes behind the longest row."""
         return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
 
-    def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int) -> Proposal:
+    def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None = None) -> Proposal:
         """
         Propose `k` tokens for every row.
 
@@ -120,26 +128,69 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
                 as they were proposed: a row goes on from a prefix of its proposal and one token more.
             k (`int`): Tokens to propose, at most; 0 gives an empty proposal without running the draft.
+            goes_on (`Callable`, *optional*): Asked after every token whether to draft another, given the draft's
+                probabilities of the tokens just drafted and whether they end their rows, `(batch,)` each; the latter
+                is `None` where nothing ends a row. Defaults to the confidence threshold, if any.
 
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
         """
-        ids = ids.to(self.assistant_model.device)
         if k == 0:
-            self._last = Proposal(ids.new_empty(len(ids), 0))
-            return self._last
+            return self.skip()
+        ids = ids.to(self.assistant_model.device)
         with self._weights:  # also over the choice of the decoder, which may try the draft out
             if self._decoder is None:
                 self._decoder = make_decoder(self.assistant_model, self._padding, self._width, role="draft")
             self._decoder.rollback([end - 1 for end in ends])
-            steps = self._steps(self._decoder, ids, ends, k)
+            steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule())
         tokens = torch.stack([token for token, _ in steps], dim=1)
         probabilities = [q for _, q in steps if q is not None]
+        self._starts = list(ends)
         self._last = Proposal(tokens, torch.stack(probabilities, dim=1) if probabilities else None)
         return self._last
 
+    def skip(self) -> Proposal:
+        """Note that this round goes without the draft; its empty proposal."""
+        self._last = Proposal(torch.empty(len(self._padding), 0, dtype=torch.long, device=self.assistant_model.device))
+        return self._last
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that the last proposal had, before anything was held back."""
+        return self._last.tokens.shape[1] if self._last is not None else 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether proposals are sampled, not chosen greedily."""
+        return self._randomness is not None
+
+    def lag(self, ends: Sequence[int]) -> int:
+        """Return how many tokens the draft would have to read before it proposes, in the row that lacks most."""
+        cached = self._decoder.cached if self._decoder is not None else self._padding
+        return max(end - done for end, done in zip(ends, cached, strict=True))
+
+    def release(self) -> None:
+        """Leave the draft's cache to later calls."""
+        if self._decoder is not None:
+            self._decoder.release()
+            self._decoder = None
+
+    def _confidence_rule(self) -> GoesOn | None:
+        """Go on while a row's product of probabilities exceeds the threshold, and something may follow."""
+        if not self._may_stop_early:
+            return None
+        reach = torch.ones(len(self._padding), device=self.assistant_model.device)
+
+        def goes_on(probabilities: torch.Tensor, ended: torch.Tensor | None) -> bool:
+            reach.mul_(probabilities)
+            if ended is not None:
+                reach.masked_fill_(ended, 0.0)
+            return bool((reach > self._confidence_threshold).any())
+
+        return goes_on
+
     def _steps(
-        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int
+        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """
         Draft token by token, until going on is not worth a step.
@@ -147,56 +198,90 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         Whether to go on may depend on the tokens drafted so far, as long as those are verified: what is not proposed
         is left to the target, so the output's distribution is the target's either way.
         """
-        reach = torch.ones(len(ids), device=ids.device)  # how likely each row is to accept all it has, (batch,)
         steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         for step in range(k):
-            tokens, probabilities, reach = self._step(decoder, ids, [end + step for end in ends], reach)
+            scores = self._scores(decoder, ids, [end + step for end in ends])
+            tokens, probabilities = self._choose(scores)
+            self._write(ids, [end + step for end in ends], tokens)
             steps.append((tokens, probabilities))
             # Asking waits for the device, so it is done only where it can matter.
-            if self._may_stop_early and step + 1 < k and not bool((reach > self._confidence_threshold).any()):
+            if goes_on is not None and not self._is_worth_going_on(scores, tokens, probabilities, goes_on):
                 break
         return steps
+
+    @staticmethod
+    def _write(ids: torch.Tensor, columns: Sequence[int], tokens: torch.Tensor) -> None:
+        if len(columns) == 1:
+            ids[:, columns[0]] = tokens
+        else:
+            ids.scatter_(1, upload(columns, ids.device)[:, None], tokens[:, None])
+
+    def _is_worth_going_on(
+        self, scores: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor | None, goes_on: GoesOn
+    ) -> bool:
+        chosen = tokens[:, None]
+        if probabilities is not None:
+            chances = probabilities.gather(1, chosen)[:, 0]
+        else:
+            chances = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(dim=-1)).exp()
+        return goes_on(chances, torch.isin(tokens, self._eos) if self._eos is not None else None)
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
         """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""
         return ids if self._known_tokens >= self._vocab_size else ids.clamp(max=self._known_tokens - 1)
 
-    def _step(
-        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], reach: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+        """Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`."""
         logits = _fit_vocabulary(decoder.feed(self._readable(ids), ends, keep=1), self._vocab_size)
-        scores = process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]  # (batch, vocab)
-        probabilities = scores.softmax(dim=-1) if self._may_stop_early or self._randomness is not None else None
-        if self._randomness is None or probabilities is None:
-            tokens = scores.argmax(dim=-1)
-        else:
-            tokens = sample(probabilities, self._randomness.on(scores.device))
-        ids.scatter_(1, torch.tensor(ends, device=ids.device)[:, None], tokens[:, None])
-        if self._may_stop_early and probabilities is not None:
-            reach = reach * probabilities.gather(1, tokens[:, None])[:, 0]
-            if self._eos is not None:
-                reach = reach.masked_fill(torch.isin(tokens, self._eos), 0.0)  # nothing follows
-        return tokens, probabilities if self._randomness is not None else None, reach
+        return process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]
 
-    def note(self, logits: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]) -> None:
+    def _choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._randomness is None:
+            return scores.argmax(dim=-1), None
+        probabilities = scores.softmax(dim=-1)
+        return sample(probabilities, self._randomness.on(scores.device)), probabilities
+
+    def note(
+        self,
+        logits: torch.Tensor,
+        tokens: Sequence[Sequence[int]],
+        taken: Sequence[int],
+        rows: Sequence[bool] | None = None,
+    ) -> list[int]:
         """
         Note what the target made of the last proposal.
 
+        A drafted token is right if it is what the row took there and all before it were right, whether it was
+        submitted or held back.
+
         Args:
             logits (`torch.FloatTensor` of shape `(batch, k + 1, vocab)`): The target's logits.
-            accepted (`Sequence[int]`): Proposed tokens that each row accepted.
-            taken (`Sequence[int]`): Tokens that each row kept; 0 for finished rows.
+            tokens (`Sequence[Sequence[int]]`): For each row, the tokens that the target settled on.
+            taken (`Sequence[int]`): How many of them the row kept; 0 for finished rows.
+            rows (`Sequence[bool]`, *optional*): Rows in which the comparison says something about the draft; defaults
+                to all. When sampling, a token that was not submitted may be as good as the one taken.
+
+        Returns:
+            `list[int]`: How many of each row's drafted tokens were right; 0 where that was not asked.
         """
         assert self._last is not None, "propose() comes before note()"
-        k = self._last.tokens.shape[1]
-        for row_accepted, row_taken in zip(accepted, taken, strict=True):
-            if row_taken:
-                self.counts.proposed += k
-                self.counts.judged += min(row_accepted + 1, k, row_taken)
-                self.counts.accepted += min(row_accepted, row_taken)
-        self._adapt_length(k, [full == k for full, kept in zip(accepted, taken, strict=True) if kept])
+        k = self.drafted
+        rows = [True] * len(taken) if rows is None else rows
+        drafted = self._last.tokens.tolist() if k else [[]] * len(taken)
+        compared = zip(drafted, tokens, taken, rows, strict=True)
+        right = [_leading(ours, theirs[:kept]) if asked else 0 for ours, theirs, kept, asked in compared]
+        for count, kept, asked in zip(right, taken, rows, strict=True):
+            self.counts.proposed += k if kept else 0
+            self.counts.judged += min(count + 1, k, kept) if asked else 0
+            self.counts.accepted += count
+        if k and self._decoder is not None:
+            pairs = zip(self._starts, right, strict=True)
+            self._decoder.rollback([start + count for start, count in pairs])
+        self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
-            self._recorder.record(logits, self._last.tokens.to(logits.device), accepted, taken)
+            judged = [min(count + 1, k) if asked else 0 for count, asked in zip(right, rows, strict=True)]
+            self._recorder.record(logits, self._last.tokens.to(logits.device), judged, right, taken)
+        return right
 
     def _adapt_length(self, k: int, accepted_in_full: Sequence[bool]) -> None:
         """
@@ -241,7 +326,18 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
                 teacher recorded here is what they leave of the target's own distribution.
             num_matches (`int`): Proposed tokens it accepted.
         """
-        self.note(scores, [int(num_matches)], [int(num_matches) + 1])
+        taken = input_ids[0, self._starts[0] :].tolist() if self.drafted else [int(input_ids[0, -1])]
+        self.note(scores, [taken], [len(taken)])
+
+
+def _leading(drafted: Sequence[int], taken: Sequence[int]) -> int:
+    """Count the leading tokens that are the same."""
+    count = 0
+    for ours, theirs in zip(drafted, taken, strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count
 
 
 def _fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:

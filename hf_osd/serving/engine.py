@@ -9,11 +9,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..records import Proposal, Verdict
 from .decoder import Decoder
-from .drafting import OnlineAssistedGenerator
 from .processing import process
 from .randomness import Randomness
 from .sequences import Sequences
+from .speculation import Speculator
 from .stopping import StopCheck
+from .stopwatch import Stopwatch
 from .verification import verify_greedy, verify_sampling
 
 
@@ -48,8 +49,9 @@ class Engine:
     Attributes:
         sequences (`Sequences`): The batch; changed in place.
         target (`Decoder`): The target and its cache.
-        drafter (`OnlineAssistedGenerator`): The draft's side.
+        speculator (`Speculator`): What proposes.
         processors (`Sequence[LogitsProcessor]`): Applied to the target's logits.
+        watch (`Stopwatch`): Times the stages of every round.
         stop_check (`StopCheck`): The stopping criteria.
         randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
         streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
@@ -59,7 +61,8 @@ class Engine:
 
     sequences: Sequences
     target: Decoder
-    drafter: OnlineAssistedGenerator
+    speculator: Speculator
+    watch: Stopwatch
     processors: Sequence[LogitsProcessor]
     stop_check: StopCheck
     randomness: Randomness | None = None
@@ -74,28 +77,33 @@ class Engine:
         self._streamed = self.sequences.prompt_length
         while not self.sequences.finished:
             self._round()
-            self._stream()
         if self.streamer is not None:
             self.streamer.end()
 
     def _round(self) -> None:
         sequences = self.sequences
         starts = list(sequences.ends)
-        proposal = self.drafter.propose(sequences.ids, starts, self._next_length()).to(sequences.ids.device)
+        self.watch.start()
+        proposal = self.speculator.propose(sequences, self._room(), self.watch).to(sequences.ids.device)
         k = proposal.tokens.shape[1]
-        sequences.propose(proposal.tokens)
+        if k:
+            sequences.propose(proposal.tokens)
+        self.watch.lap("")
         logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
+        self.watch.lap("verify")
         self.target_passes += sum(sequences.is_active(row) for row in range(sequences.batch))
         scores = process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
         self._commit(logits, scores, self._verify(scores, proposal))
         self.target.rollback([end - 1 for end in sequences.ends])
+        self.watch.lap("")
+        self.speculator.settle(self.watch.finish())
+        self._stream()
 
-    def _next_length(self) -> int:
+    def _room(self) -> int:
         """A row takes one token more than it accepts, so proposing its whole budget would waste the last one."""
         ends, padding = self.sequences.ends, self.sequences.padding
         longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
-        room = min(self.target.context - longest, self.drafter.room(ends))
-        return max(min(int(self.drafter.num_assistant_tokens), self.sequences.budget - 1, room), 0)
+        return max(min(self.sequences.budget - 1, self.target.context - longest), 0)
 
     def _verify(self, scores: torch.Tensor, proposal: Proposal) -> Verdict:
         if self.randomness is None:
@@ -112,7 +120,9 @@ class Engine:
         ask_for = self.scores if self.stop_check.asks else None
         seen = ask_for.columns(self.sequences.lengths) if ask_for is not None else None
         taken = self.stop_check(self.sequences, taken, seen)
-        self.drafter.note(logits, accepted, taken)
+        self.watch.lap("accept")
+        self.speculator.note(logits, tokens, taken)
+        self.watch.lap("record")
 
     def _stream(self) -> None:
         if self.streamer is not None:

@@ -14,8 +14,9 @@ class _Round:
     teacher_ids: torch.Tensor  # (batch, t, k)
     teacher_log_probs: torch.Tensor  # (batch, t, k)
     teacher_tail: torch.Tensor  # (batch, t)
-    drafted: torch.Tensor  # (batch, t), -1 where nothing was proposed
-    accepted: list[int]
+    drafted: torch.Tensor  # (batch, t), -1 where nothing was drafted
+    judged: list[int]
+    right: list[int]
     taken: list[int]
 
 
@@ -39,15 +40,21 @@ class Recorder:
         self._rounds: list[_Round] = []
 
     def record(
-        self, logits: torch.Tensor, drafted: torch.Tensor, accepted: Sequence[int], taken: Sequence[int]
+        self,
+        logits: torch.Tensor,
+        drafted: torch.Tensor,
+        judged: Sequence[int],
+        right: Sequence[int],
+        taken: Sequence[int],
     ) -> None:
         """
         Note one round.
 
         Args:
-            logits (`torch.FloatTensor` of shape `(batch, q + 1, vocab)`): The target's raw logits.
-            drafted (`torch.LongTensor` of shape `(batch, q)`): The proposed tokens.
-            accepted (`Sequence[int]`): Proposed tokens that each row accepted.
+            logits (`torch.FloatTensor` of shape `(batch, q, vocab)`): The target's raw logits.
+            drafted (`torch.LongTensor` of shape `(batch, k)`): The draft's tokens for the same positions.
+            judged (`Sequence[int]`): How many of them, from the first on, the target said something about.
+            right (`Sequence[int]`): How many it agreed with.
             taken (`Sequence[int]`): Tokens that each row kept.
         """
         width = max(taken)
@@ -55,8 +62,8 @@ class Recorder:
         top = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
         log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
         tail = (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)
-        drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)[:, :width]
-        self._rounds.append(_Round(top.indices, log_probs, tail, drafted, list(accepted), list(taken)))
+        drafted = torch.nn.functional.pad(drafted, (0, max(width - drafted.shape[1], 0)), value=-1)[:, :width]
+        self._rounds.append(_Round(top.indices, log_probs, tail, drafted, list(judged), list(right), list(taken)))
 
     def finish(self, sequences: Sequences) -> None:
         """Deliver an observation for every recorded row that produced anything."""
@@ -66,7 +73,8 @@ class Recorder:
                 r.teacher_log_probs.cpu(),
                 r.teacher_tail.cpu(),
                 r.drafted.cpu(),
-                r.accepted,
+                r.judged,
+                r.right,
                 r.taken,
             )
             for r in self._rounds
@@ -83,13 +91,15 @@ def _observation(
     def gather(name: str) -> torch.Tensor:
         return torch.cat([getattr(r, name)[row, : r.taken[row]] for r in rounds])[: len(output_ids)]
 
-    accepted = torch.cat([torch.arange(r.taken[row]) < r.accepted[row] for r in rounds])[: len(output_ids)]
+    def mark(name: str) -> torch.Tensor:
+        return torch.cat([torch.arange(r.taken[row]) < getattr(r, name)[row] for r in rounds])[: len(output_ids)]
+
     return Observation(
         prompt_ids=prompt_ids.clone(),
         output_ids=output_ids.clone(),
         teacher_ids=gather("teacher_ids"),
         teacher_log_probs=gather("teacher_log_probs"),
         teacher_tail=gather("teacher_tail"),
-        draft_ids=gather("drafted"),
-        accepted=accepted,
+        draft_ids=gather("drafted").masked_fill(~mark("judged"), -1),
+        accepted=mark("right"),
     )

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .transfer import upload
+
 
 class Sequences:
     """
@@ -66,12 +68,14 @@ class Sequences:
 
     def propose(self, tokens: torch.Tensor) -> None:
         """Write a proposal of shape `(batch, k)` behind each row's end, without moving the ends."""
-        columns = self._columns(self.ends, tokens.shape[1])
-        self.ids.scatter_(1, columns, tokens)
+        if self.batch == 1:
+            self.ids[:, self.ends[0] : self.ends[0] + tokens.shape[1]] = tokens
+        else:
+            self.ids.scatter_(1, self._columns(self.ends, tokens.shape[1]), tokens)
 
     def _columns(self, starts: Sequence[int], count: int) -> torch.Tensor:
         offsets = torch.arange(count, device=self.ids.device)
-        return torch.tensor(starts, device=self.ids.device)[:, None] + offsets  # (batch, count)
+        return upload(starts, self.ids.device)[:, None] + offsets  # (batch, count)
 
     def commit(self, tokens: Sequence[Sequence[int]]) -> list[int]:
         """
@@ -86,17 +90,22 @@ class Sequences:
         """
         taken = [self._taken(row, tokens[row]) for row in range(self.batch)]
         rows = [row for row in range(self.batch) if taken[row]]
-        last = [self.ends[row] + taken[row] - 1 for row in rows]
-        values = [tokens[row][taken[row] - 1] for row in rows]
-        index = torch.tensor(
-            [rows, last, values], dtype=torch.long, device=self.ids.device
-        )  # (3, 0) if no row takes any
-        self.ids[index[0], index[1]] = index[2]
+        self._write_last(rows, tokens, taken)
         for row in rows:
             self.ends[row] += taken[row]
             if tokens[row][taken[row] - 1] in self.eos_token_ids:
                 self.stops[row] = self.ends[row]
         return taken
+
+    def _write_last(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
+        last = [self.ends[row] + taken[row] - 1 for row in rows]
+        values = [tokens[row][taken[row] - 1] for row in rows]
+        if self.batch == 1:  # a scalar needs no index tensors
+            for column, value in zip(last, values, strict=True):
+                self.ids[0, column] = value
+            return
+        index = upload([*rows, *last, *values], self.ids.device).view(3, -1)  # (3, rows)
+        self.ids[index[0], index[1]] = index[2]
 
     def _taken(self, row: int, tokens: Sequence[int]) -> int:
         if not self.is_active(row):

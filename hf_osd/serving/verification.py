@@ -34,6 +34,8 @@ def verify_greedy(scores: torch.Tensor, proposal: Proposal) -> Verdict:
         proposal (`Proposal`): `k` tokens a row; `k` may be 0.
     """
     choices = scores.argmax(dim=-1)  # (batch, k + 1)
+    if not proposal.tokens.shape[1]:
+        return Verdict(choices, torch.zeros_like(choices[:, 0]))
     return Verdict(choices, leading(choices[:, :-1] == proposal.tokens))
 
 

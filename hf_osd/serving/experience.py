@@ -1,0 +1,61 @@
+"""What one assistant's requests learn about serving: costs, acceptance, recent outputs. Lives in memory only."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from .acceptance import Average, Calibration
+from .costs import CostTable
+from .lookup import RecentOutputs
+
+# Upper ends of the bins of the draft's own probability of a token; the last bin reaches up to 1.
+CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+# Acceptance of a guess by the length of its match: 0 does not occur, the last bin is 16 and more.
+MATCHES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.7, 0.75, 0.75, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9)
+
+
+@dataclass(slots=True)
+class DraftRounds:
+    """
+    What rounds with the draft were like lately, at one batch size.
+
+    Attributes:
+        gain (`Average`): Tokens a row took beyond its first.
+        drafted (`Average`): Tokens drafted.
+        sent (`Average`): Those submitted to the target.
+        seen (`int`): Rounds so far.
+    """
+
+    gain: Average = field(default_factory=lambda: Average(0.0, 16, weight=0))
+    drafted: Average = field(default_factory=lambda: Average(0.0, 16, weight=0))
+    sent: Average = field(default_factory=lambda: Average(0.0, 16, weight=0))
+    seen: int = 0
+
+
+@dataclass(slots=True)
+class Experience:
+    """
+    Shared by all requests of an [`~hf_osd.OnlineAssistant`]. Concurrent requests may lose a sample; nothing else.
+
+    Attributes:
+        draft_costs, target_costs (`CostTable`): Seconds of a step of the draft; seconds of a round without its draft.
+        confidence (`Calibration`): Acceptance of a drafted token by the draft's own probability of it.
+        match (`Calibration`): Acceptance of a guessed token by how long its match was.
+        acceptance (`Average`): Acceptance rate of the draft.
+        draft_rounds (`dict[int, DraftRounds]`): By batch size.
+        answer_length (`Average`): Tokens of an output.
+        allowance (`float`): Seconds that may be lost by trying out a draft that does not seem to pay.
+        outputs (`RecentOutputs`): For the lookup.
+    """
+
+    draft_costs: CostTable = field(default_factory=CostTable)
+    target_costs: CostTable = field(default_factory=CostTable)
+    confidence: Calibration = field(
+        default_factory=lambda: Calibration([(low + high) / 2 for low, high in pairwise((0.0, *CONFIDENCES, 1.0))])
+    )
+    match: Calibration = field(default_factory=lambda: Calibration(MATCHES))
+    acceptance: Average = field(default_factory=lambda: Average(0.6, 64, weight=4))
+    draft_rounds: dict[int, DraftRounds] = field(default_factory=lambda: defaultdict(DraftRounds))
+    answer_length: Average = field(default_factory=lambda: Average(64.0, 16))
+    allowance: float = 0.0
+    outputs: RecentOutputs = field(default_factory=RecentOutputs)

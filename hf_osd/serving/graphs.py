@@ -1,0 +1,148 @@
+"""
+Forwards without launch cost: captured once for a shape as a CUDA graph, then replayed.
+
+A graph remembers addresses, not tensors. What it reads and writes therefore has to stay where it is: the inputs are
+copied into buffers of its own, the ragged cache is kept from call to call, and weights are updated in place.
+"""
+
+import logging
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_WIDTHS = (1, 2, 4, 6, 8, 12, 17)  # tokens fed at once that are captured: others are rounded up to them
+_SPANS = 128  # the keys that a graph reads are a power of two of these
+_GRAPHS = 24  # graphs of one cache; the one not used for longest makes room
+_PATIENCE = 2  # uses of a shape before it is captured: a prompt of rare length is not worth it
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# Models whose capture failed, which are served without.
+_not_capturable: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
+
+
+class CapturedForward:
+    """
+    One forward of fixed shape, with its input and output buffers.
+
+    Args:
+        forward (`Callable`): Takes tokens and positions, returns logits; the same kernels every time.
+        tokens, positions (`torch.LongTensor` of shape `(batch, q)`): The inputs of its first use.
+        pool (`Any`): Memory pool that the graphs of one cache share. Each replay may overwrite the output of another,
+            so an output has to be used, in the order of the stream, before the next replay.
+    """
+
+    def __init__(self, forward: Forward, tokens: torch.Tensor, positions: torch.Tensor, pool: Any) -> None:
+        self._tokens, self._positions = tokens.clone(), positions.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        with torch.cuda.stream(stream):  # what is set up lazily must not be captured
+            forward(self._tokens, self._positions)
+        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+        # Other threads, such as the one that trains, go on allocating meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._logits = forward(self._tokens, self._positions)
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Replay it; the result is overwritten by the next replay of any graph of the same cache."""
+        self._tokens.copy_(tokens)
+        self._positions.copy_(positions)
+        self._graph.replay()
+        return self._logits
+
+
+class ForwardGraphs:
+    """The captured forwards on one ragged cache, by tokens fed and keys read."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[tuple[int, int]] = Counter()
+        self._captured: OrderedDict[tuple[int, int], CapturedForward] = OrderedDict()
+        self._pool: Any = None
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        span: int,
+        forward: Forward,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Run a forward, captured if its shape has been seen before.
+
+        Args:
+            model (`PreTrainedModel`): Whose forward it is.
+            span (`int`): Keys that it reads.
+            forward (`Callable`): See [`CapturedForward`].
+            tokens, positions (`torch.LongTensor` of shape `(batch, q)`): Its inputs.
+        """
+        key = (tokens.shape[1], span)
+        self._uses[key] += 1
+        if key not in self._captured and self._uses[key] > _PATIENCE and model not in _not_capturable:
+            self._capture(key, model, forward, tokens, positions)
+        if key not in self._captured:
+            return forward(tokens, positions)
+        self._captured.move_to_end(key)
+        return self._captured[key](tokens, positions)
+
+    def _capture(
+        self,
+        key: tuple[int, int],
+        model: PreTrainedModel,
+        forward: Forward,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        try:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._captured[key] = CapturedForward(forward, tokens, positions, self._pool)
+        except Exception as error:  # any model may do anything in its forward; it is served as it is then
+            _not_capturable.add(model)
+            logger.warning("%s cannot be captured as a CUDA graph, and runs without: %s", type(model).__name__, error)
+        while len(self._captured) > _GRAPHS:
+            self._captured.popitem(last=False)
+
+
+def can_capture(model: PreTrainedModel) -> bool:
+    """Whether a model's forwards can be captured: all of it on one CUDA device, and nothing moved in between."""
+    return model.device.type == "cuda" and getattr(model, "hf_device_map", None) is None
+
+
+def captured_width(q: int) -> int | None:
+    """Return the number of tokens to feed in place of `q`, at least as many; `None` where that is too many."""
+    return next((width for width in _WIDTHS if width >= q), None)
+
+
+def captured_span(span: int, capacity: int) -> int:
+    """Return the number of keys to read in place of `span`."""
+    bucket = _SPANS
+    while bucket < span:
+        bucket *= 2
+    return min(bucket, capacity)
+
+
+def fingerprint(model: PreTrainedModel) -> int:
+    """
+    Return a number that changes whenever graphs of a model may no longer be what its forward does.
+
+    That is where parameters have moved, modules or hooks were added, or adapters were switched.
+    """
+    places = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    modules = [
+        (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), _adapters(module))
+        for module in model.modules()
+    ]
+    return hash((tuple(places), tuple(modules), str(model.config._attn_implementation)))
+
+
+def _adapters(module: torch.nn.Module) -> str | None:
+    active = getattr(module, "_active_adapter", None)  # peft's tuner layers
+    return None if active is None else f"{active} {getattr(module, '_disable_adapters', False)}"

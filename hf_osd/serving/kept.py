@@ -1,0 +1,70 @@
+"""Ragged caches that outlive a call: the next one of the same shape allocates nothing, and finds its graphs."""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from .cache import RaggedCache
+from .graphs import ForwardGraphs, can_capture, fingerprint
+
+_CAPACITY_STEP = 256  # positions: calls of similar length share a cache
+_KEPT = 2  # caches kept for a model while nobody uses them
+
+
+@dataclass(slots=True)
+class KeptCache:
+    """
+    A cache with the graphs that were captured on it.
+
+    Attributes:
+        cache (`RaggedCache`): Holds whatever the last call left. What a row has not written is masked.
+        graphs (`ForwardGraphs`, *optional*): `None` where forwards are not captured.
+        model_state (`int`): See [`~hf_osd.serving.graphs.fingerprint`].
+    """
+
+    cache: RaggedCache
+    graphs: ForwardGraphs | None = field(default=None)
+    model_state: int = 0
+
+
+# Without a reference to the model: it would keep its own key alive.
+_idle: "weakref.WeakKeyDictionary[PreTrainedModel, list[KeptCache]]" = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def borrow(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache:
+    """
+    Take a cache for one call.
+
+    Args:
+        model (`PreTrainedModel`): Whose keys and values it will hold.
+        batch (`int`): Rows.
+        capacity (`int`): Positions that a row needs, at least.
+    """
+    capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+    kept = _take(model, batch, capacity) or KeptCache(RaggedCache.of(model, batch, capacity))
+    if can_capture(model):
+        state = fingerprint(model)
+        if kept.graphs is None or kept.model_state != state:
+            kept.graphs, kept.model_state = ForwardGraphs(), state
+    return kept
+
+
+def _take(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache | None:
+    wanted = (batch, capacity, model.device, model.dtype)
+    with _lock:
+        idle = _idle.setdefault(model, [])
+        found = next((kept for kept in idle if kept.cache.shape == wanted), None)
+        if found is not None:
+            idle.remove(found)
+        return found
+
+
+def give_back(model: PreTrainedModel, kept: KeptCache) -> None:
+    """Leave a cache to later calls. Not after an error: what it holds may not be finite then."""
+    with _lock:
+        idle = _idle.setdefault(model, [])
+        idle.append(kept)
+        del idle[:-_KEPT]

@@ -1,0 +1,164 @@
+"""Captured forwards. Without a GPU, capture is replaced by its contract: fixed buffers in, a fixed buffer out."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from fakes import ARCHITECTURES, prompts, tiny_model, wrong_draft
+
+import hf_osd
+from hf_osd import OnlineAssistant, OnlineConfig
+from hf_osd.serving import graphs, kept
+
+ALWAYS = {"draft_length_schedule": "constant", "draft_length": 5}
+
+
+class Replayed:
+    """What a captured forward may do: read its own buffers, write its own buffer, and nothing that has a shape."""
+
+    made = 0
+
+    def __init__(self, forward, tokens, positions, pool):
+        type(self).made += 1
+        self.forward, self.tokens, self.positions = forward, tokens.clone(), positions.clone()
+        self.logits = forward(self.tokens, self.positions).clone()
+
+    def __call__(self, tokens, positions):
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.logits.copy_(self.forward(self.tokens, self.positions))
+        return self.logits
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    monkeypatch.setattr(kept, "can_capture", lambda model: True)
+    monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "CapturedForward", Replayed)
+    monkeypatch.setattr(Replayed, "made", 0)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replayed_forwards_are_lossless(kind, batch, replayed):
+    """Catches widths rounded up over the wrong columns, keys beyond the span, and outputs read after a replay."""
+    target = tiny_model(kind)
+    for how in ("noisy", "shifted"):
+        assistant = OnlineAssistant(wrong_draft(target, how), target, OnlineConfig(learn=False, **ALWAYS))
+        for seed in range(2):
+            inputs = prompts(batch, seed=seed)
+            settings = dict(max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_logits=True)
+            expected = target.generate(**inputs, **settings)
+            actual = hf_osd.generate(target, **inputs, online_assistant=assistant, **settings)
+            assert torch.equal(actual.sequences, expected.sequences)
+            for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+                torch.testing.assert_close(ours, theirs)
+    assert Replayed.made > 0
+
+
+def test_captured_once_for_all_calls_and_updates(replayed):
+    """Catches graphs that are captured anew for every call, or after every update of the weights."""
+    target = tiny_model("llama")
+    assistant = OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learn=False, **ALWAYS))
+    made = []
+    for _ in range(6):
+        hf_osd.generate(target, **prompts(2), online_assistant=assistant, max_new_tokens=30, do_sample=False)
+        assistant.weights.publish({name: weight.clone() for name, weight in assistant.draft.named_parameters()})
+        made.append(Replayed.made)
+    assert made[0] > 0
+    assert made[-1] == made[2]  # a shape is captured at its third use
+
+
+def test_moved_weights_are_captured_anew(replayed):
+    """Catches graphs that go on reading the memory that a model has left."""
+    target = tiny_model("llama")
+    assistant = OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learn=False, **ALWAYS))
+    settings = dict(max_new_tokens=30, do_sample=False)
+    for _ in range(3):
+        hf_osd.generate(target, **prompts(1), online_assistant=assistant, **settings)
+    made = Replayed.made
+    for parameter in target.parameters():
+        parameter.data = parameter.data.clone()
+    hf_osd.generate(target, **prompts(1), online_assistant=assistant, **settings)
+    assert Replayed.made > made
+
+
+def test_a_model_that_cannot_be_captured_is_served_all_the_same(replayed, monkeypatch, caplog):
+    """Catches a failed capture that fails the request, is tried again for ever, or warns again and again."""
+
+    def fail(*args):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "CapturedForward", fail)
+    target = tiny_model("llama")
+    assistant = OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learn=False, **ALWAYS))
+    with caplog.at_level(logging.WARNING, logger="hf_osd"):
+        for _ in range(2):
+            settings = dict(max_new_tokens=30, do_sample=False)
+            expected = target.generate(**prompts(1), **settings)
+            actual = hf_osd.generate(target, **prompts(1), online_assistant=assistant, **settings)
+            assert torch.equal(actual, expected)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # once for each model
+    assert "cannot be captured" in caplog.text
+
+
+def test_graphs_are_bounded(replayed, monkeypatch):
+    """Catches memory that grows with every new shape."""
+    monkeypatch.setattr(graphs, "_GRAPHS", 3)
+    found, model = graphs.ForwardGraphs(), tiny_model("llama")
+    for _ in range(4):
+        for width in range(1, 9):
+            found.run(model, 128, lambda tokens, positions: tokens + 1, torch.zeros(1, width), torch.zeros(1, width))
+    assert len(found._captured) == 3
+
+
+def test_caches_are_reused_inside_and_outside_of_inference_mode():
+    """Catches a cache allocated in inference mode, which no later call could write to."""
+    target = tiny_model("llama")
+    assistant = OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learn=False, **ALWAYS))
+    settings = dict(max_new_tokens=20, do_sample=False)
+    expected = target.generate(**prompts(2), **settings)
+    with torch.inference_mode():
+        assert torch.equal(hf_osd.generate(target, **prompts(2), online_assistant=assistant, **settings), expected)
+    (cache,) = [one.cache for one in kept._idle[target]]
+    assert torch.equal(hf_osd.generate(target, **prompts(2), online_assistant=assistant, **settings), expected)
+    assert [one.cache for one in kept._idle[target]] == [cache]
+
+
+def test_a_failed_call_leaves_no_cache_behind():
+    """Catches a cache that is handed on although nobody knows what is in it."""
+    target = tiny_model("llama")
+    assistant = OnlineAssistant(copy.deepcopy(target), target, OnlineConfig(learn=False, **ALWAYS))
+
+    class Break:
+        def put(self, value):
+            raise KeyboardInterrupt
+
+        def end(self):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_osd.generate(target, **prompts(1), online_assistant=assistant, max_new_tokens=5, streamer=Break())
+    assert not kept._idle.get(target)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("schedule", ["constant", "measured"])
+def test_cuda_graphs_are_lossless(kind, batch, schedule):
+    """Catches anything that a real capture does and the stand-in above does not."""
+    target = tiny_model(kind).cuda()
+    draft = wrong_draft(target, "noisy").cuda()
+    config = OnlineConfig(learn=False, draft_length=5, draft_length_schedule=schedule)
+    assistant = OnlineAssistant(draft, target, config)
+    for seed in range(4):
+        inputs = {name: value.cuda() for name, value in prompts(batch, seed=seed).items()}
+        expected = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+        actual = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=40, do_sample=False)
+        assert torch.equal(actual, expected)
+    captured = [one.graphs for model in (target, draft) for one in kept._idle[model]]
+    assert all(one is not None and one._captured for one in captured)
+    assert target not in graphs._not_capturable
