@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    watch a draft learn from live requests, next to plain and to static decoding"
 	@echo "make test    run the tests          make check   lint, formatting and types"
-	@echo "make bench   serving benchmark      make format  apply the formatting"
+	@echo "make bench   the benchmark          make format  apply the formatting"
 
 demo: $(STAMP)
 	$(BIN)/hf-osd demo $(ARGS)
@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/hf-osd bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hf_osd
+from hf_osd.bench.command import BenchCommand
 from hf_osd.cli.app import app
 from hf_osd.demo.command import DemoCommand
 
@@ -26,6 +28,17 @@ def test_help_lists_the_command_and_its_options() -> None:
         assert f"--{option}" in text
 
 
+def test_help_lists_the_benchmark_and_its_options() -> None:
+    """Would catch an option of the benchmark that the command line does not pass on, or names otherwise."""
+    assert "bench" in runner.invoke(app, ["--help"]).output
+    text = runner.invoke(app, ["bench", "--help"]).output
+    for field in fields(BenchCommand):
+        name = "suites" if field.name == "suites" else f"--{field.name.replace('_', '-')}"
+        assert name in text.lower()
+    for option in ("--no-plot", "--no-compiled", "--replot"):
+        assert option in text
+
+
 def test_version_is_the_one_installed() -> None:
     """Would catch a version written down twice."""
     try:
@@ -40,7 +53,7 @@ def test_the_command_line_loads_without_what_the_demo_needs() -> None:
     """Would catch an import that makes `hf-osd --help` take seconds."""
     code = "import sys, hf_osd.cli; print(*sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"hf_osd.demo", "datasets", "matplotlib", "trl"} & set(modules)
+    assert not {"hf_osd.bench", "hf_osd.demo", "datasets", "matplotlib", "trl"} & set(modules)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +81,44 @@ def test_bad_options_are_refused_with_a_reason(
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "suites are serving, engine, lengths, promise, got 'speed'"),
+        (["promise", "--models", "scripted"], "models='scripted' says nothing about promise"),
+        (["--models", "scripted", "--target-shape", "big"], "a model's shape is HIDDENxLAYERS"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--replot", "."], "no results of hf-osd bench"),
+        (["--acceptance", "2"], "acceptance"),
+    ],
+)
+def test_bad_options_of_the_benchmark_are_refused_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    """Would catch a traceback in the user's face, or files of a run that never was."""
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("lossless", "code"), [(True, 0), (False, 1)])
+def test_the_benchmark_exits_with_what_it_found(monkeypatch: pytest.MonkeyPatch, lossless: bool, code: int) -> None:
+    """Would catch a mismatch that a script around the benchmark cannot see, and repeated options that get lost."""
+    seen: dict[str, Any] = {}
+
+    def run(self: BenchCommand) -> bool:
+        seen.update(suites=self.suites, prompts=self.prompts, compiled=self.compiled)
+        return lossless
+
+    monkeypatch.setattr(BenchCommand, "run", run)
+    result = runner.invoke(app, ["bench", "serving", "lengths", "--prompts", "a", "--prompts", "b", "--no-compiled"])
+    assert result.exit_code == code
+    assert seen == {"suites": ("serving", "lengths"), "prompts": ("a", "b"), "compiled": False}
 
 
 @pytest.mark.parametrize(("lossless", "code"), [(True, 0), (False, 1)])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_osd import UnsupportedModelError
+from hf_osd.serving.cache import RaggedCache
 from hf_osd.serving.decoder import (
     CroppableDecoder,
     RaggedDecoder,
@@ -46,6 +47,29 @@ def test_any_pattern_of_feeds_and_rollbacks(data):
         for row, column in enumerate(back):
             ids[row, column:] = (ids[row, column:] + 7) % 61  # what was rolled back is replaced by something else
         ends = back
+
+
+@given(data=st.data())
+def test_a_run_is_staged_as_any_positions_are(data):
+    """Catches a shortcut for one row that writes other slots, or masks them otherwise, than the general way."""
+    capacity = data.draw(st.integers(1, 12))
+    first = data.draw(st.integers(0, capacity - 1))
+    count = data.draw(st.integers(1, capacity - first))
+    generator = torch.Generator().manual_seed(first)
+    keys, values = torch.randn(2, 1, 3, count, 4, generator=generator)
+    held = []
+    for run in (False, True):
+        cache = RaggedCache(1, capacity, 1, torch.device("cpu"), keys.dtype)
+        cache.stage(torch.full((1, 2), capacity), 1)  # what was staged before must not linger
+        if run:
+            positions, mask = cache.stage_run(first, count)
+        else:
+            positions = torch.arange(first, first + count)[None]
+            mask = cache.stage(positions, first + count)
+        read = cache.layers[0].update(keys, values)
+        held.append([positions, mask, *read, *cache.layers[0].by_row(), torch.tensor([cache.span, cache.start])])
+    for plain, shortcut in zip(*held, strict=True):
+        assert torch.equal(plain, shortcut)
 
 
 def test_long_prompts_are_fed_in_chunks(monkeypatch):

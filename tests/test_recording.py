@@ -6,6 +6,8 @@ from fakes import prompts, tiny_model, wrong_draft
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
+from hf_osd.serving.recording import Recorder
+from hf_osd.serving.sequences import Sequences
 
 TARGET = tiny_model("llama")
 
@@ -90,3 +92,19 @@ def test_fraction(monkeypatch):
         counts.append(len(seen))
     assert counts[0] == counts[1]
     assert 0 < counts[0] < 20
+
+
+def test_what_was_judged_need_not_be_what_was_sent():
+    """Catches held-back tokens that are not recorded, tokens recorded behind the judged ones, and rows mixed up."""
+    seen = []
+    recorder = Recorder(2, [True, True], seen.append)
+    logits = torch.zeros(2, 3, 11)
+    recorder.record(logits, torch.tensor([[3, 4, 9, 9], [5, 9, 9, 9]]), judged=[3, 1], right=[2, 1], taken=[3, 2])
+    recorder.record(logits[:, :1], torch.empty(2, 0, dtype=torch.long), judged=[0, 0], right=[0, 0], taken=[1, 1])
+    recorder.record(logits, torch.tensor([[7], [8]]), judged=[0, 1], right=[0, 0], taken=[0, 3])
+    sequences = Sequences(torch.tensor([[1], [2]]), [0, 0], max_length=7, slack=0, pad_token_id=0)
+    sequences.ends = [5, 7]
+    recorder.finish(sequences)
+    assert [one.draft_ids.tolist() for one in seen] == [[3, 4, 9, -1], [5, -1, -1, 8, -1, -1]]
+    assert [one.accepted.tolist() for one in seen] == [[True, True, False, False], [True] + [False] * 5]
+    assert [len(one.teacher_ids) for one in seen] == [4, 6]

@@ -2,9 +2,6 @@
 
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,9 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
 from .display import open_display
+from .environment import quiet
 from .models import Pair, load_pair
 from .plot import require_matplotlib, write_plot
 from .prompts import load_prompts
@@ -69,12 +66,12 @@ class DemoCommand:
         if self.plot:
             require_matplotlib()
         _set_threads(self.threads or (_EMBEDDED_THREADS if self._is_embedded else None))
-        with _quiet(), console.status("Loading prompts and models ..."):
+        with quiet(), console.status("Loading prompts and models ..."):
             prompts = load_prompts(self.prompts, self.requests + 1)
             pair = load_pair(self.target, self.assistant, self.device, self.dtype)
         requests = min(self.requests, len(prompts))
         console.print(self._headline(pair, requests), soft_wrap=True)
-        with _quiet(), open_display(console, requests) as display:
+        with quiet(), open_display(console, requests) as display:
             result = run_demo(pair, prompts, settings, display, started)
         print_report(console, result, sample=self.sample)
         self._write(console, result, pair)
@@ -120,21 +117,6 @@ class DemoCommand:
             "dtype": str(pair.target.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars, advice about settings and deprecations of other packages from tearing the display."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _set_threads(threads: int | None) -> None:

@@ -46,7 +46,7 @@ class TransformersContender:
         """Generate with transformers alone."""
         if self.assistant is not None:
             options["assistant_model"] = self.assistant
-        output, seconds = _timed(lambda: self.target.generate(**inputs, **options), self.target.device)
+        output, seconds = timed(lambda: self.target.generate(**inputs, **options), self.target.device)
         new = _new_tokens(output, inputs)
         return new, Measure(tokens=len(new), seconds=seconds)
 
@@ -63,7 +63,7 @@ class AssistantContender:
         """Generate with the assistant, and tell serving from learning."""
         before = self.assistant.stats()
         options |= inputs
-        output, seconds = _timed(
+        output, seconds = timed(
             lambda: generate(self.target, online_assistant=self.assistant, **options), self.target.device
         )
         after = self.assistant.stats()
@@ -103,13 +103,19 @@ def open_contenders(pair: Pair, config: OnlineConfig, static: OnlineConfig) -> I
         ]
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """Run `work` and return its result and wall-clock seconds, the accelerator's queue included."""
+    synchronize(device)
     start = perf_counter()
     result = work()
+    synchronize(device)
+    return result, perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the accelerator's queue."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    return result, perf_counter() - start
 
 
 def _new_tokens(output: torch.Tensor, inputs: Inputs) -> torch.Tensor:

@@ -88,14 +88,14 @@ def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -
     Raises:
         InputError: No prompt fits.
     """
-    room = _context(pair) - max_new_tokens
+    room = context_of(pair) - max_new_tokens
     encoded = [_to_device(_encode(pair.tokenizer, prompt), pair.target.device) for prompt in prompts]
     if fitting := [inputs for inputs in encoded if 0 < inputs["input_ids"].shape[1] <= room]:
         return fitting
     raise InputError(f"none of {len(encoded)} prompts fits into the context with max_new_tokens={max_new_tokens}")
 
 
-def _context(pair: Pair) -> int:
+def context_of(pair: Pair) -> int:
     """Return the shorter of the two models' contexts."""
     return min(_lengths(pair.target), _lengths(pair.draft))
 
@@ -114,3 +114,16 @@ def _encode(tokenizer: Any, prompt: Prompt) -> Any:
 
 def _to_device(encoding: Any, device: torch.device) -> Inputs:
     return {name: encoding[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def generate_options(pair: Pair, max_new_tokens: int, *, sample: bool = False) -> dict[str, Any]:
+    """Return what every contender's `generate` receives."""
+    pad = pair.tokenizer.pad_token_id
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "pad_token_id": pair.tokenizer.eos_token_id if pad is None else pad,
+    }
+    if not sample:  # a checkpoint's own sampling settings would each raise a warning
+        options |= {"temperature": None, "top_p": None, "top_k": None}
+    return options

@@ -1,12 +1,9 @@
 """What remains of a run: the closing table, a JSON of all figures, and the verdict on losslessness."""
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .display import percent
+from .environment import machine, versions
 from .results import CONTENDERS, ONLINE, PLAIN, STATIC, Aggregate, DemoResult, Difference, Round, aggregate
-
-_PACKAGES = ("hf-osd", "torch", "transformers", "trl", "datasets", "accelerate")
 
 
 def print_report(console: Console, result: DemoResult, *, sample: bool) -> None:
@@ -121,7 +117,7 @@ def to_json(result: DemoResult, about: Mapping[str, Any]) -> dict[str, Any]:
     """
     stretches = {"whole_run": result.rounds, "first_quarter": result.quarter(1), "last_quarter": result.quarter(4)}
     return {
-        "about": {**about, "machine": _machine(), "versions": _versions()},
+        "about": {**about, "machine": machine(), "versions": versions()},
         "stopped_early": result.stopped_early,
         "mismatches": len(result.mismatches),
         "differences": [asdict(item) for item in result.differences],
@@ -140,20 +136,6 @@ def _figures(one: Aggregate) -> dict[str, float | None]:
         "tokens_per_second": one.tokens_per_second,
         "tokens_per_second_with_learning": one.tokens_per_second_with_learning,
     }
-
-
-def _machine() -> dict[str, Any]:
-    return {"cpu_count": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def write_json(result: DemoResult, about: Mapping[str, Any], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from ..config import OnlineConfig
 from ..errors import ConfigError
 from .contenders import Contender, open_contenders
-from .models import Inputs, Pair, encode_prompts
+from .models import Inputs, Pair, encode_prompts, generate_options
 from .prompts import Prompt
 from .results import PLAIN, DemoResult, Difference, Round
 
@@ -82,7 +82,7 @@ def run_demo(
     """
     deadline = (perf_counter() if started is None else started) + (settings.budget_seconds or float("inf"))
     inputs = encode_prompts(pair, prompts, settings.max_new_tokens)
-    options = _generate_options(pair, settings)
+    options = generate_options(pair, settings.max_new_tokens, sample=settings.sample)
     config = settings.online_config()
     result = DemoResult()
     with open_contenders(pair, config, replace(config, learn=False)) as contenders:
@@ -94,19 +94,6 @@ def run_demo(
             result.rounds.append(_play(contenders, request, index, pair, settings, options))
             observer.on_round(result)
     return result
-
-
-def _generate_options(pair: Pair, settings: DemoSettings) -> dict[str, Any]:
-    """Return what every contender's `generate` receives."""
-    pad = pair.tokenizer.pad_token_id
-    options = {
-        "max_new_tokens": settings.max_new_tokens,
-        "do_sample": settings.sample,
-        "pad_token_id": pair.tokenizer.eos_token_id if pad is None else pad,
-    }
-    if not settings.sample:  # a checkpoint's own sampling settings would each raise a warning
-        options |= {"temperature": None, "top_p": None, "top_k": None}
-    return options
 
 
 def _warm_up(contenders: Sequence[Contender], request: Inputs, options: dict[str, Any]) -> None:

@@ -14,13 +14,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 class RaggedLayer(CacheLayerMixin):
     """
-    Keys and values of one layer, stored slot by slot as `(batch * slots, heads, head_dim)`.
+    Keys and values of one layer, stored as `(heads, batch * slots, head_dim)`.
 
     One `index_copy_` writes any pattern of rows and positions, and a view reads them back: nothing is moved when rows
     advance or roll back by different amounts.
     """
 
-    is_compileable = True
+    is_compileable = False  # or transformers would build masks of its own where none is needed
     is_sliding = False
 
     def __init__(self, cache: "RaggedCache") -> None:
@@ -29,16 +29,20 @@ class RaggedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the slots; zeros, because masked slots must be finite (0 * nan is nan)."""
-        slots = self._cache.batch * self._cache.slots
+        heads, slots = key_states.shape[1], self._cache.batch * self._cache.slots
         with torch.inference_mode(False):  # later calls may come from outside of it, and write here
-            self.keys = key_states.new_zeros(slots, key_states.shape[1], key_states.shape[3])
-            self.values = value_states.new_zeros(slots, value_states.shape[1], value_states.shape[3])
+            self.keys = key_states.new_zeros(heads, slots, key_states.shape[3])
+            self.values = value_states.new_zeros(heads, slots, value_states.shape[3])
         self._readable = self._by_row(self.keys), self._by_row(self.values)
         self.is_initialized = True
 
     def _by_row(self, store: torch.Tensor) -> torch.Tensor:
-        """View a store as attention reads it: `(batch, heads, slots, head_dim)`."""
-        return store.view(self._cache.batch, self._cache.slots, *store.shape[1:]).transpose(1, 2)
+        heads, _, width = store.shape
+        return store.view(heads, self._cache.batch, self._cache.slots, width).transpose(0, 1)
+
+    def by_row(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views of keys and of values as attention reads them: `(batch, heads, slots, head_dim)` each."""
+        return self._readable
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -54,25 +58,20 @@ class RaggedLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.stores()
-        self._write(keys, key_states)
-        self._write(values, value_states)
-        span = self._cache.span
-        return self._readable[0].narrow(2, 0, span), self._readable[1].narrow(2, 0, span)
-
-    def stores(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the slots of keys and of values, `(batch * slots, heads, head_dim)` each."""
         assert self.keys is not None
         assert self.values is not None
-        return self.keys, self.values
+        self._write(self.keys, key_states)
+        self._write(self.values, value_states)
+        span = self._cache.span
+        return self._readable[0].narrow(2, 0, span), self._readable[1].narrow(2, 0, span)
 
     def _write(self, store: torch.Tensor, states: torch.Tensor) -> None:
         first = self._cache.staged_run
         if first is not None:
-            store.narrow(0, first, states.shape[2]).copy_(states[0].transpose(0, 1))
+            store.narrow(1, first, states.shape[2]).copy_(states[0])
             return
         slots = self._cache.staged_slots.to(store.device)
-        store.index_copy_(0, slots, states.transpose(1, 2).reshape(-1, *store.shape[1:]))
+        store.index_copy_(1, slots, states.transpose(0, 1).reshape(store.shape[0], -1, store.shape[2]))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys; the mask itself is always given in full, as a 4D tensor."""

@@ -27,8 +27,10 @@ class CostTable:
         with self._lock:
             samples = self._samples.setdefault(key, {}).setdefault(tokens, deque(maxlen=_RECENT))
             samples.append(seconds)
-            self._figures.setdefault(key, {})[tokens] = sorted(samples)[len(samples) // 4]
-            self._curves.clear()
+            figures, figure = self._figures.setdefault(key, {}), sorted(samples)[len(samples) // 4]
+            if figures.get(tokens) != figure:
+                figures[tokens] = figure
+                self._curves.clear()
 
     def curve(self, batch: int, context: int, longest: int) -> list[float] | None:
         """

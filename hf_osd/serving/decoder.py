@@ -107,7 +107,9 @@ class RaggedDecoder(Decoder):
             logits = graphs.run(self.model, span, forward, *self._columns(ids, ends, width))[:, -keep:]
         elif len(ends) == 1 and self._is_inside(ends[0], q):
             positions, mask = self.cache.stage_run(ends[0] - q - self.padding[0], q)
-            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, mask, keep)
+            # One token sees all there is. transformers knows that too, and takes a faster path than with a mask.
+            sees_all = q == 1 and not self._additive_mask
+            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, None if sees_all else mask, keep)
         else:
             logits = self._forward(*self._columns(ids, ends, q), span=self._span(ends), keep=keep)
         self.cached = list(ends)
@@ -131,12 +133,14 @@ class RaggedDecoder(Decoder):
         mask = self.cache.stage(positions, span)
         return self._call(tokens, positions.clamp(0, self._last_position), mask, keep or tokens.shape[1])
 
-    def _call(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    def _call(
+        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int
+    ) -> torch.Tensor:
         return self._logits(
             keep,
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._as_model_mask(mask),
+            attention_mask=None if mask is None else self._as_model_mask(mask),
             past_key_values=self.cache,
         )
 
@@ -161,12 +165,11 @@ class RaggedDecoder(Decoder):
         exported = DynamicCache()
         for index, layer in enumerate(self.cache.layers):
             assert isinstance(layer, RaggedLayer)
-            states = []
-            for store in layer.stores():
-                rows = store.view(self.cache.batch, self.cache.slots, *store.shape[1:])
-                picked = rows[torch.arange(len(rows), device=store.device)[:, None], slots.to(store.device)]
-                states.append(picked.transpose(1, 2))
-            exported.update(states[0], states[1], index)
+            rows = torch.arange(self.cache.batch, device=slots.device)[:, None]
+            keys, values = (
+                view[rows.to(view.device), :, slots.to(view.device)].transpose(1, 2) for view in layer.by_row()
+            )
+            exported.update(keys, values, index)
         return exported
 
 
@@ -279,7 +282,8 @@ def holds_ragged_cache(model: PreTrainedModel) -> bool:
 
     What a model does with 4D masks, position ids and a cache of ours is its own code, so it is tried rather than
     looked up: two rows of different lengths, fed in two parts with a rollback between them, must give the logits of
-    plain forwards. Done once per model and attention implementation; costs five forwards of a few tokens.
+    plain forwards, and so must a single row. Done once per model and attention implementation; costs a few forwards of
+    a few tokens.
     """
     implementation = str(model.config._attn_implementation)
     known = _ragged_models.setdefault(model, {})
@@ -307,6 +311,10 @@ def _matches_plain_forward(model: PreTrainedModel) -> bool:
         decoder.rollback([3, 5])
         ragged = decoder.feed(ids, [6, 7], keep=2)
         plain = torch.stack([model(ids[:1, :6]).logits[0, -2:], model(ids[1:, 2:7]).logits[0, -2:]]).float()
+        alone = RaggedDecoder(model, [0], 7)
+        alone.feed(ids[:1], [5], keep=1)
+        ragged = torch.cat([ragged, alone.feed(ids[:1], [6], keep=1).expand(2, 1, -1)], dim=1)
+        plain = torch.cat([plain, plain[:1, -1:].expand(2, 1, -1)], dim=1)
     except Exception:  # any architecture may refuse in any way; it is served by the other cache then
         return False
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1

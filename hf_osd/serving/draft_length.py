@@ -18,7 +18,7 @@ from .lookup import Guess
 _TRIAL = 4  # tokens drafted to find out whether the draft pays again
 _TRIAL_SHARE = 0.01  # of all time may be lost by that
 _TRIAL_ROUNDS = 32  # plain rounds whose time may be saved up for it
-_FEW_ROUNDS = 4  # rounds with the draft before their record is believed
+FEW_ROUNDS = 4  # rounds with the draft before their record is believed
 _UNKNOWN_STEP = 0.125  # cost of a draft step before it is measured, in plain rounds
 
 
@@ -89,16 +89,12 @@ class MeasuredLength:
             catching_up = self._catching_up(now) * min(tokens / rows / self._remaining(now), 1.0)
             seconds += catching_up
             self.rate = max(self.rate, tokens / seconds)
-        looked_up = self.best_cut(self.guess_reach(now, guesses))
-        sums = [0.0, *accumulate(self.guess_reach(now, guesses))]
-        worth = {
-            Plan(): rows - self.rate * plain,
-            Plan(lookup=looked_up): rows + sums[looked_up] - self.rate * self._costs[looked_up],
-        }
-        if drafted:
-            worth[Plan(draft=drafted)] = tokens - self.rate * seconds
-        best = max(worth, key=lambda plan: worth[plan])
-        return best if best.draft else self._trial(now) or best
+        reach = self.guess_reach(now, guesses)
+        looked_up = self.best_cut(reach)  # 0 is plain decoding
+        worth = rows + sum(reach[:looked_up]) - self.rate * self._costs[looked_up]
+        if drafted and tokens - self.rate * seconds > worth:
+            return Plan(draft=drafted)
+        return self._trial(now) or Plan(lookup=looked_up)
 
     def _draft_option(self, now: Round) -> tuple[int, float, float]:
         """Tokens to draft at most, and the tokens and seconds that such a round is expected to come to."""
@@ -108,7 +104,7 @@ class MeasuredLength:
         if longest < 1:
             return 0, 0.0, 0.0
         past, rows = self.experience.draft_rounds[self.batch], len(now.rows)
-        if past.seen < _FEW_ROUNDS or past.drafted.value > longest:
+        if past.seen < FEW_ROUNDS or past.drafted.value > longest:
             return self._fixed_option(now, longest)
         factor = sum(self.draft_factors[row].value for row in now.rows) / rows
         sent = self._costs[min(round(past.sent.value), longest)]
@@ -146,7 +142,7 @@ class MeasuredLength:
     def _trial(self, now: Round) -> Plan | None:
         """Draft all the same, where the time saved up for that covers what it may cost."""
         k = min(now.draft_room, _TRIAL)
-        if k < 1:
+        if k < 1 or not now.generated:  # beside the reading of the prompt, what a trial loses could not be told
             return None
         cost = self._catching_up(now) + k * self._step + self._costs[k] - self._costs[0]
         return Plan(draft=k, trial=True) if cost < self.experience.allowance else None

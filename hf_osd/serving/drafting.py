@@ -111,6 +111,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._padding = list(padding) if padding is not None else [0] * len(input_ids)
         self._width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
+        self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=assistant_model.device))
         self._last: Proposal | None = None
         self._starts: list[int] = []  # where the last proposal of each row began
 
@@ -151,7 +152,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def skip(self) -> Proposal:
         """Note that this round goes without the draft; its empty proposal."""
-        self._last = Proposal(torch.empty(len(self._padding), 0, dtype=torch.long, device=self.assistant_model.device))
+        self._last = self._nothing
         return self._last
 
     @property
@@ -275,8 +276,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             self.counts.judged += min(count + 1, k, kept) if asked else 0
             self.counts.accepted += count
         if k and self._decoder is not None:
-            pairs = zip(self._starts, right, strict=True)
-            self._decoder.rollback([start + count for start, count in pairs])
+            # As far as the next proposal will: rolling back twice takes from a windowed cache what it needs again.
+            rows_kept = zip(self._starts, right, taken, strict=True)
+            self._decoder.rollback([start + min(count, max(kept - 1, 0)) for start, count, kept in rows_kept])
         self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
             judged = [min(count + 1, k) if asked else 0 for count, asked in zip(right, rows, strict=True)]

@@ -54,7 +54,7 @@ class Experience:
         default_factory=lambda: Calibration([(low + high) / 2 for low, high in pairwise((0.0, *CONFIDENCES, 1.0))])
     )
     match: Calibration = field(default_factory=lambda: Calibration(MATCHES))
-    acceptance: Average = field(default_factory=lambda: Average(0.6, 64, weight=4))
+    acceptance: Average = field(default_factory=lambda: Average(0.6, 64, weight=2))
     draft_rounds: dict[int, DraftRounds] = field(default_factory=lambda: defaultdict(DraftRounds))
     answer_length: Average = field(default_factory=lambda: Average(64.0, 16))
     allowance: float = 0.0

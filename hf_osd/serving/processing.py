@@ -101,7 +101,7 @@ def _by_length(
     ids: torch.Tensor,
     scores: torch.Tensor,
     ends: Sequence[int],
-    reachable: Sequence[int],
+    reachable: list[int],
     limit: int | None,
 ) -> torch.Tensor:
     batch, q, _ = scores.shape
@@ -110,8 +110,30 @@ def _by_length(
     for length in sorted(length for length in lengths if limit is None or length < limit):
         steps = [length - end for end in ends]
         rows = [row for row in range(batch) if 0 <= steps[row] < reachable[row]]
+        if not rows:
+            continue
         # Rows that are elsewhere come along with scores of theirs, so that the processor sees a full batch.
         picked = scores[torch.arange(batch), torch.tensor(steps).clamp(0, q - 1)]  # (batch, vocab)
         result = processor(ids[:, :length], picked)
         processed[rows, [steps[row] for row in rows]] = result[rows]
+        if _runs_user_code(processor):
+            _stop_at_forbidden(ids[:, : length + 1], result, steps, rows, reachable)
     return processed
+
+
+def _runs_user_code(processor: LogitsProcessor) -> bool:
+    """Whether a processor may raise on a text that plain decoding would never show it; transformers' own do not."""
+    own = type(processor).__module__ == lp.__name__
+    return not own or isinstance(processor, lp.PrefixConstrainedLogitsProcessor)
+
+
+def _stop_at_forbidden(
+    ids: torch.Tensor, scores: torch.Tensor, steps: Sequence[int], rows: Sequence[int], reachable: list[int]
+) -> None:
+    """A guess may propose what a processor has just forbidden: behind it nothing is asked, as behind an eos."""
+    rows = [row for row in rows if steps[row] + 1 < reachable[row]]
+    if rows:
+        length = ids.shape[1] - 1
+        forbidden = (scores[rows, ids[rows, length]] == -torch.inf).tolist()
+        for row, stops in zip(rows, forbidden, strict=True):
+            reachable[row] = steps[row] + 1 if stops else reachable[row]

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import torch
 
 from ..records import Proposal
-from .draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
+from .draft_length import FEW_ROUNDS, MeasuredLength, Plan, Round, bucket, confidence_bin
 from .drafting import OnlineAssistedGenerator
 from .experience import Experience
 from .lookup import LOOKUP_LENGTH, Guess, Lookup
 from .sequences import Sequences
 from .stopwatch import Stopwatch
 from .transfer import upload
+
+_FRUITLESS, _SELDOM = 16, 8  # after so many rounds without a guess worth submitting, look every so many rounds at most
 
 
 class Speculator(ABC):
@@ -99,7 +101,9 @@ class MeasuredSpeculator(Speculator):
         self._guesses: dict[int, Guess] = {}
         self._guessed_rows: set[int] = set()  # whose guess was submitted
         self._reach: list[list[float]] = []  # of each drafted token, by row
+        self._going: list[float] = []  # the last of each row, 0 behind an eos
         self._bins: list[list[int]] = []
+        self._fruitless = 0  # rounds since a guess was submitted
         self._plan, self._now = Plan(), Round((), 0, 0, 0, 0, 0, 0)
         self._sent = 0
         self._taken: list[int] = []
@@ -114,6 +118,8 @@ class MeasuredSpeculator(Speculator):
         drafts = self._plan.draft > 0
         proposal = self._draft(sequences, watch) if drafts else self._guessed(sequences, self._plan.lookup)
         self._sent = proposal.tokens.shape[1]
+        if self._guessed_rows:
+            self._fruitless = 0
         return proposal
 
     def _look_around(self, sequences: Sequences, room: int) -> Round:
@@ -129,21 +135,27 @@ class MeasuredSpeculator(Speculator):
         )
 
     def _guess(self, now: Round) -> dict[int, Guess]:
-        if self._lookup is None:
+        """Guess for every row; where that has not helped for long, the more rows the more seldom."""
+        self._fruitless += 1
+        stride = min(len(now.rows), _SELDOM) if self._fruitless > _FRUITLESS else 1
+        if self._lookup is None or self._fruitless % stride:
             return {}
         found = {row: self._lookup.guess(row, now.lookup_room) for row in now.rows}
         return {row: guess for row, guess in found.items() if guess is not None}
 
     def _guessed(self, sequences: Sequences, k: int) -> Proposal:
         """Submit guesses. Rows without one, or with a short one, are filled up with tokens that count for nothing."""
-        self.drafter.skip()
+        nothing = self.drafter.skip()
+        if not k:
+            return nothing
         rows = [self._guesses[row].tokens[:k] if row in self._guesses else [] for row in range(sequences.batch)]
         filled = [tokens + [0] * (k - len(tokens)) for tokens in rows]
-        self._guessed_rows = set(self._guesses) if k else set()
+        self._guessed_rows = set(self._guesses)
         return Proposal(upload([token for row in filled for token in row], sequences.ids.device).view(len(rows), k))
 
     def _draft(self, sequences: Sequences, watch: Stopwatch) -> Proposal:
         self._reach, self._bins = [[] for _ in range(sequences.batch)], [[] for _ in range(sequences.batch)]
+        self._going = [float(row in self._now.rows) for row in range(sequences.batch)]
         k = self._plan.draft if self._looks else self._lengths.best_fixed(self._now, self._plan.draft)
         expected = [self._even_reach(row, k) for row in range(sequences.batch)]
         # When sampling, whose tokens are sent must not depend on what they are: it is settled before they are drawn.
@@ -162,16 +174,16 @@ class MeasuredSpeculator(Speculator):
     def _goes_on(self, probabilities: torch.Tensor, ended: torch.Tensor | None) -> bool:
         """Take in the draft's probabilities of the tokens just drafted, `(batch,)`, and decide whether to go on."""
         over = ended.tolist() if ended is not None else [False] * len(self._reach)
-        going = 0.0
         for row, probability in enumerate(probabilities.tolist()):
             chance = self._experience.confidence.rate(confidence_bin(probability))
             chance = min(chance * self._lengths.draft_factors[row].value, 0.99)
-            reach = (self._reach[row][-1] if self._reach[row] else float(row in self._now.rows)) * chance
+            reach = self._going[row] * chance
             self._reach[row].append(reach)
             self._bins[row].append(confidence_bin(probability))
-            going += 0.0 if over[row] else reach
-        drafted = len(self._reach[0])
-        return self._plan.trial or self._lengths.goes_on(going, drafted, self._plan.draft - drafted)
+            self._going[row] = 0.0 if over[row] else reach
+        going, drafted = sum(self._going), len(self._reach[0])
+        left = self._plan.draft - drafted
+        return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, drafted, left))
 
     def _better_guesses(self, reach: list[list[float]]) -> set[int]:
         """Rows whose guess promises more than the draft does."""
@@ -246,12 +258,12 @@ class MeasuredSpeculator(Speculator):
     def _note_draft_round(self, seconds: float) -> None:
         experience, batch, context = self._experience, self._lengths.batch, self._now.context
         drafted, lag = self.drafter.drafted, self._now.lag
-        step = experience.draft_costs.curve(batch, context, 1)
-        if lag <= 2:
+        step, past = experience.draft_costs.curve(batch, context, 1), experience.draft_rounds[batch]
+        only_begins = step is None and past.seen >= FEW_ROUNDS  # answers of a token or two: no better figure will come
+        if lag <= 2 or only_begins:
             experience.draft_costs.note(batch, context, 1, seconds / drafted)
         elif step is not None:
             experience.draft_costs.note(batch, context, bucket(lag), max(seconds - (drafted - 1) * step[1], step[1]))
-        past = experience.draft_rounds[batch]
         past.seen += 1
         past.gain.note(sum(self._taken) / len(self._taken) - 1)
         past.drafted.note(drafted)

@@ -1,0 +1,219 @@
+"""The benchmark from options to files: load or train, run each suite, print, write, draw."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from ..demo.environment import machine, quiet, versions
+from ..demo.models import Pair
+from ..demo.plot import require_matplotlib
+from ..demo.prompts import Prompt
+from ..errors import ConfigError
+from . import engine, lengths, promise, serving
+from .floor import Floor
+from .models import Kind, ModelOptions, Models, open_models
+from .plots import replot, write_plot
+from .results import SUITES, read_result, write_result
+from .session import Session, Steps
+from .streams import Stream, load_prompt_streams, make_stream, other_topic
+from .tables import print_result
+
+_RUN: dict[str, Callable[[Session], dict[str, Any]]] = {
+    "serving": serving.run,
+    "engine": engine.run,
+    "lengths": lengths.run,
+    "promise": promise.run,
+}
+_SCRIPTED_SUITES = ("serving", "engine")  # the others ask what a draft knows
+_FILE_WIDTH = 160  # characters of a line that nobody wraps
+_EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """
+    Options of `hf-osd bench`; its help explains each.
+
+    Raises:
+        ConfigError: A value is out of its range or contradicts another one.
+
+    Example:
+
+    ```python
+    >>> BenchCommand(suites=["serving"], prompts=["gsm8k.jsonl", "spider.jsonl"]).run()
+    ```
+    """
+
+    suites: Sequence[str] = ()
+    models: Kind = "given"
+    target: str | None = None
+    assistant: str | None = None
+    target_shape: str | None = None
+    draft_shape: str | None = None
+    vocabulary: int | None = None
+    acceptance: float = 0.8
+    train_prompts: Sequence[str] = ()
+    draft_train_prompts: Sequence[str] = ()
+    train_seconds: float = 180.0
+    prompts: Sequence[str] = ()
+    requests: int = 32
+    max_new_tokens: int = 64
+    compiled: bool | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    output: Path = Path("runs/bench")
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            if suite not in SUITES:
+                raise ConfigError(f"suites are {', '.join(SUITES)}, got {suite!r}")
+        for name in ("requests", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        unscripted = [suite for suite in self.suites if suite not in _SCRIPTED_SUITES]
+        if self.models == "scripted" and unscripted:
+            raise ConfigError(
+                f"models='scripted' says nothing about {', '.join(unscripted)}: run {' or '.join(_SCRIPTED_SUITES)}"
+            )
+        self._model_options()  # validates the rest
+
+    def run(self, console: Console | None = None) -> bool:
+        """
+        Run the suites; each is printed and written as soon as it is done.
+
+        Args:
+            console (`Console`, *optional*): Where to print; standard output by default.
+
+        Returns:
+            `bool`: Whether every output was the target's own, near ties of its two best tokens apart.
+        """
+        console = console or make_console()
+        if self.plot:
+            require_matplotlib()
+        options = self._model_options()
+        threads = self.threads or (_EMBEDDED_THREADS if options.is_embedded else None)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        lossless = True
+        with quiet(), _progress(console) as steps:
+            prompts = load_prompt_streams(self.prompts, self._prompt_count())
+            models = open_models(options, steps)
+            session = self._session(models, prompts, steps)
+            for suite in self._chosen():
+                figures = _RUN[suite](session)
+                self._report(console, suite, models, figures)
+                lossless = lossless and not _mismatches(figures)
+        return lossless
+
+    def _chosen(self) -> list[str]:
+        known = _SCRIPTED_SUITES if self.models == "scripted" else SUITES
+        return [suite for suite in known if suite in self.suites or not self.suites]
+
+    def _model_options(self) -> ModelOptions:
+        names = (
+            "target", "assistant", "target_shape", "draft_shape", "vocabulary", "acceptance", "train_prompts",
+            "draft_train_prompts", "train_seconds", "device", "dtype", "seed",
+        )  # fmt: skip
+        return ModelOptions(kind=self.models, **{name: getattr(self, name) for name in names})
+
+    def _session(self, models: Models, prompts: dict[str, Any], steps: Steps) -> Session:
+        pair = models.pair
+        streams = [self._stream(pair, name, rows) for name, rows in prompts.items()]
+        on_gpu = pair.target.device.type == "cuda"
+        return Session(
+            pair=pair,
+            streams=streams,
+            next_topic=self._next_topic(pair, streams) if "promise" in self._chosen() else None,
+            floor=Floor({"target": pair.target, "draft": pair.draft}),
+            max_new_tokens=self.max_new_tokens,
+            steps=steps,
+            compiles=on_gpu and find_spec("triton") is not None if self.compiled is None else self.compiled,
+            script=models.script,
+            seed=self.seed,
+        )
+
+    def _next_topic(self, pair: Pair, streams: Sequence[Stream]) -> Stream:
+        if len(streams) > 1:
+            return streams[1]
+        return self._stream(pair, "code", other_topic(self._prompt_count()))
+
+    def _stream(self, pair: Pair, name: str, prompts: Sequence[Prompt]) -> Stream:
+        return make_stream(pair, name, prompts, self.max_new_tokens, self.requests)
+
+    def _prompt_count(self) -> int:
+        """Return how many prompts of a stream to read: one warms up, and only the promise is tested in batches."""
+        batched = promise.BATCH * promise.BATCHES if "promise" in self._chosen() else 0
+        return max(self.requests, batched) + 1
+
+    def _report(self, console: Console, suite: str, models: Models, figures: dict[str, Any]) -> None:
+        about = {
+            "command": shlex.join(["hf-osd", *sys.argv[1:]]),
+            "options": asdict(self) | {"output": str(self.output)},
+            "models": models.about,
+            "threads": torch.get_num_threads(),
+            "machine": machine(models.pair.target.device),
+            "versions": versions(),
+        }
+        path = write_result(self.output, suite, about, figures)
+        document = read_result(path)
+        print_result(console, suite, document["figures"])
+        console.print(f"Figures: {path}", soft_wrap=True)
+        if self.plot:
+            png = write_plot(document, path.with_suffix(".png"))
+            console.print(f"Plot:    {png}", soft_wrap=True)
+
+
+def make_console() -> Console:
+    """Return standard output, wide enough for the tables where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def run_replot(folder: Path, console: Console | None = None) -> None:
+    """
+    Draw the plots of a folder of results again.
+
+    Raises:
+        InputError: There is no result in the folder.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    for path in replot(folder):
+        (console or make_console()).print(f"Plot:    {path}", soft_wrap=True)
+
+
+def _mismatches(figures: Any) -> bool:
+    """Find a mismatch anywhere in a suite's figures: each race reports its own."""
+    if isinstance(figures, dict):
+        return bool(figures.get("mismatches")) or any(_mismatches(item) for item in figures.values())
+    return isinstance(figures, list) and any(_mismatches(item) for item in figures)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Steps]:
+    """Show a bar for each piece of work on a terminal, and nothing elsewhere."""
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+
+        def steps(description: str, total: int) -> Callable[[], None]:
+            task = progress.add_task(description, total=total)
+
+            def done() -> None:
+                progress.advance(task)
+                if progress.tasks[task].finished:
+                    progress.update(task, visible=False)
+
+            return done
+
+        yield steps

@@ -1,0 +1,117 @@
+"""Suite `engine`: what a round costs beside its forwards, over batch sizes, draft lengths and contexts."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..assistant import OnlineAssistant
+from ..demo.models import context_of
+from .contenders import Assisted, Contender, Generate
+from .figures import ratios, round_breakdown, summarise
+from .race import describe_differences, run_race
+from .serving import fixed_settings
+from .session import Session, without_eos
+from .streams import texts_of_length
+
+GENERATE = "transformers plain"
+PLAIN = "hf_osd, plain"
+STOCK = "transformers assisted"
+OURS = "hf_osd"
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+LENGTHS = tuple(range(9))
+CONTEXTS = (128, 256, 512, 1024, 2048)
+REPEATS, REPEATS_OF_LARGE_BATCHES = 5, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """
+    Where to measure.
+
+    Attributes:
+        batch (`int`): Rows.
+        draft_length (`int`): Tokens drafted in each round, always all of them; 0 is plain decoding.
+        context (`int`): Tokens of the prompt of each row.
+    """
+
+    batch: int = 1
+    draft_length: int = 4
+    context: int = 128
+
+
+BASE = Point()
+AXES: dict[str, tuple[int, ...]] = {"batch": BATCHES, "draft_length": LENGTHS, "context": CONTEXTS}
+
+
+def points() -> dict[str, list[Point]]:
+    """Return the points of each axis: one setting varies, the others stay at the base point."""
+    return {axis: [replace(BASE, **{axis: value}) for value in values] for axis, values in AXES.items()}
+
+
+def run(session: Session) -> dict[str, Any]:
+    """
+    Measure every axis.
+
+    Every row is a stretch of the streams' text and generates to its full length. Our engine records what it would
+    learn from, but never learns; plain decoding does not record.
+
+    Returns:
+        `dict[str, Any]`: By axis, a list of points with the figures of each contender, the milliseconds of each stage
+        of a round, and the total time of our plain decoding over that of transformers. Points that do not fit into the
+        models' context are under `skipped`. With them, the prices of raw forwards.
+    """
+    wanted = points()
+    room = context_of(session.pair) - session.max_new_tokens
+    fitting = [point for point in dict.fromkeys(p for axis in wanted.values() for p in axis) if point.context <= room]
+    done = session.steps("engine", len(fitting))
+    measured: dict[Point, dict[str, Any]] = {}
+    with without_eos(session.pair):
+        for point in fitting:
+            measured[point] = measure(session, point)
+            done()
+    return {
+        "axes": {axis: [measured[p] for p in wanted[axis] if p in measured] for axis in wanted},
+        "skipped": [asdict(p) for axis in wanted.values() for p in axis if p not in measured],
+        "floor": session.floor.table(),
+    }
+
+
+def measure(session: Session, point: Point) -> dict[str, Any]:
+    """Measure one point: the same batch several times, the median of all."""
+    requests = [request for stream in session.streams for request in stream.requests]
+    batch = texts_of_length(requests, point.batch, point.context)
+    with _open_contenders(session, point) as contenders:
+        names = [one.name for one in contenders]
+        race = run_race(
+            contenders,
+            [batch] * (REPEATS if point.batch < 8 else REPEATS_OF_LARGE_BATCHES),
+            session.options,
+            lambda: None,
+            prepare=session.prepare,
+        )
+    ours = OURS if point.draft_length else PLAIN
+    return asdict(point) | {
+        "contenders": {name: summarise(race, name, session.floor) for name in names},
+        "round_ms": round_breakdown(race, ours),
+        "plain_over_generate": ratios(race, GENERATE)[PLAIN],
+        "outputs": describe_differences(race),
+    }
+
+
+@contextmanager
+def _open_contenders(session: Session, point: Point) -> Iterator[list[Contender]]:
+    pair, k = session.pair, point.draft_length
+    with ExitStack() as stack:
+
+        def ours(name: str, **settings: Any) -> Assisted:
+            config = session.online(draft_length_schedule="constant", **settings)
+            return Assisted(name, pair.target, stack.enter_context(OnlineAssistant(pair.draft, pair.target, config)))
+
+        contenders: list[Contender] = [Generate(GENERATE, pair.target), ours(PLAIN, draft_length=0, learn=False)]
+        if k:
+            contenders.append(ours(OURS, draft_length=k, update_every=2**31))
+        if k and point.batch == 1:  # all that transformers' assisted generation serves
+            contenders.append(Generate(STOCK, pair.target, pair.draft, fixed_settings(k)))
+        yield contenders

@@ -1,0 +1,165 @@
+"""The models of a run: the embedded pair or a given one, a pair trained here, or random weights behind a script."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..demo.models import EMBEDDED_PAIR, Pair, load_pair, resolve_device, resolve_dtype
+from ..errors import ConfigError
+from .architecture import llama_config, random_model
+from .scripted import Script
+from .session import Steps
+from .training import load_rows, pack, recipes, train
+
+Kind = Literal["given", "trained", "scripted"]
+
+_SHAPES = {"trained": ("2048x16", "1024x3"), "scripted": ("4096x32", "2048x4")}
+_SCRIPTED_VOCABULARY = 128_256  # Llama 3's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """
+    Which models to measure.
+
+    Args:
+        kind (`str`, defaults to `"given"`): `"given"`: `target` and `assistant`, or the embedded pair. `"trained"`: a
+            pair trained by the benchmark itself. `"scripted"`: random weights, and a draft whose forward is paid but
+            whose proposals are accepted at `acceptance`.
+        target, assistant (`str`, *optional*): Hub ids or folders, for `"given"`.
+        target_shape, draft_shape (`str`, *optional*): Hidden size and layers, for the other two. Default to 0.9B and
+            50M parameters for `"trained"`, 8.0B and 0.5B for `"scripted"`.
+        vocabulary (`int`, *optional*): Tokens of the scripted pair; 128,256 by default.
+        acceptance (`float`, defaults to 0.8): How likely a scripted proposal is the target's own token.
+        train_prompts (`Sequence[str]`, *optional*): `.jsonl` files of prompts and responses that `"trained"` learns;
+            documented functions of the standard library by default.
+        draft_train_prompts (`Sequence[str]`, *optional*): The same for the draft, so that it may know less; what the
+            target learns by default.
+        train_seconds (`float`, defaults to 180): Time of training both.
+        device, dtype (`str`, defaults to `"auto"`): As `hf-osd demo` takes them; trained and scripted pairs are bf16
+            on a GPU.
+        seed (`int`, defaults to 0): Seed of weights, of the order of training and of the script.
+
+    Raises:
+        ConfigError: A value is out of its range or contradicts another one.
+    """
+
+    kind: Kind = "given"
+    target: str | None = None
+    assistant: str | None = None
+    target_shape: str | None = None
+    draft_shape: str | None = None
+    vocabulary: int | None = None
+    acceptance: float = 0.8
+    train_prompts: Sequence[str] = ()
+    draft_train_prompts: Sequence[str] = ()
+    train_seconds: float = 180.0
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"models must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if self.kind == "given":
+            self._refuse("given", "target_shape", "draft_shape", "vocabulary", "train_prompts", "draft_train_prompts")
+        else:
+            self._refuse(self.kind, "target", "assistant")
+            for shape in self.shapes:
+                llama_config(shape, vocab_size=1)
+        if not 0.0 <= self.acceptance <= 1.0:
+            raise ConfigError(f"acceptance must be in [0, 1], got {self.acceptance!r}")
+        if self.train_seconds <= 0:
+            raise ConfigError(f"train_seconds must be positive, got {self.train_seconds!r}")
+
+    def _refuse(self, kind: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} means nothing with models={kind!r}: leave it out")
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the pair that comes with the package."""
+        return self.kind == "given" and self.target is None and self.assistant is None
+
+    @property
+    def shapes(self) -> tuple[str, str]:
+        """Shapes of target and draft, for the pairs that are made here."""
+        target, draft = _SHAPES[self.kind]
+        return self.target_shape or target, self.draft_shape or draft
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The pair, its script where it has one, and what is to be said of it in a report."""
+
+    pair: Pair
+    script: Script | None
+    about: dict[str, Any]
+
+
+def open_models(options: ModelOptions, steps: Steps) -> Models:
+    """
+    Load, train or make the models.
+
+    Args:
+        options (`ModelOptions`): Which.
+        steps (`Steps`): Shows the progress of training.
+
+    Raises:
+        UnsupportedModelError: A model cannot be loaded.
+        PromptSourceError: A file to train on cannot be read.
+    """
+    if options.kind == "given":
+        pair = load_pair(options.target, options.assistant, options.device, options.dtype)
+        kind = "embedded" if options.is_embedded else "given"
+        return Models(pair, None, {"kind": kind, **_sizes(pair)})
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EMBEDDED_PAIR / "target")
+    device = resolve_device(options.device)
+    if options.kind == "trained":
+        return _train_pair(options, tokenizer, device, steps)
+    vocabulary = options.vocabulary or _SCRIPTED_VOCABULARY
+    pair = Pair(*_random_pair(options, device, _dtype(options, device), vocab_size=vocabulary), tokenizer)
+    about = {"kind": "scripted", "acceptance": options.acceptance, **_sizes(pair)}
+    return Models(pair, Script(pair.draft, options.acceptance, options.seed), about)
+
+
+def _train_pair(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device, steps: Steps
+) -> Models:
+    sources = {"target": options.train_prompts, "draft": options.draft_train_prompts or options.train_prompts}
+    blocks = {name: pack(load_rows(paths), tokenizer) for name, paths in sources.items()}
+    config = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    target, draft = _random_pair(options, device, torch.float32, **config)
+    plans = recipes(target, draft, options.train_seconds, options.seed)
+    learned = {
+        name: train(model, blocks[name], recipe, steps, name)
+        for name, model, recipe in zip(("target", "draft"), (target, draft), plans, strict=True)
+    }
+    dtype = _dtype(options, device)
+    pair = Pair(target.to(dtype), draft.to(dtype), tokenizer)  # type: ignore[arg-type]
+    return Models(pair, None, {"kind": "trained", "training": learned, **_sizes(pair)})
+
+
+def _random_pair(
+    options: ModelOptions, device: torch.device, dtype: torch.dtype, **config: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    target, draft = (
+        random_model(llama_config(shape, **config), device, dtype, options.seed + index)
+        for index, shape in enumerate(options.shapes)
+    )
+    return target, draft
+
+
+def _dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    named = resolve_dtype(options.dtype, device)
+    return named if isinstance(named, torch.dtype) else torch.bfloat16
+
+
+def _sizes(pair: Pair) -> dict[str, Any]:
+    sizes = {"target": pair.target.num_parameters(), "draft": pair.draft.num_parameters()}
+    dtype = str(pair.target.dtype).removeprefix("torch.")
+    return {"parameters": sizes, "device": str(pair.target.device), "dtype": dtype}

@@ -1,0 +1,128 @@
+"""
+Suite `promise`: never more than 3% slower than our own plain decoding over a stream, where that is hard to keep.
+
+Every case is decoded by an assistant with its default settings and by one with draft_length=0, request by request, in
+turns. A third assistant, with draft_length=0 too, shows how far two equal ones are apart on this machine.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..assistant import OnlineAssistant
+from ..config import OnlineConfig
+from ..demo.models import Inputs
+from .contenders import Assisted, Contender, Generate
+from .figures import ratios, summarise
+from .race import Race, describe_differences, run_race
+from .session import Session
+from .streams import batches
+
+LIMIT = 1.03
+PLAIN = "hf_osd, plain"
+CONTROL = "hf_osd, plain again"
+CASE = "hf_osd"
+GENERATE = "transformers plain"
+BATCH, BATCHES = 32, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One stream, one draft, one configuration; requests may be batches, and the one that warms up is none of them."""
+
+    name: str
+    draft: PreTrainedModel
+    config: OnlineConfig
+    requests: Sequence[Inputs]
+    warm_up: Inputs
+
+
+def run(session: Session) -> dict[str, Any]:
+    """
+    Measure every case.
+
+    Returns:
+        `dict[str, Any]`: By case: `ratio`, its total time over that of our plain decoding, without time of learning;
+        `ratio_with_learning`; `control`, the ratio of two equal plain decodings; `plain_over_generate`, that of our
+        plain decoding over transformers'; and whether the promise was `kept`.
+    """
+    return {"limit": LIMIT, "cases": {case.name: _measure(session, case) for case in cases(session)}}
+
+
+def cases(session: Session) -> list[Case]:
+    """
+    Return the hard cases, and the stream as it is for comparison.
+
+    Bad drafts go without prompt lookup, whose gains would hide what they cost.
+    """
+    pair, stream = session.pair, session.streams[0]
+    static, draft_only = session.static(), session.static(prompt_lookup=False)
+    assert session.next_topic is not None, "the promise is tested with a change of topic"
+    half = max(len(stream.requests) // 2, 1)
+    shifted = [*stream.requests[:half], *session.next_topic.requests[:half]]
+    pad = session.options["pad_token_id"]
+    batched, other = (
+        batches([*one.requests, *one.spare], BATCH, pad)[:BATCHES] for one in (stream, session.next_topic)
+    )
+    one = stream.warm_up
+    return [
+        Case("the stream as it is", pair.draft, static, stream.requests, one),
+        Case("a random draft", random_like(pair.draft, session.seed), draft_only, stream.requests, one),
+        Case("a draft as slow as the target", copy.deepcopy(pair.target), draft_only, stream.requests, one),
+        Case("a sudden change of topic", pair.draft, static, shifted, one),
+        Case("a sudden change of topic, learning", copy.deepcopy(pair.draft), session.online(), shifted, one),
+        Case(f"batch {len(batched[0]['input_ids'])}", pair.draft, static, batched, other[0]),
+    ]
+
+
+def random_like(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Return a model of the same architecture with random weights."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    drawn: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).to(model.device).eval()
+    torch.set_rng_state(state)
+    return drawn
+
+
+def _measure(session: Session, case: Case) -> dict[str, Any]:
+    race = _race(session, case)
+    plain = ratios(race, PLAIN)
+    learning = sum(one.learning_seconds for one in race.samples[CASE])
+    reference = sum(one.seconds for one in race.samples[PLAIN])
+    return {
+        "ratio": plain[CASE],
+        "ratio_with_learning": plain[CASE] + learning / reference,
+        "control": plain[CONTROL],
+        "plain_over_generate": 1 / plain[GENERATE],
+        "kept": plain[CASE] <= LIMIT,
+        "batch": len(case.requests[0]["input_ids"]),
+        "contenders": {name: summarise(race, name) for name in race.samples},
+        "outputs": describe_differences(race),
+    }
+
+
+def _race(session: Session, case: Case) -> Race:
+    target, nothing = session.pair.target, session.static(draft_length=0)
+    with ExitStack() as stack:
+
+        def ours(name: str, draft: PreTrainedModel, config: OnlineConfig) -> Assisted:
+            return Assisted(name, target, stack.enter_context(OnlineAssistant(draft, target, config)))
+
+        contenders: list[Contender] = [
+            Generate(GENERATE, target),
+            ours(PLAIN, session.pair.draft, nothing),
+            ours(CASE, case.draft, case.config),
+            ours(CONTROL, session.pair.draft, nothing),
+        ]
+        return run_race(
+            contenders,
+            case.requests,
+            session.options,
+            session.steps(case.name, len(case.requests)),
+            warm_up=case.warm_up,
+        )

@@ -1,0 +1,126 @@
+"""What is served: named streams of requests, and batches made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..demo.models import Inputs, Pair, encode_prompts
+from ..demo.prompts import Prompt, is_held_out, load_prompts, stdlib_functions
+from ..errors import ConfigError, InputError
+
+DEFAULT_STREAM = "docstrings"
+_SOURCE_INSTRUCTION = "Please write the doc of the following code:\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """
+    Requests of one kind.
+
+    Attributes:
+        name (`str`): What tables and plots call it.
+        requests (`list[Inputs]`): What is served one by one.
+        warm_up (`Inputs`): One request more, that does not count.
+        spare (`list[Inputs]`): More of them, to fill batches with.
+    """
+
+    name: str
+    requests: list[Inputs]
+    warm_up: Inputs
+    spare: list[Inputs] = field(default_factory=list)
+
+
+def load_prompt_streams(sources: Sequence[str], count: int) -> dict[str, list[Prompt]]:
+    """
+    Return the prompts of every source, by a name for each; docstrings of the standard library if there is none.
+
+    Args:
+        sources (`Sequence[str]`): As `hf-osd demo` takes them.
+        count (`int`): Prompts of each, at most.
+
+    Raises:
+        ConfigError: A source is given twice.
+        PromptSourceError: One cannot be read.
+    """
+    if len(set(sources)) < len(sources):
+        raise ConfigError(f"prompts names a source twice, got {', '.join(sources)}")
+    if not sources:
+        return {DEFAULT_STREAM: load_prompts(None, count)}
+    return {name: load_prompts(source, count) for name, source in zip(_names(sources), sources, strict=True)}
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Name each source by its file; together with the folder where two files have one name."""
+    names = [Path(source).stem for source in sources]
+    if len(set(names)) < len(names):
+        names = ["/".join(Path(source).with_suffix("").parts[-2:]) for source in sources]
+    return names if len(set(names)) == len(names) else list(sources)
+
+
+def other_topic(count: int) -> list[Prompt]:
+    """Return prompts of another topic than docstrings and than most files: source code to be documented."""
+    sources = [source for _, source in stdlib_functions(keep=is_held_out)]
+    return [_SOURCE_INSTRUCTION + source for source in sources[:count]]
+
+
+def make_stream(
+    pair: Pair, name: str, prompts: Sequence[Prompt], max_new_tokens: int, count: int | None = None
+) -> Stream:
+    """
+    Encode prompts. The last one that fits warms up: it is no request, since prompt lookup would find its answer.
+
+    Args:
+        pair (`Pair`): The models.
+        name (`str`): Of the stream.
+        prompts (`Sequence[Prompt]`): At least two that fit.
+        max_new_tokens (`int`): Room to leave behind each of them.
+        count (`int`, *optional*): Requests to serve one by one; the others are spare. Defaults to all.
+
+    Raises:
+        InputError: Fewer than two prompts fit into the context of the models.
+    """
+    *requests, warm_up = encode_prompts(pair, prompts, max_new_tokens)
+    if not requests:
+        raise InputError(f"stream {name!r} has one prompt that fits, and one that warms up is needed beside it")
+    count = len(requests) if count is None else count
+    return Stream(name, requests[:count], warm_up, requests[count:])
+
+
+def batches(requests: Sequence[Inputs], size: int, pad_token_id: int) -> list[Inputs]:
+    """
+    Join requests into left-padded batches of one size, or into one smaller batch where there are too few.
+
+    No request is repeated, since prompt lookup would find its answer; those that fill no batch are left out.
+    """
+    size = min(size, len(requests))
+    starts = range(0, len(requests) - size + 1, size)
+    return [join(requests[start : start + size], pad_token_id) for start in starts]
+
+
+def join(requests: Sequence[Inputs], pad_token_id: int) -> Inputs:
+    """Join requests into one left-padded batch."""
+    width = max(one["input_ids"].shape[1] for one in requests)
+
+    def pad(name: str, value: int) -> torch.Tensor:
+        rows = [one[name] for one in requests]
+        return torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=value) for row in rows])
+
+    return {"input_ids": pad("input_ids", pad_token_id), "attention_mask": pad("attention_mask", 0)}
+
+
+def texts_of_length(requests: Sequence[Inputs], batch: int, length: int) -> Inputs:
+    """
+    Return a batch of rows of exactly one length, each another stretch of all requests joined.
+
+    Args:
+        requests (`Sequence[Inputs]`): At least one.
+        batch (`int`): Rows.
+        length (`int`): Tokens of each row.
+    """
+    tokens = torch.cat([one["input_ids"][0] for one in requests])
+    starts = torch.arange(batch) * (max(len(tokens) // batch, 1))
+    columns = (starts[:, None] + torch.arange(length)) % len(tokens)
+    ids = tokens[columns.to(tokens.device)]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

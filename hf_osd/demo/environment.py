@@ -1,0 +1,67 @@
+"""What a run depends on beside its options: the machine, the versions, and how loud other packages are."""
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+_PACKAGES = ("hf-osd", "torch", "transformers", "trl", "datasets", "accelerate")
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """
+    Describe the machine in words that a reader of the figures understands.
+
+    Args:
+        device (`torch.device`, *optional*): Where the models are; a GPU is named.
+    """
+    described = {
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "system": platform.system(),
+        "architecture": platform.machine(),
+    }
+    if device is not None and device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _processor() -> str:
+    """Return the processor's name: Linux says it in a file, other systems to `platform`."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that serve or learn."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars, advice about settings and deprecations of other packages from tearing the display."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

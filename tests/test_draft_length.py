@@ -1,0 +1,242 @@
+"""How much is proposed, and by whom: against brute force, and over thousands of simulated rounds."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from hf_osd.records import Proposal
+from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
+from hf_osd.serving.drafting import Counts
+from hf_osd.serving.experience import CONFIDENCES, Experience
+from hf_osd.serving.lookup import Guess
+from hf_osd.serving.sequences import Sequences
+from hf_osd.serving.speculation import MeasuredSpeculator
+
+ROOM = 8
+
+
+def experience(plain=1.0, extra=0.05, step=0.1, acceptance=0.6, batch=1):
+    """What a machine would have taught: a round of `plain` seconds and `extra` for each token proposed."""
+    known = Experience()
+    for tokens in range(1, 18):
+        known.target_costs.note(batch, 100, tokens, plain + extra * (tokens - 1))
+    known.draft_costs.note(batch, 100, 1, step)
+    known.acceptance.value = acceptance
+    return known
+
+
+def a_round(batch=1, lag=1, draft_room=ROOM, lookup_room=16):
+    """A round in the middle of an answer."""
+    return Round(range(batch), 100, lag, draft_room, lookup_room, remaining=1000, generated=10)
+
+
+def expected_tokens(acceptance, k):
+    """Each token counts if all before it were accepted, and one comes from the target."""
+    return 1.0 + sum(acceptance**i for i in range(1, k + 1))
+
+
+@given(acceptance=st.floats(0.0, 0.98), step=st.floats(0.01, 1.5), extra=st.floats(0.0, 0.5), batch=st.integers(1, 4))
+def test_the_best_fixed_length(acceptance, step, extra, batch):
+    """Catches any other length than the one with the most tokens a second, and drafting that is slower than none."""
+    rates = [batch / 1.0]
+    for k in range(1, ROOM + 1):
+        rates.append(batch * expected_tokens(acceptance, k) / (k * step + 1.0 + k * extra))
+    best = max(range(ROOM + 1), key=lambda k: rates[k])
+    assume(all(abs(rates[best] - rate) > 1e-9 for k, rate in enumerate(rates) if k != best))
+    lengths = MeasuredLength(experience(1.0, extra, step, acceptance, batch), batch)
+    assert lengths.plan(a_round(batch), {}) == Plan(draft=best)
+
+
+def test_no_draft_that_does_not_pay():
+    """Catches a draft as slow as the target, or one that guesses at random, that is still asked."""
+    assert MeasuredLength(experience(step=1.0, acceptance=0.9), 1).plan(a_round(), {}) == Plan()
+    assert MeasuredLength(experience(step=0.02, acceptance=0.01), 1).plan(a_round(), {}) == Plan()
+    assert MeasuredLength(experience(step=0.02, acceptance=0.9), 1).plan(a_round(draft_room=0), {}) == Plan()
+
+
+def test_a_plain_round_comes_first():
+    """Catches a choice without any measurement at this batch size to compare with."""
+    known = experience(batch=2)
+    assert MeasuredLength(known, 1).plan(a_round(), {0: Guess([1, 2], 9)}) == Plan()
+
+
+def test_an_unmeasured_draft_is_tried_with_care():
+    """Catches a draft that is never tried, or at once in full, before its cost is known."""
+    known = experience(acceptance=0.9)
+    known.draft_costs = Experience().draft_costs
+    assert MeasuredLength(known, 1).plan(a_round(), {}) == Plan(draft=2)
+
+
+@given(match=st.integers(1, 20), count=st.integers(1, 16), extra=st.floats(0.01, 0.6))
+def test_the_lookup_against_brute_force(match, count, extra):
+    """Catches a guess that is cut where it still pays, or sent where it does not."""
+    known = experience(1.0, extra, step=5.0)
+    lengths, reach, gains = MeasuredLength(known, 1), 1.0, [0.0]
+    for step in range(count):
+        reach *= known.match.rate(match + step)
+        gains.append(gains[-1] + reach - extra)
+    assume(len({round(gain, 9) for gain in gains}) == len(gains))
+    assert lengths.plan(a_round(), {0: Guess([1] * count, match)}) == Plan(lookup=gains.index(max(gains)))
+
+
+def test_the_lookup_wins_where_it_should():
+    """Catches a long match that loses to a draft of the same acceptance, and a short one that wins over a good one."""
+    good = experience(step=0.2, acceptance=0.85)
+    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 16)}).lookup >= 8
+    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft >= 1
+    both = {0: Guess([1] * 12, 16)}  # of four rows, only one has a guess
+    assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft >= 1
+
+
+def test_catching_up_counts():
+    """Catches a draft that has to read a long text for the last few tokens of an answer."""
+    known = experience(step=0.1, acceptance=0.8)
+    known.draft_costs.note(1, 100, 64, 30.0)
+    assert MeasuredLength(known, 1).plan(a_round(lag=1), {}).draft
+    assert MeasuredLength(known, 1).plan(a_round(lag=60), {}) == Plan()
+
+
+def test_what_a_request_shows_of_itself():
+    """Catches a request whose own record is ignored."""
+    lengths = MeasuredLength(experience(step=0.2, extra=0.1, acceptance=0.6), 1)
+    assert lengths.plan(a_round(), {}).draft
+    for _ in range(60):
+        lengths.draft_factors[0].note(0.6, False)
+    assert lengths.plan(a_round(), {}) == Plan()
+
+
+@given(st.lists(st.floats(0.0, 1.0), max_size=8))
+def test_best_cut_against_brute_force(chances):
+    """Catches tokens held back that pay, and tokens sent that do not."""
+    lengths = MeasuredLength(experience(extra=0.2, acceptance=0.01), 1)
+    lengths.plan(a_round(), {})
+    reach = sorted(chances, reverse=True)
+    worth = [sum(reach[:m]) - 0.2 * m for m in range(len(reach) + 1)]
+    assert worth[lengths.best_cut(reach)] == pytest.approx(max(worth))
+
+
+def test_bins_and_buckets():
+    """Catches probabilities on the wrong side of an edge, or outside all bins."""
+    assert [confidence_bin(p) for p in (0.0, 0.049, 0.05, 0.5, 0.989, 0.99, 1.0)] == [0, 0, 1, 6, 11, 12, 12]
+    assert len(CONFIDENCES) == confidence_bin(1.0)
+    assert [bucket(tokens) for tokens in (1, 8, 9, 16, 17)] == [1, 8, 16, 16, 32]
+
+
+class Draft:
+    """Drafts the right token with some chance, is as sure of it as it should be, and costs what it is told to."""
+
+    samples, num_assistant_tokens = False, ROOM
+
+    def __init__(self, chance, batch, truth):
+        self.chance, self.truth, self.random = chance, truth, random.Random(1)
+        self.assistant_model = torch.nn.Linear(1, 1)
+        self.assistant_model.device = torch.device("cpu")
+        self.counts, self.cached, self.drafted, self.fed = Counts(), [0] * batch, 0, 0
+
+    def room(self, ends):
+        return ROOM
+
+    def lag(self, ends):
+        return max(end - done for end, done in zip(ends, self.cached, strict=True))
+
+    def skip(self):
+        self.drafted = 0
+        return Proposal(torch.empty(len(self.cached), 0, dtype=torch.long))
+
+    def propose(self, ids, ends, k, goes_on=None):
+        columns, self.fed, self.ends = [], self.lag(ends), list(ends)
+        for step in range(k):
+            sure = [min(max(self.random.gauss(self.chance, 0.1), 0.0), 1.0) for _ in ends]
+            right = [self.random.random() < p for p in sure]
+            columns.append([self.truth(end + step) if ok else -2 for end, ok in zip(ends, right, strict=True)])
+            if goes_on is not None and not goes_on(torch.tensor(sure), None):
+                break
+        self.tokens = [list(row) for row in zip(*columns, strict=True)]
+        self.drafted = len(columns)
+        return Proposal(torch.tensor(self.tokens))
+
+    def note(self, logits, tokens, taken, rows):
+        right = [0] * len(taken)
+        if self.drafted:
+            right = [leading(ours, theirs) for ours, theirs in zip(self.tokens, tokens, strict=True)]
+            self.cached = [end + count for end, count in zip(self.ends, right, strict=True)]
+        return right
+
+
+def leading(ours, theirs):
+    pairs = list(zip(ours, theirs, strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+class Clockless:
+    """A stopwatch that nobody looks at."""
+
+    def lap(self, stage):
+        pass
+
+
+def simulate(known, chance, new_tokens, batch=1, step=0.2, extra=0.05, read=0.01, prompt=20):
+    """
+    Serve one request where plain rounds take a second; its seconds beyond the prompt's, and its rounds.
+
+    The text never repeats itself. The draft takes `step` for a token, and `read` more for each that it lags behind.
+    """
+
+    def truth(column):
+        return column  # no pair of tokens comes twice
+
+    draft = Draft(chance, batch, truth)
+    sequences = Sequences(torch.arange(prompt).repeat(batch, 1), [0] * batch, prompt + new_tokens, 16, 0)
+    speculator = MeasuredSpeculator(draft, known, sequences, lookup=False)
+    seconds, rounds = 0.0, []
+    while not sequences.finished:
+        ends, first = list(sequences.ends), sequences.ends[0] == prompt
+        proposed = speculator.propose(sequences, max(sequences.budget - 1, 0), Clockless()).tokens.tolist()
+        k = len(proposed[0])
+        drafting = step * draft.drafted + read * max(draft.fed - 1, 0) if draft.drafted else 0.0
+        verifying = 1.0 + extra * k
+        right = [leading(row, [truth(end + i) for i in range(k)]) for row, end in zip(proposed, ends, strict=True)]
+        tokens = [[truth(end + i) for i in range(count + 1)] for end, count in zip(ends, right, strict=True)]
+        taken = sequences.commit(tokens)
+        speculator.note(None, tokens, taken)
+        speculator.settle({"draft": drafting, "verify": verifying + read * prompt * first})
+        seconds += drafting + verifying
+        rounds.append((draft.drafted, max(taken)))
+    speculator.finish(sequences.lengths)
+    return seconds, rounds
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("chance", "step"), [(0.0, 0.05), (0.1, 0.3), (0.9, 2.0)])
+@pytest.mark.parametrize("new_tokens", [2, 12, 200])
+def test_a_bad_draft_costs_little(new_tokens, chance, step, batch):
+    """Catches trials, also those at the beginning of a request, that lose more than their share of the time."""
+    known, seconds = Experience(), 0.0
+    requests = 4800 // new_tokens
+    for _ in range(requests):
+        seconds += simulate(known, chance, new_tokens, batch, step)[0]
+    assert seconds <= 1.03 * requests * new_tokens
+
+
+def test_a_good_draft_pays():
+    """Catches caution that costs what speculation would have gained: the best fixed length is nearly reached."""
+    known = Experience()
+    simulate(known, 0.8, 300)
+    seconds, _ = simulate(known, 0.8, 2000)
+    best = max(expected_tokens(0.8, k) / (1 + 0.25 * k) for k in range(1, ROOM + 1))
+    assert 2000 / seconds > 0.95 * best
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_change_of_topic(batch):
+    """Catches a draft that is kept when it has become useless, or never asked again when it is useful once more."""
+    known = Experience()
+    for before, after, recovers in ((0.85, 0.0, 40), (0.0, 0.85, 600)):
+        simulate(known, before, 1500, batch)
+        _, rounds = simulate(known, after, 2400, batch)
+        drafting = [drafted > 0 for drafted, _ in rounds[recovers:]]
+        share = sum(drafting) / len(drafting)
+        assert share < 0.05 if after == 0.0 else share > 0.95, (before, after, share)
