@@ -41,12 +41,15 @@ def expected_tokens(acceptance, k):
 @given(acceptance=st.floats(0.0, 0.98), step=st.floats(0.01, 1.5), extra=st.floats(0.0, 0.5), batch=st.integers(1, 4))
 def test_the_best_fixed_length(acceptance, step, extra, batch):
     """Catches any other length than the one with the most tokens a second, and drafting that is slower than none."""
+    known = experience(1.0, extra, step, acceptance, batch)
+    share = known.gain_share(batch).value  # one row keeps all it gains, several have to wait for one another
     rates = [batch / 1.0]
     for k in range(1, ROOM + 1):
-        rates.append(batch * expected_tokens(acceptance, k) / (k * step + 1.0 + k * extra))
+        tokens = 1 + share * (expected_tokens(acceptance, k) - 1)
+        rates.append(batch * tokens / (k * step + 1.0 + k * extra))
     best = max(range(ROOM + 1), key=lambda k: rates[k])
     assume(all(abs(rates[best] - rate) > 1e-9 for k, rate in enumerate(rates) if k != best))
-    lengths = MeasuredLength(experience(1.0, extra, step, acceptance, batch), batch)
+    lengths = MeasuredLength(known, batch)
     assert lengths.plan(a_round(batch), {}) == Plan(draft=best)
 
 
@@ -228,6 +231,14 @@ def test_a_good_draft_pays():
     seconds, _ = simulate(known, 0.8, 2000)
     best = max(expected_tokens(0.8, k) / (1 + 0.25 * k) for k in range(1, ROOM + 1))
     assert 2000 / seconds > 0.95 * best
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_a_batch_gains(batch):
+    """Catches a batch that pays for tokens its other rows gain: it is done when its last row is."""
+    known = Experience()
+    simulate(known, 0.85, 600, batch)
+    assert known.gain_share(batch).value == pytest.approx(1.0) if batch == 1 else known.gain_share(batch).value < 1.0
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -51,6 +51,11 @@ class CostTable:
                 self._curves[key] = [_interpolate(points, tokens) for tokens in range(longest + 1)]
             return self._curves[key]
 
+    def is_point(self, batch: int, context: int) -> bool:
+        """Whether only one number of tokens was measured, which says nothing of others."""
+        with self._lock:
+            return len(self._nearest(batch, context.bit_length()) or ()) == 1
+
     def _nearest(self, batch: int, bucket: int) -> dict[int, float] | None:
         buckets = [(abs(other - bucket), other) for rows, other in self._figures if rows == batch]
         return self._figures[batch, min(buckets)[1]] if buckets else None

@@ -8,7 +8,7 @@ TIDE (https://arxiv.org/abs/2602.05145), with the closed form of Leviathan et al
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from .acceptance import RequestFactor
@@ -28,7 +28,7 @@ class Round:
     Where a round begins.
 
     Attributes:
-        rows (`Sequence[int]`): Active rows.
+        rows (`Sequence[int]`): Rows that still take tokens.
         context (`int`): Tokens of the longest row.
         lag (`int`): Tokens that the draft has not seen yet, at most.
         draft_room, lookup_room (`int`): Tokens that the draft and the lookup may propose at most.
@@ -72,15 +72,19 @@ class MeasuredLength:
         self.batch = batch
         self.draft_factors = [RequestFactor() for _ in range(batch)]
         self.lookup_factors = [RequestFactor() for _ in range(batch)]
+        self.share = experience.gain_share(batch).value  # of what rows gain, what the batch gains
         self.rate = 0.0  # tokens per second of all rows together that the best steady choice yields
         self._costs: list[float] = []  # seconds of a round without its draft, by tokens proposed
         self._step = 0.0  # seconds of a draft step
 
     def plan(self, now: Round, guesses: dict[int, Guess]) -> Plan:
         """Choose for a round, given each row's guess."""
-        curve = self.experience.target_costs.curve(self.batch, now.context, 1 + max(now.draft_room, now.lookup_room))
+        costs = self.experience.target_costs
+        curve = costs.curve(self.batch, now.context, 1 + max(now.draft_room, now.lookup_room))
         if curve is None:
             return Plan()  # a plain round first: every other is compared with it
+        if costs.is_point(self.batch, now.context):  # short steps, until there is a slope to trust
+            now = replace(now, draft_room=min(now.draft_room, 2), lookup_room=min(now.lookup_room, 2))
         self._costs = curve[1:]
         rows, plain = len(now.rows), self._costs[0]
         self.rate = rows / plain
@@ -108,12 +112,12 @@ class MeasuredLength:
             return self._fixed_option(now, longest)
         factor = sum(self.draft_factors[row].value for row in now.rows) / rows
         sent = self._costs[min(round(past.sent.value), longest)]
-        return longest, rows * (1 + past.gain.value * factor), past.drafted.value * self._step + sent
+        return longest, rows * (1 + past.gain.value * factor * self.share), past.drafted.value * self._step + sent
 
     def _fixed_option(self, now: Round, longest: int) -> tuple[int, float, float]:
         """The best fixed length by the mean acceptance; see [`best_fixed`]."""
         k = self.best_fixed(now, longest)
-        tokens = sum(_expected(self.request_acceptance(row), k) for row in now.rows)
+        tokens = sum(1 + self.share * _gain(self.request_acceptance(row), k) for row in now.rows)
         return k, tokens, k * self._step + self._costs[k]
 
     def best_fixed(self, now: Round, longest: int) -> int:
@@ -121,7 +125,7 @@ class MeasuredLength:
         rates = [self.request_acceptance(row) for row in now.rows]
 
         def rate(k: int) -> float:
-            return sum(_expected(rate, k) for rate in rates) / (k * self._step + self._costs[k])
+            return sum(1 + self.share * _gain(rate, k) for rate in rates) / (k * self._step + self._costs[k])
 
         return max(range(1, longest + 1), key=rate)
 
@@ -148,10 +152,10 @@ class MeasuredLength:
         return Plan(draft=k, trial=True) if cost < self.experience.allowance else None
 
     def guess_reach(self, now: Round, guesses: dict[int, Guess]) -> list[float]:
-        """Return how many rows are expected to accept at least 1, 2, ... tokens of their guesses."""
+        """Return what the batch gains by the first, second, ... token of its rows' guesses."""
         reaches = [self.row_guess_reach(row, guess) for row, guess in guesses.items()]
         longest = min(max(map(len, reaches), default=0), now.lookup_room)
-        return [sum(reach[i] for reach in reaches if i < len(reach)) for i in range(longest)]
+        return [self.share * sum(reach[i] for reach in reaches if i < len(reach)) for i in range(longest)]
 
     def row_guess_reach(self, row: int, guess: Guess) -> list[float]:
         """Return how likely a row is to accept at least 1, 2, ... tokens of its guess."""
@@ -160,7 +164,7 @@ class MeasuredLength:
         return list(accumulate(chances, lambda reach, chance: reach * chance))
 
     def best_cut(self, reach: Sequence[float]) -> int:
-        """Return how many tokens of a proposal are worth submitting, given how many rows will reach each."""
+        """Return how many tokens of a proposal are worth submitting, given what the batch gains by each."""
         sums = [0.0, *accumulate(reach)]
         return max(range(len(sums)), key=lambda m: sums[m] - self.rate * self._costs[m])
 
@@ -169,7 +173,7 @@ class MeasuredLength:
         Say whether drafting on is worth its time.
 
         Args:
-            reach (`float`): Rows that are expected to accept everything drafted so far.
+            reach (`float`): Rows that are expected to accept everything drafted so far, as the batch gains.
             drafted (`int`): Tokens drafted.
             left (`int`): Tokens that may still be.
         """
@@ -185,7 +189,8 @@ class MeasuredLength:
         """Account for a finished round: a share of its time may be spent on trials, which pay for what they lose."""
         experience = self.experience
         if plan.trial:
-            experience.allowance -= max(seconds - taken / self.rate, 0.0)
+            gained = len(now.rows) + self.share * (taken - len(now.rows))
+            experience.allowance -= max(seconds - gained / self.rate, 0.0)
         cap = _TRIAL_ROUNDS * self._costs[0] if self._costs else 0.0
         experience.allowance = min(experience.allowance + _TRIAL_SHARE * seconds, cap)
 
@@ -200,6 +205,6 @@ def bucket(tokens: int) -> int:
     return tokens if tokens <= 8 else 1 << (tokens - 1).bit_length()
 
 
-def _expected(acceptance: float, k: int) -> float:
-    """Tokens of a round with k proposals, each accepted with the same chance (arXiv 2211.17192, eq. 1)."""
-    return (1 - acceptance ** (k + 1)) / (1 - acceptance)
+def _gain(acceptance: float, k: int) -> float:
+    """Tokens that k proposals add to a round, each accepted with the same chance (arXiv 2211.17192, eq. 1, less 1)."""
+    return acceptance * (1 - acceptance**k) / (1 - acceptance)

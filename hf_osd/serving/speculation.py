@@ -16,6 +16,8 @@ from .transfer import upload
 
 _FRUITLESS, _SELDOM = 16, 8  # after so many rounds without a guess worth submitting, look every so many rounds at most
 
+_ENOUGH = 4.0  # tokens gained by the mean row of a batch before it says something about batches
+
 
 class Speculator(ABC):
     """
@@ -108,6 +110,7 @@ class MeasuredSpeculator(Speculator):
         self._sent = 0
         self._taken: list[int] = []
         self._first = True
+        self._rounds, self._gained = 0, 0.0  # the latter by the mean row
 
     def propose(self, sequences: Sequences, room: int, watch: Stopwatch) -> Proposal:
         """Choose, and propose; see [`Speculator.propose`]."""
@@ -181,7 +184,7 @@ class MeasuredSpeculator(Speculator):
             self._reach[row].append(reach)
             self._bins[row].append(confidence_bin(probability))
             self._going[row] = 0.0 if over[row] else reach
-        going, drafted = sum(self._going), len(self._reach[0])
+        going, drafted = self._lengths.share * sum(self._going), len(self._reach[0])
         left = self._plan.draft - drafted
         return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, drafted, left))
 
@@ -204,7 +207,8 @@ class MeasuredSpeculator(Speculator):
         if proposal.probabilities is not None or not self._looks or self._plan.trial:
             return proposal
         k = proposal.tokens.shape[1]
-        sums = [sum(reach[step] for reach in self._reach if step < len(reach)) for step in range(k)]
+        share = self._lengths.share
+        sums = [share * sum(reach[step] for reach in self._reach if step < len(reach)) for step in range(k)]
         return Proposal(proposal.tokens[:, : self._lengths.best_cut(sums)])
 
     def note(self, logits: torch.Tensor, tokens: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
@@ -220,6 +224,8 @@ class MeasuredSpeculator(Speculator):
             if self._lookup is not None:
                 self._lookup.extend(row, tokens[row][: taken[row]])
         self._taken = [taken[row] for row in self._now.rows]
+        self._rounds += 1
+        self._gained += sum(self._taken) / len(self._taken) - 1
 
     def _note_drafted(self, row: int, right: int, taken: int) -> None:
         drafted = self.drafter.drafted
@@ -272,5 +278,8 @@ class MeasuredSpeculator(Speculator):
     def finish(self, lengths: Sequence[int]) -> None:
         """Leave the outputs to later requests; see [`Speculator.finish`]."""
         self._experience.answer_length.note(sum(lengths) / len(lengths))
+        if self._gained >= _ENOUGH:
+            saved = max(lengths) - self._rounds
+            self._experience.gain_share(self._lengths.batch).note(min(max(saved / self._gained, 0.0), 1.0))
         if self._lookup is not None:
             self._lookup.finish(lengths)
