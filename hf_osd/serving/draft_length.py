@@ -18,6 +18,7 @@ from .lookup import Guess
 _TRIAL = 4  # tokens drafted to find out whether the draft pays again
 _TRIAL_SHARE = 0.01  # of all time may be lost by that
 _TRIAL_ROUNDS = 32  # plain rounds whose time may be saved up for it
+_MARGIN = 1.04  # a draft has to promise that much more than going without, or noise would decide
 FEW_ROUNDS = 4  # rounds with the draft before their record is believed
 _UNKNOWN_STEP = 0.125  # cost of a draft step before it is measured, in plain rounds
 
@@ -91,7 +92,7 @@ class MeasuredLength:
         drafted, tokens, seconds = self._draft_option(now)
         if drafted:
             catching_up = self._catching_up(now) * min(tokens / rows / self._remaining(now), 1.0)
-            seconds += catching_up
+            seconds = (seconds + catching_up) * _MARGIN
             self.rate = max(self.rate, tokens / seconds)
         reach = self.guess_reach(now, guesses)
         looked_up = self.best_cut(reach)  # 0 is plain decoding
