@@ -99,7 +99,7 @@ def test_the_floor_is_the_sum_of_prices_each_measured_once(monkeypatch: pytest.M
     """Would catch forwards counted once that ran often, and a table that is measured again for every request."""
     measured: list[Shape] = []
 
-    def price(model: object, shape: Shape, repeats: int) -> float:
+    def price(model: object, shape: Shape, repeats: int, before: object) -> float:
         measured.append(shape)
         return {"target": 5.0, "draft": 1.0}[shape.model]
 
@@ -113,6 +113,23 @@ def test_the_floor_is_the_sum_of_prices_each_measured_once(monkeypatch: pytest.M
     assert [row["ms"] for row in floor.table()] == [1000.0, 5000.0]
 
 
+def test_turns_of_two_models_are_priced_as_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a floor measured with caches that the other model would have filled, or with its time counted in."""
+    target, draft = tiny_model(), tiny_model(layers=1)
+    with CallRecorder({"target": target, "draft": draft}) as recorder:
+        for model in (draft, draft, target, target):
+            model(prompts(1)["input_ids"])
+    turns = {shape.model: sorted(one.turn for one in recorder.shapes() if one.model == shape.model)
+             for shape in recorder.shapes()}  # fmt: skip
+    assert turns == {"draft": [False], "target": [False, True]}
+    before: list[bool] = []
+    monkeypatch.setattr(floor_module, "measure_forward", lambda model, shape, repeats, run: run() or 1.0)
+    monkeypatch.setattr(Floor, "_other_forward", lambda self, shape: lambda: before.append(shape.turn))
+    floor = Floor({"target": target, "draft": draft})
+    assert floor.total(recorder.shapes()) == 4.0
+    assert before == [True]
+
+
 def test_prices_stay_within_the_models_context() -> None:
     """Would catch a rounded shape that the model has no positions for."""
     floor = Floor({"target": tiny_model()})  # 128 positions
@@ -124,7 +141,7 @@ def test_prices_stay_within_the_models_context() -> None:
 
 def test_efficiency_is_the_floor_of_each_request_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch the ratio upside down, or the floor of one request divided by the time of another."""
-    monkeypatch.setattr(floor_module, "measure_forward", lambda model, shape, repeats: 1.0)
+    monkeypatch.setattr(floor_module, "measure_forward", lambda *_: 1.0)
     shapes = [Counter({Shape("target", 1, 1, 0, 1): count}) for count in (1, 2, 30)]
     samples = [Sample(tokens=10, seconds=seconds) for seconds in (2.0, 10.0, 30.0)]
     race = Race({"a": samples, "b": samples}, {"a": shapes, "b": [Counter()] * 3})

@@ -3,7 +3,8 @@ The floor: what the forwards of a request cost with nothing between them.
 
 A forward is priced by its shape, measured in the same run on the same models: preallocated inputs, a cache that is
 filled beforehand and rolled back after every call, and no Python but the model's own. On the CPU, the cheaper of
-transformers' dynamic cache (cropped back) and static cache (its length set back), each the median of several calls.
+transformers' dynamic cache (cropped back) and static cache (its length set back), each the median of several calls;
+the models take turns where they did in the request: each finds the processor's caches full of the other's weights.
 On CUDA, the replay of a captured graph over the static cache, which has the exact size that the shape needs.
 """
 
@@ -12,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -49,8 +51,15 @@ class Floor:
         """Return the price of one forward, at the nearest shape that is priced."""
         shape = self.rounded(shape)
         if shape not in self._prices:
-            self._prices[shape] = measure_forward(self._models[shape.model], shape, self._repeats)
+            before = self._other_forward(shape) if shape.turn else lambda: None
+            self._prices[shape] = measure_forward(self._models[shape.model], shape, self._repeats, before)
         return self._prices[shape]
+
+    def _other_forward(self, shape: Shape) -> Callable[[], Any]:
+        """Return a forward of the other model, untimed, which comes before each timed one."""
+        others = [name for name in self._models if name != shape.model]
+        run, reset = dynamic_forward(self._models[others[0]], Shape(others[0], shape.batch, 1, CONTEXT_STEP, 1))
+        return partial(_in_order, reset, run)
 
     def rounded(self, shape: Shape) -> Shape:
         """Return the shape that stands for this one in the table: never beyond the model's context."""
@@ -60,11 +69,12 @@ class Floor:
         queries = min(queries, longest)
         context = min(_nearest(shape.context, CONTEXT_STEP), longest - queries)
         keep = queries if shape.keep == shape.queries else shape.keep
-        return replace(shape, queries=queries, context=context, keep=min(keep, queries))
+        turn = shape.turn and len(self._models) > 1 and self._models[shape.model].device.type == "cpu"
+        return replace(shape, queries=queries, context=context, keep=min(keep, queries), turn=turn)
 
     def table(self) -> list[dict[str, Any]]:
         """Return all prices so far, in milliseconds, ready for JSON."""
-        fields = ("model", "batch", "queries", "context", "keep")
+        fields = ("model", "batch", "queries", "context", "keep", "turn")
         rows = [
             {name: getattr(shape, name) for name in fields} | {"ms": round(1e3 * seconds, 4)}
             for shape, seconds in self._prices.items()
@@ -77,7 +87,9 @@ def _nearest(value: int, step: int) -> int:
 
 
 @torch.no_grad()
-def measure_forward(model: PreTrainedModel, shape: Shape, repeats: int) -> float:
+def measure_forward(
+    model: PreTrainedModel, shape: Shape, repeats: int, before: Callable[[], Any] = lambda: None
+) -> float:
     """
     Return the seconds of one raw forward; see the module for what that is.
 
@@ -85,12 +97,19 @@ def measure_forward(model: PreTrainedModel, shape: Shape, repeats: int) -> float
         model (`PreTrainedModel`): The model, in eval mode.
         shape (`Shape`): What to feed.
         repeats (`int`): Calls, after two that do not count.
+        before (`Callable`, *optional*): What runs, untimed, before each call on a CPU.
     """
     if model.device.type == "cuda":
         run, reset = static_forward(model, shape)
         return _median_seconds(_capture(run, reset), lambda: None, repeats, model.device)
     ways = (dynamic_forward(model, shape), static_forward(model, shape))
-    return min(_median_seconds(run, reset, repeats, model.device) for run, reset in ways)
+
+    return min(_median_seconds(run, partial(_in_order, reset, before), repeats, model.device) for run, reset in ways)
+
+
+def _in_order(*steps: Callable[[], Any]) -> None:
+    for step in steps:
+        step()
 
 
 def _median_seconds(run: Callable[[], Any], reset: Callable[[], None], repeats: int, device: torch.device) -> float:

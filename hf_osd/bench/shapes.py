@@ -24,6 +24,7 @@ class Shape:
         queries (`int`): Tokens fed, per row.
         context (`int`): Tokens in the cache before them; of the longest row where rows differ.
         keep (`int`): Last positions that logits were computed for, in [1, queries].
+        turn (`bool`): Whether the forward before it was another model's, which leaves a CPU's caches to the next.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Shape:
     queries: int
     context: int
     keep: int
+    turn: bool = False
 
 
 class ShapeRecorder(AbstractContextManager["ShapeRecorder"]):
@@ -64,9 +66,12 @@ class ShapeRecorder(AbstractContextManager["ShapeRecorder"]):
 
     def shapes(self) -> Counter[Shape]:
         """Count what was noted."""
+        before = [seen[0] for seen in self._seen[:1] + self._seen]  # the model of the forward before each
         return Counter(
-            Shape(name, batch, queries, context, min(keep, queries) or queries)  # 0 means all of them
-            for name, batch, queries, context, keep in self._seen
+            Shape(
+                name, batch, queries, context, min(keep, queries) or queries, turn=name != last
+            )  # 0 means all of them
+            for last, (name, batch, queries, context, keep) in zip(before, self._seen, strict=False)
         )
 
 
