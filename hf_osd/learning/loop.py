@@ -21,6 +21,7 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from .replay import ReplayBuffer
+from .threads import leave_cores_to_serving
 from .streams import TrainingStream
 from .yielding import DutyCycle
 
@@ -167,6 +168,7 @@ class TrainingLoop:
     # Called by the training thread.
 
     def _run(self) -> None:
+        leave_cores_to_serving()
         while self.wait_for_update():
             try:
                 self._train()

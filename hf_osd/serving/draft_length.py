@@ -103,7 +103,7 @@ class MeasuredLength:
 
     def _draft_option(self, now: Round) -> tuple[int, float, float]:
         """Tokens to draft at most, and the tokens and seconds that such a round is expected to come to."""
-        step = self.experience.draft_costs.curve(self.batch, now.context, 1)
+        step = self.experience.draft_costs.curve(self.batch, 0, 1)
         longest = min(now.draft_room, 2 if step is None else now.draft_room)
         self._step = step[1] if step is not None else _UNKNOWN_STEP * self._costs[0]
         if longest < 1:
@@ -138,7 +138,7 @@ class MeasuredLength:
         """Seconds that the draft takes to read what it has not seen yet, beyond a step's."""
         if now.lag <= 2:
             return 0.0
-        curve = self.experience.draft_costs.curve(self.batch, now.context, bucket(now.lag))
+        curve = self.experience.draft_costs.curve(self.batch, 0, bucket(now.lag))
         return max(curve[-1] - curve[1], 0.0) if curve is not None else 0.0
 
     def _remaining(self, now: Round) -> float:
@@ -147,7 +147,8 @@ class MeasuredLength:
     def _trial(self, now: Round) -> Plan | None:
         """Draft all the same, where the time saved up for that covers what it may cost."""
         k = min(now.draft_room, _TRIAL)
-        if k < 1 or not now.generated:  # beside the reading of the prompt, what a trial loses could not be told
+        # Beside the reading of the prompt, what a trial loses could not be told; at the end it would not be worth it.
+        if k < _TRIAL or not now.generated:
             return None
         cost = self._catching_up(now) + k * self._step + self._costs[k] - self._costs[0]
         return Plan(draft=k, trial=True) if cost < self.experience.allowance else None

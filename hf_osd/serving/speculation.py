@@ -262,14 +262,14 @@ class MeasuredSpeculator(Speculator):
             self._note_draft_round(drafting)
 
     def _note_draft_round(self, seconds: float) -> None:
-        experience, batch, context = self._experience, self._lengths.batch, self._now.context
+        experience, batch = self._experience, self._lengths.batch
         drafted, lag = self.drafter.drafted, self._now.lag
-        step, past = experience.draft_costs.curve(batch, context, 1), experience.draft_rounds[batch]
+        step, past = experience.draft_costs.curve(batch, 0, 1), experience.draft_rounds[batch]
         only_begins = step is None and past.seen >= FEW_ROUNDS  # answers of a token or two: no better figure will come
         if lag <= 2 or only_begins:
-            experience.draft_costs.note(batch, context, 1, seconds / drafted)
+            experience.draft_costs.note(batch, 0, 1, seconds / drafted)
         elif step is not None:
-            experience.draft_costs.note(batch, context, bucket(lag), max(seconds - (drafted - 1) * step[1], step[1]))
+            experience.draft_costs.note(batch, 0, bucket(lag), max(seconds - (drafted - 1) * step[1], step[1]))
         past.seen += 1
         past.gain.note(sum(self._taken) / len(self._taken) - 1)
         past.drafted.note(drafted)
