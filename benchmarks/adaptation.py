@@ -31,11 +31,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Every round drafts: measured lengths would leave a cold draft alone, and its acceptance unknown.
+ALWAYS = {"draft_length": 5, "draft_length_schedule": "heuristic"}
+
 
 def serve(target: Any, draft: Any, stream: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """Serve the stream once; each request is counted before the draft learns from it."""
     counts, started = [], time.perf_counter()
-    with hf_osd.OnlineAssistant(copy.deepcopy(draft), target, hf_osd.OnlineConfig(**settings)) as assistant:
+    with hf_osd.OnlineAssistant(copy.deepcopy(draft), target, hf_osd.OnlineConfig(**ALWAYS, **settings)) as assistant:
         for inputs in track(stream, description="serving", transient=True):
             hf_osd.generate(target, **inputs, online_assistant=assistant)
             stats = assistant.stats()

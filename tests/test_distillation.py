@@ -61,6 +61,10 @@ class Steps:
         self.weights: dict[str, torch.Tensor] = {}
         self.positions: list[int] = []
         self.pauses = 0
+        self.judged: list[int] = []  # steps taken before each judgement
+
+    def judge(self, trainer: Any) -> None:
+        self.judged.append(len(self.positions))
 
     def learning_rate_scale(self) -> float:
         return self.scale
@@ -93,6 +97,24 @@ def trainer_of(
         return generator.sample(observations, min(size, len(observations)))
 
     return OnlineGKDTrainer(draft, sample, config, callback, **options)
+
+
+def test_the_draft_is_judged_by_what_it_would_have_chosen() -> None:
+    """Catches a comparison shifted by one position, over padding, or after the draft has learned the requests."""
+    target, draft = llama(), llama(seed=5)
+    observations = [observe(target, seed) for seed in range(5)]
+    session = Steps(updates=2)
+    trainer = trainer_of(draft, observations, session, OnlineConfig(batch_size=2, steps_per_update=3))
+    expected = []
+    for one in observations:
+        ids = torch.cat([one.prompt_ids, one.output_ids])[None]
+        with torch.no_grad():
+            choices = draft(ids).logits[0, len(one.prompt_ids) - 1 : -1].argmax(-1)
+        expected.append((int((choices == one.teacher_ids[:, 0]).sum()), len(one.output_ids)))
+    assert trainer.agreements(observations) == expected
+    assert trainer.agreements([]) == []
+    trainer.train()
+    assert session.judged == [0, 3]
 
 
 def loss_one_by_one(draft: PreTrainedModel, observations: list[Observation], positions: str = "all") -> float:

@@ -181,7 +181,7 @@ class Clockless:
         pass
 
 
-def simulate(known, chance, new_tokens, batch=1, step=0.2, extra=0.05, read=0.01, prompt=20):
+def simulate(known, chance, new_tokens, batch=1, step=0.2, extra=0.05, read=0.005, prompt=20):
     """
     Serve one request where plain rounds take a second; its seconds beyond the prompt's, and its rounds.
 

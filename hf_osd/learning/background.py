@@ -93,7 +93,7 @@ class OnlineLearner:
 
     @property
     def acceptance(self) -> float:
-        """Moving average of the acceptance rate over recent requests, in [0, 1]; 0 before the first."""
+        """Moving average of how often the draft chose as the target did, in [0, 1]; 0 before the first update."""
         return self._loop.acceptance
 
     def serving(self) -> AbstractContextManager[None]:

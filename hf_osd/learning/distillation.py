@@ -6,10 +6,9 @@ Not covered: on-policy samples (`lmbda`, `seq_kd`), which a record of served req
 """
 
 import inspect
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +32,7 @@ from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .collation import ObservationCollator
+from .isolation import global_seed_untouched
 from .losses import sparse_divergence
 from .pacing import OnlineUpdateCallback
 from .parts import BatchParts
@@ -185,14 +185,15 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         bf16: bool = False,
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
+        length = _context(model, config.max_length)
         # Asked before TRL replaces `model.forward`.
         self._forward_parameters = set(inspect.signature(_base_model(model).forward).parameters)
-        with _global_seed_untouched():
+        with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer):
             super().__init__(
                 model=model,
                 teacher_model=_NoTeacher(model.config),
                 args=arguments,
-                data_collator=ObservationCollator(_context(model, config.max_length), config.positions),
+                data_collator=ObservationCollator(length, config.positions),
                 train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # required; get_train_dataloader has the data
                 processing_class=_placeholder_tokenizer(),
                 callbacks=[callback],
@@ -202,6 +203,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.processing_class = None
         self.target = target
         self._sample = sample
+        self._collate_all = ObservationCollator(length, "all")
         self._session = callback.session
         self._parts = BatchParts(config.batch_size) if config.background else None
         self._loss_sum = torch.zeros((), device=model.device)
@@ -307,6 +309,27 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         logits: torch.Tensor = outputs.logits[:, -verified:]
         return logits
 
+    @torch.no_grad()
+    def agreements(self, observations: Sequence[Observation]) -> list[tuple[int, int]]:
+        """
+        For each request, return how often the student's choice is the target's, and at how many positions.
+
+        Args:
+            observations (`Sequence[Observation]`): Requests, best not learned from yet.
+        """
+        size = self.args.train_batch_size
+        assert isinstance(self.model, nn.Module)
+        found: list[tuple[int, int]] = []
+        for start in range(0, len(observations), size):
+            batch = self._collate_all(list(observations[start : start + size]))
+            inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            choices = self._logits(self.model, inputs, self._forward_parameters).argmax(dim=-1)  # (batch, verified)
+            mask = inputs["learn_mask"]
+            right = (choices == inputs["teacher_ids"][..., 0]) & mask
+            found += zip(right.sum(dim=1).tolist(), mask.sum(dim=1).tolist(), strict=True)
+            self._session.give_way()
+        return found
+
     def take_mean_loss(self) -> float:
         """Mean loss since the last call; `nan` where no step was taken."""
         mean = float(self._loss_sum) / self._loss_count if self._loss_count else float("nan")
@@ -363,31 +386,3 @@ def _context(model: PreTrainedModel, max_length: int) -> int:
     """Tokens that both the settings and the draft allow."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
-
-
-@contextmanager
-def _global_seed_untouched() -> Iterator[None]:
-    """
-    Keep `Trainer.__init__` from seeding the global generators, which serving samples from.
-
-    Restoring their state afterwards would leave a moment in which another thread samples from a seeded one. Only the
-    calling thread skips the seeding; trainers of others are not affected.
-    """
-    owner = threading.get_ident()
-    modules = (transformers.trainer, trl.trainer.sft_trainer)
-    originals = [module.set_seed for module in modules]
-
-    def for_others(original: Callable[..., None]) -> Callable[..., None]:
-        def set_seed(*args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() != owner:
-                original(*args, **kwargs)
-
-        return set_seed
-
-    for module, original in zip(modules, originals, strict=True):
-        module.set_seed = for_others(original)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.set_seed = original  # type: ignore[attr-defined]

@@ -21,14 +21,15 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from .replay import ReplayBuffer
-from .threads import leave_cores_to_serving
 from .streams import TrainingStream
+from .threads import leave_cores_to_serving
 from .yielding import DutyCycle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .distillation import OnlineGKDTrainer
+    from .pacing import PacedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ _PATIENCE = 10.0
 _STATE, _WEIGHTS = "learner.json", "weights.safetensors"
 _OPTIMIZER, _REPLAY = "optimizer.safetensors", "replay.safetensors"
 _COUNTERS = (
-    "updates", "failures", "steps", "positions", "last_loss", "seconds", "_fresh", "_accepted", "_decided", "_trusted",
+    "updates", "failures", "steps", "positions", "last_loss", "seconds",
+    "_fresh", "_unjudged", "_accepted", "_decided", "_trusted",
 )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ class TrainingLoop:
         self._requested = self._started = self._finished = 0
         self._failed: tuple[int, Exception] | None = None
         self._began = 0.0
-        self._fresh = 0
+        self._fresh = self._unjudged = 0
         self._accepted = self._decided = 0.0
         self._trusted: float | None = None
 
@@ -114,16 +116,27 @@ class TrainingLoop:
         """Add a request; the number of the update that it makes due, if any."""
         if self.stopped or observation.output_ids.numel() == 0:
             return None
-        decided = observation.draft_ids >= 0
-        if self.config.positions == "all" or bool(observation.rejected.any()):
+        learns = self.config.positions == "all" or bool(observation.rejected.any())
+        if learns:
             self.replay.add(observation)
         with self._changed:
-            self._note_acceptance(float((observation.accepted & decided).sum()), float(decided.sum()))
+            self._unjudged += learns
             self._fresh += 1
             if self._fresh < self.config.update_every or not len(self.replay):
                 return None
             self._fresh = 0
         return self.request()
+
+    def judge(self, trainer: "PacedTrainer") -> None:
+        """
+        Compare the draft with the target in the requests that came since the last time, before it learns from them.
+
+        Serving could not tell: it drafts where that pays, and hardly at all with a draft that is cold.
+        """
+        with self._changed:
+            count, self._unjudged = self._unjudged, 0
+        for accepted, decided in trainer.agreements(self.replay.latest(count)):
+            self._note_acceptance(accepted, decided)
 
     def _note_acceptance(self, accepted: float, decided: float) -> None:
         self._accepted = self._accepted * _ACCEPTANCE_MEMORY + accepted
@@ -134,7 +147,7 @@ class TrainingLoop:
 
     @property
     def acceptance(self) -> float:
-        """Moving average of the acceptance rate, in [0, 1]."""
+        """Moving average of how often the draft's choice was the target's, in [0, 1]."""
         return self._accepted / self._decided if self._decided > 0 else 0.0
 
     def request(self) -> int:

@@ -1,10 +1,12 @@
 """The pace of an endless training: so many steps, publish, wait. Not covered: when an update is due; see `loop.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..records import Observation
 
 
 class UpdateSession(Protocol):
@@ -12,6 +14,10 @@ class UpdateSession(Protocol):
 
     def learning_rate_scale(self) -> float:
         """Factor on the learning rate for the next step, in (0, 1]."""
+        ...
+
+    def judge(self, trainer: "PacedTrainer") -> None:
+        """Take note of how good the draft is, before an update."""
         ...
 
     def is_stopped(self) -> bool:
@@ -40,6 +46,10 @@ class PacedTrainer(Protocol):
 
     optimizer: Any  # torch.optim.Optimizer, once training has begun
     lr_scheduler: Any  # torch.optim.lr_scheduler.LRScheduler, likewise
+
+    def agreements(self, observations: Sequence[Observation]) -> list[tuple[int, int]]:
+        """How often the draft's choice is the target's in each request, and at how many positions."""
+        ...
 
     def take_mean_loss(self) -> float:
         """Mean loss since the last call."""
@@ -89,6 +99,8 @@ class OnlineUpdateCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Scale what the scheduler chose; it writes its own value again after the step."""
+        if self._steps == 0:
+            self.session.judge(self.trainer)
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate * self.session.learning_rate_scale()

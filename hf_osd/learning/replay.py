@@ -71,6 +71,11 @@ class ReplayBuffer:
         too_long = self.max_tokens is not None and self._tokens > self.max_tokens
         return len(self._observations) > self.capacity or (too_long and len(self._observations) > 1)
 
+    def latest(self, size: int) -> list[Observation]:
+        """Return the last `size` requests, oldest first; all there are, where there are fewer."""
+        with self._lock:
+            return list(self._observations)[-size:] if size else []
+
     def sample(self, size: int) -> list[Observation]:
         """
         Draw different requests at random.

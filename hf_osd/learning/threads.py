@@ -10,9 +10,9 @@ def leave_cores_to_serving() -> None:
     """
     Let the calling thread compute with the cores that the process's other threads do not use, at least one.
 
-    OpenMP gives each thread that computes a team of its own. As soon as all teams together have more threads than there
-    are cores, those of every team go to sleep between operations instead of waiting for the next, and waking them
-    makes small operations several times slower: serving would stay slow even while nothing is being learned.
+    OpenMP gives each thread that computes a team of its own. As soon as all teams together have more threads than
+    there are cores, those of every team go to sleep between operations instead of waiting for the next, and waking
+    them makes small operations twice as slow: serving would stay slow even while nothing is being learned.
     """
     serving = torch.get_num_threads()
     own = max(1, min(serving, _cores() - serving + 1))

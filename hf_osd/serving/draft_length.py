@@ -16,7 +16,7 @@ from .experience import CONFIDENCES, Experience
 from .lookup import Guess
 
 _TRIAL = 4  # tokens drafted to find out whether the draft pays again
-_TRIAL_SHARE = 0.01  # of all time may be lost by that
+_TRIAL_SHARE = 0.0075  # of all time may be lost by that
 _TRIAL_ROUNDS = 32  # plain rounds whose time may be saved up for it
 _MARGIN = 1.04  # a draft has to promise that much more than going without, or noise would decide
 FEW_ROUNDS = 4  # rounds with the draft before their record is believed

@@ -38,7 +38,7 @@ class Experience:
     Shared by all requests of an [`~hf_osd.OnlineAssistant`]. Concurrent requests may lose a sample; nothing else.
 
     Attributes:
-        draft_costs (`CostTable`): Seconds of a forward of the draft; contexts, which hardly matter to it, all count as 0.
+        draft_costs (`CostTable`): Seconds of a forward of the draft, whose contexts hardly matter: all count as 0.
         target_costs (`CostTable`): Seconds of a round without its draft.
         confidence (`Calibration`): Acceptance of a drafted token by the draft's own probability of it.
         match (`Calibration`): Acceptance of a guessed token by how long its match was.
