@@ -5,13 +5,14 @@ import random
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import OnlineConfig
@@ -161,7 +162,7 @@ class OnlineAssistant:
         self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
         self._learner = OnlineLearner(
-            draft, self.config, self.weights.publish, target=target if self.config.full_teacher else None
+            draft, self.config, self._publish, target=target if self.config.full_teacher else None
         )
         self._lock = threading.Lock()
         self._random = random.Random(self.config.seed)
@@ -224,6 +225,10 @@ class OnlineAssistant:
             yield request
         for observation in request.observations:
             self._learner.observe(observation)
+
+    def _publish(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self.weights.publish(parameters)
+        self.experience.expect(self._learner.acceptance)
 
     def _choose_rows(self, rows: int) -> list[bool]:
         fraction = self.config.record_fraction if self.config.learn else 0.0

@@ -69,6 +69,19 @@ def test_inline_learning_raises_acceptance():
     assert rates[-1] > rates[0] + 0.2, rates
 
 
+def test_serving_expects_what_learning_has_seen():
+    """Catches a draft that has learned and is still left alone, for what it was before."""
+    draft = tiny_model("llama", seed=5, layers=1, dtype=torch.float32)
+    config = OnlineConfig(update_every=8, steps_per_update=8, batch_size=8, learning_rate=1e-2)  # measured lengths
+    with OnlineAssistant(draft, TARGET, config) as assistant:
+        assistant.experience.acceptance.value = 0.0
+        for number in range(48):
+            assert torch.equal(serve(assistant, seed=number % 8, batch=1), plain(number % 8, batch=1))
+        assert assistant.stats().updates == 6
+        assert assistant._learner.acceptance > 0.3
+        assert assistant.experience.acceptance.value == pytest.approx(assistant._learner.acceptance)
+
+
 def test_inline_is_deterministic_and_leaves_the_random_state_alone():
     """Catches trainers that reseed the global generators, which would make samples repeat."""
     weights, states = [], []

@@ -32,7 +32,7 @@ _Prompts = Annotated[
 ]
 _Requests = Annotated[int, typer.Option(min=1, help="Requests to serve.")]
 _MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-_DraftLength = Annotated[int, typer.Option(min=1, help="Tokens to draft before each pass of the target.")]
+_DraftLength = Annotated[int, typer.Option(min=1, help="Tokens to draft before each pass of the target, at most.")]
 _UpdateEvery = Annotated[int, typer.Option(min=1, help="Requests between two updates of the online draft.")]
 _Sample = Annotated[bool, typer.Option("--sample/--greedy", help="Sample, or decode greedily and compare outputs.")]
 _Seed = Annotated[int, typer.Option(help="Seed of sampling and of learning.")]
@@ -143,7 +143,7 @@ def demo(
     prompts: _Prompts = None,
     requests: _Requests = 160,
     max_new_tokens: _MaxNewTokens = 48,
-    draft_length: _DraftLength = 3,
+    draft_length: _DraftLength = 8,
     update_every: _UpdateEvery = 8,
     sample: _Sample = False,
     seed: _Seed = 0,

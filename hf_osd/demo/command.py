@@ -40,7 +40,7 @@ class DemoCommand:
     prompts: str | None = None
     requests: int = 160
     max_new_tokens: int = 48
-    draft_length: int = 3
+    draft_length: int = 8
     update_every: int = 8
     sample: bool = False
     seed: int = 0

@@ -25,7 +25,7 @@ class DemoSettings:
     Args:
         requests (`int`, defaults to 160): Requests to serve.
         max_new_tokens (`int`, defaults to 48): Longest answer.
-        draft_length (`int`, defaults to 3): Tokens that our contenders draft in a round.
+        draft_length (`int`, defaults to 8): Tokens that our contenders draft in a round, at most.
         update_every (`int`, defaults to 8): Requests between two updates of the online draft.
         sample (`bool`, defaults to `False`): Sample instead of decoding greedily; outputs are then not compared.
         seed (`int`, defaults to 0): Seed of sampling and of learning.
@@ -37,7 +37,7 @@ class DemoSettings:
 
     requests: int = 160
     max_new_tokens: int = 48
-    draft_length: int = 3
+    draft_length: int = 8
     update_every: int = 8
     sample: bool = False
     seed: int = 0

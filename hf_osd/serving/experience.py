@@ -62,6 +62,18 @@ class Experience:
     outputs: RecentOutputs = field(default_factory=RecentOutputs)
     _gain_shares: dict[int, Average] = field(default_factory=dict)
 
+    def expect(self, acceptance: float) -> None:
+        """
+        Start anew with a draft that has changed, from what learning has seen of it.
+
+        A draft that used to be cold is hardly ever tried, and would be found out to pay much later.
+
+        Args:
+            acceptance (`float`): How often the draft chose as the target did lately, in [0, 1].
+        """
+        self.acceptance = Average(acceptance, 64, weight=16)
+        self.draft_rounds.clear()
+
     def gain_share(self, batch: int) -> Average:
         """
         Return how much of what the rows of a batch gain on average shortens it: it is done when its last row is.
