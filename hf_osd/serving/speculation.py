@@ -217,7 +217,7 @@ class MeasuredSpeculator(Speculator):
         rows = [not (sampling and row in self._guessed_rows) for row in range(len(taken))]
         right = self.drafter.note(logits, tokens, taken, rows)
         for row in self._now.rows:
-            if right is not None and rows[row]:
+            if rows[row]:
                 self._note_drafted(row, right[row], taken[row])
             if row in self._guesses:
                 self._note_guess(row, tokens[row][: taken[row]])
