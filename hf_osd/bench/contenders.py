@@ -12,9 +12,8 @@ from ..assistant import OnlineAssistant, OnlineStats
 from ..demo.contenders import timed
 from ..demo.models import Inputs
 from ..generation import generate
+from ..serving.stopwatch import STAGES
 from .shapes import CallRecorder, FeedRecorder, ShapeRecorder
-
-STAGES = ("draft", "verify", "accept", "record")  # of a round; the rest of the decoding time is bookkeeping
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .contenders import STAGES, Sample
+from ..serving.stopwatch import STAGES
+from .contenders import Sample
 from .floor import Floor
 from .race import Race
 
