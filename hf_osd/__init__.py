@@ -11,15 +11,17 @@ from .errors import (
     LearningError,
     MissingDependencyError,
     PromptSourceError,
+    StateError,
     UnsupportedGenerationError,
     UnsupportedModelError,
 )
 
 if TYPE_CHECKING:
-    from .assistant import OnlineAssistant, OnlineStats
+    from .assistant import OnlineAssistant
     from .generation import generate, online_decoding
     from .records import Observation
     from .serving.drafting import OnlineAssistedGenerator
+    from .stats import OnlineStats
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "OnlineConfig",
     "OnlineStats",
     "PromptSourceError",
+    "StateError",
     "UnsupportedGenerationError",
     "UnsupportedModelError",
     "__version__",
@@ -48,7 +51,7 @@ _LAZY = {
     "Observation": ".records",
     "OnlineAssistant": ".assistant",
     "OnlineAssistedGenerator": ".serving.drafting",
-    "OnlineStats": ".assistant",
+    "OnlineStats": ".stats",
     "generate": ".generation",
     "online_decoding": ".generation",
 }

@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,77 +19,17 @@ from .config import OnlineConfig
 from .drafts.compatibility import check_pair, check_tokenizers
 from .errors import ClosedError
 from .learning.background import OnlineLearner
+from .learning.journal import Journal
 from .records import Observation
+from .reporting import write_report
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights
+from .stats import OnlineStats
 
 STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineStats:
-    """
-    What an [`OnlineAssistant`] has done so far.
-
-    Attributes:
-        requests (`int`): Prompts served; a batch counts each of its rows.
-        generated_tokens (`int`): Tokens generated.
-        target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
-        proposed_tokens (`int`): Tokens that the draft chose.
-        draft_tokens (`int`): Those that the target judged: up to and including the first wrong one of each round.
-            Later ones follow a wrong token and say nothing about the draft.
-        accepted_tokens (`int`): Those that were right.
-        lookup_tokens (`int`): Tokens guessed from the text that were submitted and judged.
-        accepted_lookup_tokens (`int`): Those that the target accepted.
-        updates (`int`): Times that new weights were published.
-        failed_updates (`int`): Updates that were given up; serving went on with the old weights.
-        decode_seconds (`float`): Wall time of decoding, summed over calls.
-        learn_seconds (`float`): Wall time of training, without pauses.
-        learned_steps (`int`): Steps of the optimiser.
-        learned_positions (`int`): Positions that these learned from, counted once a step.
-    """
-
-    requests: int = 0
-    generated_tokens: int = 0
-    target_passes: int = 0
-    proposed_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    lookup_tokens: int = 0
-    accepted_lookup_tokens: int = 0
-    updates: int = 0
-    failed_updates: int = 0
-    decode_seconds: float = 0.0
-    draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    accept_seconds: float = 0.0
-    record_seconds: float = 0.0
-    learn_seconds: float = 0.0
-    learned_steps: int = 0
-    learned_positions: int = 0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """`accepted_tokens / draft_tokens`: how likely a drafted token is accepted (alpha in the literature)."""
-        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
-
-    @property
-    def tokens_per_target_pass(self) -> float:
-        """Tokens that one forward of the target yields for one request; 1.0 is plain decoding."""
-        return self.generated_tokens / self.target_passes if self.target_passes else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens by second of decoding."""
-        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    def to_dict(self) -> dict[str, float]:
-        """Return all fields and rates, ready for JSON."""
-        rates = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second")
-        return {**asdict(self), **{name: getattr(self, name) for name in rates}}
 
 
 class Request:
@@ -162,8 +102,10 @@ class OnlineAssistant:
         self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
         self._learner = OnlineLearner(
-            draft, self.config, self._publish, target=target if self.config.full_teacher else None
+            draft, self.config, self._publish, target=target if self.config.needs_target else None
         )
+        if self._learner.acceptance > 0.0:  # it goes on from a state directory
+            self.experience.expect(self._learner.acceptance)
         self._lock = threading.Lock()
         self._random = random.Random(self.config.seed)
         self._totals: Counter[str] = Counter()
@@ -198,7 +140,7 @@ class OnlineAssistant:
         if config is None and (state / "config.json").is_file():
             config = _load_config(state / "config.json")
         assistant = cls(model, target, config, tokenizer=tokenizer)
-        if state.is_dir():
+        if state.is_dir() and not assistant._learner.has_state:  # what a state directory holds is newer
             assistant._learner.load(state)
         return assistant
 
@@ -228,7 +170,8 @@ class OnlineAssistant:
 
     def _publish(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self.weights.publish(parameters)
-        self.experience.expect(self._learner.acceptance)
+        if hasattr(self, "_learner"):  # not while it is being made, and goes on from a state directory
+            self.experience.expect(self._learner.acceptance)
 
     def _choose_rows(self, rows: int) -> list[bool]:
         fraction = self.config.record_fraction if self.config.learn else 0.0
@@ -260,9 +203,30 @@ class OnlineAssistant:
         counted |= {"learned_steps": self._learner.steps, "learned_positions": self._learner.positions}
         return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
 
+    @property
+    def journal(self) -> Journal:
+        """What learning did: judged requests, updates and what the gate made of them, changes of the traffic."""
+        return self._learner.journal
+
+    def report(self, directory: str | Path, *, window: int = 50, plot: bool = True) -> list[Path]:
+        """
+        Write `report.json` and `report.png`: acceptance by request, updates, decisions of the gate, learning rate and
+        changes of the traffic. No prompts and no tokens; see [`~hf_osd.reporting.write_report`].
+
+        Args:
+            directory (`str` or `Path`): Folder to write; made if missing.
+            window (`int`, defaults to 50): Requests of the moving average.
+            plot (`bool`, defaults to `True`): Whether to draw the PNG, which needs matplotlib.
+
+        Returns:
+            `list[Path]`: The files.
+        """
+        return write_report(self.journal, self.stats(), directory, window=window, plot=plot)
+
     def update(self) -> None:
         """
-        Learn from what is recorded and publish, now, whatever `update_every` says. Waits for the result.
+        Learn from what is recorded, now, whatever `update_every` says. Waits for the result, which goes live if it
+        passes the gate.
 
         Raises:
             LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.
@@ -288,7 +252,7 @@ class OnlineAssistant:
             self.tokenizer.save_pretrained(directory)
         state = directory / STATE_FOLDER
         state.mkdir(parents=True, exist_ok=True)
-        (state / "config.json").write_text(json.dumps(asdict(self.config), indent=2, default=str) + "\n")
+        (state / "config.json").write_text(json.dumps(_saved_config(self.config), indent=2) + "\n")
         self._learner.save(state)
 
     def close(self) -> None:
@@ -303,6 +267,26 @@ class OnlineAssistant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _saved_config(config: OnlineConfig) -> dict[str, Any]:
+    """The settings that make sense elsewhere: neither functions nor places of this machine."""
+    here = ("redact", "state_dir", "peft_config")
+    saved = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in here}
+    adapter = config.peft_config
+    plain = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
+    saved["peft_config"] = plain if plain is None else dict(plain)
+    return json.loads(json.dumps(saved, default=_plain))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    return (
+        sorted(value)
+        if isinstance(value, set | frozenset)
+        else dict(value)
+        if isinstance(value, Mapping)
+        else str(value)
+    )
 
 
 def _load_config(path: Path) -> OnlineConfig:

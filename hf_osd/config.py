@@ -1,10 +1,18 @@
 """Settings of an `OnlineAssistant`, validated when they are made."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+
+_CHOICES = {
+    "draft_length_schedule": ("measured", "heuristic", "constant"),
+    "positions": ("all", "rejected"),
+    "loss": ("jsd", "tv", "lk", "lk_hybrid"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +52,36 @@ class OnlineConfig:
         top_k_teacher (`int`, defaults to 32):
             Log-probabilities of the target to keep at each position; the mass of all others is kept as one number.
         replay_size (`int`, defaults to 256):
-            Requests that the replay buffer holds; the oldest leaves first.
+            Requests that the replay buffer holds; the oldest leaves first. As many again of traffic before the last
+            change.
         steps_per_update (`int`, defaults to 8):
             Optimiser steps in one update.
         batch_size (`int`, defaults to 8):
             Requests, sampled from the replay buffer, in one optimiser step.
         positions (`str`, defaults to `"all"`):
             Positions to learn from: `"all"` that the target verified, or `"rejected"`, as the paper does.
+        loss (`str`, defaults to `"jsd"`):
+            `"jsd"`: the divergence that `beta` chooses. `"tv"`: the total variation distance, 1 minus the acceptance
+            rate. `"lk"`: minus the logarithm of the acceptance rate, and `"lk_hybrid"`: from the KL divergence to the
+            total variation distance as the acceptance rate grows (https://arxiv.org/abs/2602.23881).
         beta (`float`, defaults to 0.0):
             Generalised Jensen-Shannon divergence, as in TRL's GKD (https://arxiv.org/abs/2306.13649, eq. 1):
             0.0 is the forward KL, 1.0 the reverse KL.
-        learning_rate (`float`, defaults to 2e-3):
-            Step size of a draft that accepts nothing; see `adaptive_learning_rate`.
+        lmbda (`float`, defaults to 0.0):
+            As in TRL's GKD, the fraction of batches whose outputs the draft writes itself, from recorded prompts, in
+            [0, 1]; the target then runs over them. 0.0 learns from what the target wrote, 1.0 from what the draft
+            writes, 0.5 from a mix: the three sampling sources of Online Speculative Decoding.
+        gate (`bool`, defaults to `True`):
+            Publish only what held-out requests show to be better, and fall back to earlier weights where the live ones
+            are worse. Holds out one request of four until newer ones take its place. `False` publishes every update.
+        archive_size (`int`, defaults to 4):
+            Drafts of earlier traffic to keep, in memory on the CPU, for when it comes back; besides the initial
+            weights.
+        learning_rate (`float`, defaults to 1e-3):
+            Step size to begin with; see `adaptive_learning_rate`.
         adaptive_learning_rate (`bool`, defaults to `True`):
-            Scale the step size by how much the draft still gets wrong, so that a cold draft learns fast and a good
-            one is not harmed. `False` uses `learning_rate` as it is.
+            Let the gate find the step size: up while updates help, down where they harm, and back to `learning_rate`
+            when the traffic changes. `False`, or `gate=False`, uses `learning_rate` as it is.
         max_length (`int`, defaults to 1024):
             Tokens of a request (its end) that one training example keeps.
         full_teacher (`bool`, defaults to `False`):
@@ -66,6 +89,22 @@ class OnlineConfig:
         training_arguments (`Mapping[str, Any]`, *optional*):
             Any other field of TRL's `GKDConfig` (and so of `TrainingArguments`): `report_to`, `optim`,
             `weight_decay`, `max_grad_norm`, `bf16`, `gradient_checkpointing` ...
+        peft_config (`peft.PeftConfig` or `Mapping[str, Any]`, *optional*):
+            Train an adapter such as LoRA instead of all weights, and publish it merged. `{}` is LoRA at settings that
+            learn about as fast as training everything. Needs peft.
+        state_dir (`str` or `Path`, *optional*):
+            Directory to keep recorded requests and what is learned in while serving, and to go on from after a restart
+            or a crash; see `docs/durability.md`. It holds the token ids of prompts and outputs. Defaults to keeping
+            nothing on disk.
+        flush_seconds (`float`, defaults to 30.0):
+            With `state_dir`, seconds between two writes; a crash loses no more than that.
+        max_disk_bytes (`int`, defaults to 268435456):
+            With `state_dir`, bound on the recorded requests on disk, 256 MiB.
+        time_to_live (`float`, *optional*):
+            With `state_dir`, seconds after which a recorded request is deleted.
+        redact (`Callable[[Observation], Observation | None]`, *optional*):
+            Applied to each recorded request before it goes to disk, by `state_dir` or `save_pretrained`; `None` drops
+            it.
         seed (`int`, defaults to 0):
             Seed of the replay sampling and of the recording fraction. The global random state is never touched.
 
@@ -95,33 +134,54 @@ class OnlineConfig:
     steps_per_update: int = 8
     batch_size: int = 8
     positions: Literal["all", "rejected"] = "all"
+    loss: Literal["jsd", "tv", "lk", "lk_hybrid"] = "jsd"
     beta: float = 0.0
-    learning_rate: float = 2e-3
+    lmbda: float = 0.0
+    gate: bool = True
+    archive_size: int = 4
+    learning_rate: float = 1e-3
     adaptive_learning_rate: bool = True
     max_length: int = 1024
     full_teacher: bool = False
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
+    peft_config: Any = None
+    state_dir: str | Path | None = None
+    flush_seconds: float = 30.0
+    max_disk_bytes: int = 2**28
+    time_to_live: float | None = None
+    redact: Callable[[Any], Any] | None = None
     seed: int = 0
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether learning runs the target itself."""
+        return self.full_teacher or self.lmbda > 0.0
+
     def __post_init__(self) -> None:
-        self._check_int("draft_length", minimum=0)
-        for name in ("update_every", "top_k_teacher", "replay_size", "steps_per_update", "batch_size"):
+        for name in ("draft_length", "archive_size"):
+            self._check_int(name, minimum=0)
+        for name in (
+            "update_every",
+            "top_k_teacher",
+            "replay_size",
+            "steps_per_update",
+            "batch_size",
+            "max_disk_bytes",
+        ):
             self._check_int(name, minimum=1)
         self._check_int("max_length", minimum=2)
-        for name in ("record_fraction", "beta", "confidence_threshold"):
+        for name in ("record_fraction", "beta", "lmbda", "confidence_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if not 0.0 < self.duty_cycle <= 1.0:
             raise ConfigError(f"duty_cycle must be in (0, 1], got {self.duty_cycle!r}")
-        if self.learning_rate <= 0.0:
-            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        if self.draft_length_schedule not in ("measured", "heuristic", "constant"):
-            raise ConfigError(
-                "draft_length_schedule must be 'measured', 'heuristic' or 'constant', got "
-                f"{self.draft_length_schedule!r}"
-            )
-        if self.positions not in ("all", "rejected"):
-            raise ConfigError(f"positions must be 'all' or 'rejected', got {self.positions!r}")
+        for name in ("learning_rate", "flush_seconds", "time_to_live"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive and finite, got {value!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)

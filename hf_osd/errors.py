@@ -35,3 +35,7 @@ class ClosedError(HfOsdError, RuntimeError):
 
 class LearningError(HfOsdError, RuntimeError):
     """An update that the user asked for explicitly failed; serving is not affected."""
+
+
+class StateError(HfOsdError, OSError):
+    """A state directory cannot be used: it is a file, not writable, in use, or of a newer format."""

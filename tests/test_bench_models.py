@@ -87,17 +87,17 @@ def test_the_default_shapes_have_the_sizes_they_are_said_to_have() -> None:
 def test_a_shape_that_cannot_be_read_is_named(shape: str) -> None:
     """Would catch a shape error that comes out of the depths of transformers."""
     with pytest.raises(ConfigError, match=f"HIDDENxLAYERS.*{shape}"):
-        ModelOptions(kind="scripted", target_shape=shape)
+        ModelOptions(models="scripted", target_shape=shape)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "huge"}, "models must be one of given, trained, scripted, got 'huge'"),
-        ({"kind": "given", "vocabulary": 99}, "vocabulary=99 means nothing with models='given'"),
-        ({"kind": "trained", "target": "x"}, "target='x' means nothing with models='trained'"),
-        ({"kind": "scripted", "acceptance": 1.5}, r"acceptance must be in \[0, 1\], got 1.5"),
-        ({"kind": "trained", "train_seconds": 0}, "train_seconds must be positive, got 0"),
+        ({"models": "huge"}, "models must be one of given, trained, scripted, got 'huge'"),
+        ({"models": "given", "vocabulary": 99}, "vocabulary=99 means nothing with models='given'"),
+        ({"models": "trained", "target": "x"}, "target='x' means nothing with models='trained'"),
+        ({"models": "scripted", "acceptance": 1.5}, r"acceptance must be in \[0, 1\], got 1.5"),
+        ({"models": "trained", "train_seconds": 0}, "train_seconds must be positive, got 0"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, object], message: str) -> None:
@@ -143,7 +143,7 @@ def test_a_trained_pair_is_ready_to_serve(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a", "response": "b " * 300}) + "\n")
     options = ModelOptions(
-        kind="trained", target_shape="32x2", draft_shape="16x1", train_prompts=[str(path)], train_seconds=0.2,
+        models="trained", target_shape="32x2", draft_shape="16x1", train_prompts=[str(path)], train_seconds=0.2,
         device="cpu",
     )  # fmt: skip
     models = open_models(options, silent)

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fakes import tiny_model
 from rich.console import Console
 from test_demo_runner import make_model, make_tokenizer
 
-from hf_osd import ConfigError, HfOsdError
+from hf_osd import ConfigError, HfOsdError, OnlineStats
 from hf_osd.bench import engine, lengths, promise, serving
 from hf_osd.bench.command import BenchCommand, _mismatches, run_replot
 from hf_osd.bench.contenders import CompiledGenerate, Generate, Sample
@@ -42,7 +43,7 @@ def session() -> Session:
     return Session(
         pair=pair,
         streams=[stream],
-        floor=Floor({"target": pair.target, "draft": pair.draft}, repeats=1),
+        floor=Floor({"target": pair.target, "draft": pair.draft}),
         max_new_tokens=8,
         steps=silent,
         next_topic=make_stream(pair, "digits", ["1", "22", "3"], 8),
@@ -85,6 +86,21 @@ def test_the_best_fixed_length_is_set_for_one_contender_alone(session: Session) 
     assert ours.lm_head.weight is pair.draft.lm_head.weight
 
 
+def test_a_sample_counts_its_own_request_alone(session: Session) -> None:
+    """Would catch counters of the whole stream, or of the stream so far, in the figures of one request."""
+    with ExitStack() as stack:
+        ours = session.assisted(stack, "ours", session.static(draft_length=2, draft_length_schedule="constant"))
+        (_, first), (_, second) = (ours.answer(session.streams[0].requests[0], **session.options) for _ in range(2))
+        stats = ours.assistant.stats()
+    assert (first.drafted, first.accepted, first.passes) == (second.drafted, second.accepted, second.passes)
+    assert first.drafted > 0
+    assert stats - OnlineStats() == stats
+    assert stats.draft_tokens == 2 * second.drafted
+    assert sum(second.stages.values()) <= second.seconds
+    with pytest.raises(TypeError, match="unsupported operand"):
+        stats - 1
+
+
 def test_the_static_cache_serves_request_after_request(session: Session) -> None:
     """Would catch a cache that still holds the last request; compilation itself is transformers'."""
     pair, options = session.pair, session.options
@@ -94,8 +110,8 @@ def test_the_static_cache_serves_request_after_request(session: Session) -> None
         found, sample = compiled.answer(request, **options)
         assert torch.equal(found, expected)
         assert sample.tokens == expected.numel()
-    race = run_race([compiled], session.streams[0].requests, options, lambda: None)
-    assert summarise(race, compiled.name, session.floor)["engine_efficiency"] is None
+    race = session.race([compiled], session.streams[0].requests, floor=session.floor)
+    assert summarise(race, compiled.name)["engine_efficiency"] is None
 
 
 def test_the_engine_is_measured_along_every_axis(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +130,7 @@ def test_the_engine_is_measured_along_every_axis(session: Session, monkeypatch: 
     assert three["contenders"][engine.OURS]["tokens"] == 3 * 8 * engine.REPEATS
     assert [*one["round_ms"]] == ["draft", "verify", "accept", "record", "bookkeeping"]
     assert one["round_ms"]["verify"] > 0
-    assert {row["batch"] for row in figures["floor"]} == {1, 3}
+    assert all(found["engine_efficiency"] > 0 for found in three["contenders"].values())
 
 
 def test_lengths_are_compared_with_the_best_fixed_one(session: Session) -> None:
@@ -163,8 +179,8 @@ def test_ratios_and_speedups_point_the_right_way() -> None:
 def test_a_round_is_a_forward_of_the_target() -> None:
     """Would catch stages divided by tokens, or by forwards of the draft."""
     stages = {"draft": 0.4, "verify": 0.8, "accept": 0.0, "record": 0.0, "bookkeeping": 0.2}
-    shapes = {"ours": [{Shape("target", 1, 3, 0, 3): 4, Shape("draft", 1, 1, 0, 1): 8}]}
-    race = Race({"ours": [Sample(10, 1.0, stages=stages)]}, shapes)  # type: ignore[arg-type]
+    forwards = [Shape("target", 1, 3, 0, 3)] * 4 + [Shape("draft", 1, 1, 0, 1)] * 8
+    race = Race({"ours": [Sample(10, 1.0, stages=stages, forwards=forwards)]})
     assert round_breakdown(race, "ours") == pytest.approx(
         {"draft": 100.0, "verify": 200.0, "accept": 0.0, "record": 0.0, "bookkeeping": 50.0}
     )
@@ -192,11 +208,33 @@ def test_who_goes_first_rotates_and_wrong_outputs_are_found(session: Session) ->
     said = {"a": [5, 6], "b": [5, 6], "c": [5, 7]}
     contenders = [Liar(name, turns, target, tokens) for name, tokens in said.items()]
     requests = session.streams[0].requests
-    race = run_race(contenders, requests, {}, lambda: None)
+    race = run_race(contenders, requests, {})
     assert turns == [*"abc", *"abc", *"bca"]  # the first round warms up
     assert [(item.contender, item.position, item.request) for item in race.differences] == [("c", 1, 0), ("c", 1, 1)]
     assert _mismatches({"streams": [{"outputs": {"mismatches": [1]}}]})
     assert not _mismatches({"streams": [{"outputs": {"mismatches": []}}]})
+
+
+class Turns(Floor):
+    """A floor that notes its turns."""
+
+    def __init__(self, turns: list[str]) -> None:
+        super().__init__({})
+        self.turns = turns
+
+    def seconds(self, shapes: Any) -> float:
+        self.turns.append("floor")
+        return 0.5
+
+
+def test_forwards_are_replayed_right_after_their_request_and_not_for_all_of_a_long_stream(session: Session) -> None:
+    """Would catch floors measured at another time than their requests, and runs that take twice as long."""
+    turns: list[str] = []
+    contenders = [Liar(name, turns, session.pair.target, [5, 6]) for name in "ab"]
+    race = run_race(contenders, session.streams[0].requests[:1] * 33, {}, floor=Turns(turns))
+    assert turns[:10] == ["a", "floor", "b", "floor"] * 2 + ["b", "a"]
+    assert turns.count("floor") == 2 * (1 + 11)  # of every third request, and of the one that warms up
+    assert [one.efficiency for one in race.samples["a"][:4]] == [0.5, None, None, 0.5]
 
 
 def test_rows_of_a_batch_are_compared_without_their_padding() -> None:

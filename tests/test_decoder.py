@@ -62,7 +62,8 @@ def test_a_run_is_staged_as_any_positions_are(data):
         cache = RaggedCache(1, capacity, 1, torch.device("cpu"), keys.dtype)
         cache.stage(torch.full((1, 2), capacity), 1)  # what was staged before must not linger
         if run:
-            positions, mask = cache.stage_run(first, count)
+            positions = cache.stage_run(first, count)
+            mask = cache.mask_of(positions)
         else:
             positions = torch.arange(first, first + count)[None]
             mask = cache.stage(positions, first + count)

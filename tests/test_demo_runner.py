@@ -17,6 +17,7 @@ from hf_osd.demo.models import Pair, encode_prompts, load_pair
 from hf_osd.demo.results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, DemoResult, Measure
 from hf_osd.demo.runner import DemoSettings, find_differences, run_demo
 from hf_osd.errors import ConfigError, InputError, UnsupportedModelError
+from hf_osd.learning.gate import Comparison
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 SECRET = "zanzibar"
@@ -101,20 +102,20 @@ def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict
     assert [set(row) for row in figures["requests"]] == [set(CONTENDERS)] * 3
     whole = figures["summary"]["whole_run"]
     assert len({whole[name]["tokens"] for name in CONTENDERS}) == 1  # greedy: all wrote the same
-    assert whole[ONLINE]["updates"] >= 1
     assert whole[ONLINE]["learning_seconds"] > 0 == whole[STATIC]["learning_seconds"]
     assert whole[PLAIN]["acceptance"] is None
     assert 0 <= (whole[STATIC]["acceptance"] or 0) <= 1 <= whole[STATIC]["tokens_per_target_pass"]
 
 
-def test_contenders_do_not_see_what_the_online_draft_learns(pair: Pair) -> None:
+def test_contenders_do_not_see_what_the_online_draft_learns(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch a static contender that shares weights with the online one, and so hides its gain."""
+    monkeypatch.setattr(Comparison, "is_better", lambda self, errors: True)  # a random pair has little to gain
     before = {name: weight.clone() for name, weight in pair.draft.state_dict().items()}
     log = Log()
-    settings = DemoSettings(requests=4, max_new_tokens=8, update_every=1)
-    result = run_demo(pair, ["a", "b", "c", "d", "e"], settings, log)
-    assert log.rounds == len(result.rounds) == 4
-    assert sum(one.measures[ONLINE].updates for one in result.rounds) >= 3
+    settings = DemoSettings(requests=7, max_new_tokens=8, update_every=1)
+    result = run_demo(pair, list("abcdefgh"), settings, log)
+    assert log.rounds == len(result.rounds) == 7
+    assert sum(one.measures[ONLINE].updates for one in result.rounds) >= 1
     assert all(torch.equal(weight, before[name]) for name, weight in pair.draft.state_dict().items())
 
 

@@ -53,18 +53,15 @@ def observe(target: PreTrainedModel, number: int, k: int = 8) -> Observation:
 
 
 class Steps:
-    """A session that runs a few updates and keeps what they publish."""
+    """A session that runs a few updates and keeps what they lead to."""
 
     def __init__(self, updates: int = 1, scale: float = 1.0, seconds: float = 1.0) -> None:
         self.updates, self.scale, self.seconds = updates, scale, seconds
         self.losses: list[float] = []
-        self.weights: dict[str, torch.Tensor] = {}
+        self.model: Any = None
+        self.weights: list[dict[str, torch.Tensor]] = []
         self.positions: list[int] = []
         self.pauses = 0
-        self.judged: list[int] = []  # steps taken before each judgement
-
-    def judge(self, trainer: Any) -> None:
-        self.judged.append(len(self.positions))
 
     def learning_rate_scale(self) -> float:
         return self.scale
@@ -79,9 +76,9 @@ class Steps:
     def count_step(self, positions: int) -> None:
         self.positions.append(positions)
 
-    def finish_update(self, weights: Any, loss: float) -> None:
+    def finish_update(self, loss: float) -> None:
         self.losses.append(loss)
-        self.weights = {name: weight.clone() for name, weight in weights.items()}
+        self.weights.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
 
     def wait_for_update(self) -> bool:
         return True
@@ -92,29 +89,12 @@ def trainer_of(
 ) -> OnlineGKDTrainer:
     generator = random.Random(0)
     callback = OnlineUpdateCallback(session, config.steps_per_update)
+    session.model = draft
 
     def sample(size: int) -> list[Observation]:
         return generator.sample(observations, min(size, len(observations)))
 
     return OnlineGKDTrainer(draft, sample, config, callback, **options)
-
-
-def test_the_draft_is_judged_by_what_it_would_have_chosen() -> None:
-    """Catches a comparison shifted by one position, over padding, or after the draft has learned the requests."""
-    target, draft = llama(), llama(seed=5)
-    observations = [observe(target, seed) for seed in range(5)]
-    session = Steps(updates=2)
-    trainer = trainer_of(draft, observations, session, OnlineConfig(batch_size=2, steps_per_update=3))
-    expected = []
-    for one in observations:
-        ids = torch.cat([one.prompt_ids, one.output_ids])[None]
-        with torch.no_grad():
-            choices = draft(ids).logits[0, len(one.prompt_ids) - 1 : -1].argmax(-1)
-        expected.append((int((choices == one.teacher_ids[:, 0]).sum()), len(one.output_ids)))
-    assert trainer.agreements(observations) == expected
-    assert trainer.agreements([]) == []
-    trainer.train()
-    assert session.judged == [0, 3]
 
 
 def loss_one_by_one(draft: PreTrainedModel, observations: list[Observation], positions: str = "all") -> float:
@@ -181,7 +161,7 @@ def test_full_teacher(vocab: int) -> None:
 
 
 def test_training_lowers_the_loss() -> None:
-    """Catches a step in the wrong direction, a frozen copy, and weights published before the last step."""
+    """Catches a step in the wrong direction, a frozen copy, and an update that ends before its last step."""
     target, draft = llama(seed=1), llama()
     observations = [observe(target, number) for number in range(8)]
     session = Steps(updates=6)
@@ -190,8 +170,8 @@ def test_training_lowers_the_loss() -> None:
     assert len(session.losses) == 6
     assert session.losses[-1] < session.losses[0]
     assert loss_one_by_one(draft, observations) < 0.8 * before
-    assert session.weights.keys() == dict(draft.named_parameters()).keys()
-    assert all(torch.equal(session.weights[name], weight) for name, weight in draft.named_parameters())
+    assert len(session.positions) == 30
+    assert all(torch.equal(session.weights[-1][name], weight) for name, weight in draft.named_parameters())
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -217,7 +197,7 @@ def test_learning_rate_is_scaled_once() -> None:
     for rate, scale in ((1e-3, 0.1), (1e-4, 1.0)):
         draft, session = llama(), Steps(updates=2, scale=scale)
         trainer_of(draft, observations, session, OnlineConfig(learning_rate=rate)).train()
-        moved.append(session.weights)
+        moved.append(session.weights[-1])
     for name, weight in moved[0].items():
         torch.testing.assert_close(weight, moved[1][name], rtol=1e-5, atol=1e-7)
 
@@ -243,8 +223,8 @@ def test_parts_take_the_step_of_the_batch(positions: Any, seconds: float) -> Non
     assert parts.positions == whole.positions == [whole.positions[0]] * 4
     assert parts.pauses > whole.pauses
     start = dict(llama().named_parameters())
-    for name, weight in whole.weights.items():
-        torch.testing.assert_close(parts.weights[name] - start[name], weight - start[name], rtol=1e-3, atol=1e-6)
+    for name, weight in whole.weights[-1].items():
+        torch.testing.assert_close(parts.weights[-1][name] - start[name], weight - start[name], rtol=1e-3, atol=1e-6)
 
 
 def test_collator_keeps_the_end_of_long_requests() -> None:

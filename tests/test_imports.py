@@ -13,15 +13,19 @@ ONLY_TRL_IMPORTER = "learning.distillation"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {
-    "cli": 9,
-    "bench": 8,  # shares the demo's models, prompts and check of outputs
-    "demo": 7,
-    "hub": 7,
-    "generation": 6,
-    "assistant": 5,
+    "cli": 10,
+    "bench": 9,  # shares the demo's models, prompts and check of outputs
+    "demo": 8,
+    "hub": 8,
+    "generation": 7,
+    "metrics": 7,
+    "monitoring": 7,
+    "assistant": 6,
+    "reporting": 5,  # of what learning noted; the assistant offers it
     "serving": 4,
     "learning": 4,
     "drafts": 4,
+    "stats": 4,
     "records": 3,
     "config": 2,
     "_compat": 1,

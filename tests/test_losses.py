@@ -7,9 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_osd.learning.losses import generalized_jsd, overlap, sparse_divergence, student_outcomes
+from hf_osd.learning.losses import (
+    generalized_jsd,
+    overlap,
+    sparse_divergence,
+    student_outcomes,
+    teacher_outcomes,
+    token_loss,
+)
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+LOSSES = ("jsd", "tv", "lk", "lk_hybrid")
 
 
 def teacher_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,3 +160,104 @@ def test_beta_outside_its_range_is_refused() -> None:
     """Catches a divergence that turns negative in silence."""
     with pytest.raises(ValueError, match=r"beta must be in \[0, 1\], got 1.5"):
         generalized_jsd(torch.zeros(1, 2), torch.zeros(1, 2), 1.5)
+
+
+def definition(p: list[float], q: list[float], loss: str) -> float:
+    """The loss of one position from its definition, with the total variation distance by absolute differences."""
+    distance = 0.5 * math.fsum(abs(a - b) for a, b in zip(p, q, strict=True))
+    if loss == "jsd":
+        return kl(p, q)
+    if loss == "tv":
+        return distance
+    if loss == "lk":
+        return -math.log(1.0 - distance)
+    weight = math.exp(-3.0 * (1.0 - distance))
+    return weight * kl(p, q) + (1.0 - weight) * distance
+
+
+def loss_of(student: torch.Tensor, sparse: tuple[torch.Tensor, torch.Tensor, torch.Tensor], loss: str) -> torch.Tensor:
+    teacher = teacher_outcomes(*sparse, student.shape[-1])
+    return token_loss(teacher, student_outcomes(student, sparse[0]), loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("k", [1, 4, 17])
+def test_every_loss_equals_its_definition(loss: str, k: int) -> None:
+    """Catches a factor of two, a weight that falls the wrong way, and a tail that is left out of the shared mass."""
+    student, teacher = pair(k + 20)
+    sparse = teacher_of(teacher, k)
+    rows = zip(merged(teacher, sparse[0]), merged(student, sparse[0]), strict=True)
+    want = torch.tensor([definition(p, q, loss) for p, q in rows], dtype=torch.float64)
+    torch.testing.assert_close(loss_of(student, sparse, loss), want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("k", [2, 6])
+def test_a_student_like_its_teacher_pays_nothing(loss: str, k: int) -> None:
+    """Catches a loss whose optimum is not the teacher, and one that pays for being right."""
+    teacher = pair(5, vocab=6)[1].clone().requires_grad_(True)
+    sparse = teacher_of(teacher.detach(), k)
+    paid = loss_of(teacher, sparse, loss)
+    torch.testing.assert_close(paid, torch.zeros_like(paid), rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["tv", "lk"])
+@pytest.mark.parametrize("k", [2, 6])
+def test_gradients_of_the_shared_mass(loss: str, k: int) -> None:
+    """Catches a detached term; away from the ties of the minimum, where there is no gradient."""
+    student, teacher = pair(3, n=2, vocab=6)
+    sparse = teacher_of(teacher, k)
+    student.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda logits: loss_of(logits, sparse, loss), (student,))
+
+
+def test_the_weight_of_the_hybrid_is_held_constant() -> None:
+    """Catches a weight that is learned: the student could then pay less by staying where the loss is the cheap one."""
+    student, teacher = pair(4, n=3)
+    sparse = teacher_of(teacher, 5)
+    student.requires_grad_(True)
+    gradients = {
+        loss: torch.autograd.grad(loss_of(student, sparse, loss).sum(), student)[0]
+        for loss in ("jsd", "tv", "lk_hybrid")
+    }
+    weight = torch.exp(-3.0 * overlap(student.detach(), *sparse))[:, None]
+    want = weight * gradients["jsd"] + (1.0 - weight) * gradients["tv"]
+    torch.testing.assert_close(gradients["lk_hybrid"], want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["lk", "lk_hybrid"])
+def test_a_student_that_shares_nothing_is_still_taught(loss: str) -> None:
+    """Catches log(0), and the gradient of `tv`, which is gone where the student is certain of another token."""
+    student, teacher = torch.zeros(2, 1, 8)
+    student[0, 7] = teacher[0, 0] = 40.0
+    student.requires_grad_(True)
+    sparse = teacher_of(teacher, 8)
+    (vanished,) = torch.autograd.grad(loss_of(student, sparse, "tv").sum(), student)
+    paid = loss_of(student, sparse, loss).sum()
+    (gradient,) = torch.autograd.grad(paid, student)
+    assert vanished.abs().max() < 1e-5
+    assert math.isfinite(paid.item())
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] < -0.1
+    assert gradient[0, 7] > 0.1
+
+
+def test_speculative_sampling_accepts_the_shared_mass() -> None:
+    """Catches an overlap that is not what serving measures: a token of q passes with probability min(1, p / q)."""
+    student, teacher = pair(11, n=1, vocab=9)
+    p, q = teacher.softmax(-1)[0], student.softmax(-1)[0]
+    count = 20_000
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.multinomial(q, count, replacement=True, generator=generator)
+    coins = torch.rand(count, generator=generator, dtype=torch.float64)
+    rate = float((coins < p[tokens] / q[tokens]).double().mean())
+    expected = overlap(student, *teacher_of(teacher, 9)).item()
+    # Five standard errors: one false alarm in over a million seeds, and this one is fixed.
+    assert abs(rate - expected) < 5.0 * math.sqrt(expected * (1.0 - expected) / count)
+    assert 0.1 < expected < 0.9
+
+
+def test_an_unknown_loss_is_refused() -> None:
+    """Catches a misspelled loss that trains with another one."""
+    with pytest.raises(ValueError, match=r"loss must be .*, got 'kl'"):
+        token_loss(torch.zeros(1, 2), torch.zeros(1, 2), "kl")

@@ -160,19 +160,27 @@ def test_inline_learning_never_pauses() -> None:
     learner.close()
 
 
-def test_close_is_prompt_in_a_pause() -> None:
-    """Catches a close that waits until the duty cycle lets the step go on."""
+@pytest.mark.parametrize("pauses_while", ["judging", "training"])
+def test_close_is_prompt_in_a_pause(pauses_while: str) -> None:
+    """Catches a close that waits until the duty cycle lets the work go on."""
+    before = threading.enumerate()
     live = Live()
-    learner = learner_of(live, update_every=1, background=True, duty_cycle=1e-6)
+    learner = learner_of(live, update_every=100, background=True, duty_cycle=1e-6)
+    learner.observe(request(live.draft, 0))
+    assert eventually(lambda: len(learner.journal.requests) == 1)
     with learner.serving():
-        learner.observe(request(live.draft, 0))
-        assert eventually(lambda: learner._loop._trainer is not None)
-        time.sleep(1.0)
+        if pauses_while == "judging":
+            learner.observe(request(live.draft, 1))
+        else:
+            learner._loop.ask()
+            assert eventually(lambda: learner._loop._trainer is not None)
+        time.sleep(0.5)
         began = time.perf_counter()
         learner.close()
         assert time.perf_counter() - began < 3.0
-    assert not [thread for thread in threading.enumerate() if thread.name == "hf_osd-learner"]
+    assert not [one for one in threading.enumerate() if one.name == "hf_osd-learner" and one not in before]
     assert learner.updates == 0
+    assert learner.steps <= 1  # the one in progress
 
 
 def test_the_assistant_tells_when_requests_are_in_flight() -> None:

@@ -20,7 +20,7 @@ from ..demo.prompts import Prompt
 from ..errors import ConfigError
 from . import engine, lengths, promise, serving
 from .floor import Floor
-from .models import Kind, ModelOptions, Models, open_models
+from .models import ModelOptions, Models, open_models
 from .plots import replot, write_plot
 from .results import SUITES, read_result, write_result
 from .session import Session, Steps
@@ -39,9 +39,9 @@ _EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of th
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchCommand:
+class BenchCommand(ModelOptions):
     """
-    Options of `hf-osd bench`; its help explains each.
+    Options of `hf-osd bench`; its help explains each, and [`ModelOptions`] those of the models.
 
     Raises:
         ConfigError: A value is out of its range or contradicts another one.
@@ -54,28 +54,16 @@ class BenchCommand:
     """
 
     suites: Sequence[str] = ()
-    models: Kind = "given"
-    target: str | None = None
-    assistant: str | None = None
-    target_shape: str | None = None
-    draft_shape: str | None = None
-    vocabulary: int | None = None
-    acceptance: float = 0.8
-    train_prompts: Sequence[str] = ()
-    draft_train_prompts: Sequence[str] = ()
-    train_seconds: float = 180.0
     prompts: Sequence[str] = ()
     requests: int = 32
     max_new_tokens: int = 64
     compiled: bool | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
     threads: int | None = None
     output: Path = Path("runs/bench")
     plot: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for suite in self.suites:
             if suite not in SUITES:
                 raise ConfigError(f"suites are {', '.join(SUITES)}, got {suite!r}")
@@ -87,7 +75,6 @@ class BenchCommand:
             raise ConfigError(
                 f"models='scripted' says nothing about {', '.join(unscripted)}: run {' or '.join(_SCRIPTED_SUITES)}"
             )
-        self._model_options()  # validates the rest
 
     def run(self, console: Console | None = None) -> bool:
         """
@@ -102,14 +89,13 @@ class BenchCommand:
         console = console or make_console()
         if self.plot:
             require_matplotlib()
-        options = self._model_options()
-        threads = self.threads or (_EMBEDDED_THREADS if options.is_embedded else None)
+        threads = self.threads or (_EMBEDDED_THREADS if self.is_embedded else None)
         if threads is not None:
             torch.set_num_threads(threads)
         lossless = True
         with quiet(), _progress(console) as steps:
             prompts = load_prompt_streams(self.prompts, self._prompt_count())
-            models = open_models(options, steps)
+            models = open_models(self, steps)
             session = self._session(models, prompts, steps)
             for suite in self._chosen():
                 figures = _RUN[suite](session)
@@ -120,13 +106,6 @@ class BenchCommand:
     def _chosen(self) -> list[str]:
         known = _SCRIPTED_SUITES if self.models == "scripted" else SUITES
         return [suite for suite in known if suite in self.suites or not self.suites]
-
-    def _model_options(self) -> ModelOptions:
-        names = (
-            "target", "assistant", "target_shape", "draft_shape", "vocabulary", "acceptance", "train_prompts",
-            "draft_train_prompts", "train_seconds", "device", "dtype", "seed",
-        )  # fmt: skip
-        return ModelOptions(kind=self.models, **{name: getattr(self, name) for name in names})
 
     def _session(self, models: Models, prompts: dict[str, Any], steps: Steps) -> Session:
         pair = models.pair

@@ -1,19 +1,20 @@
 """The ways to decode that the benchmark compares, each behind the same one method; rows of a batch share a call."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
-from ..assistant import OnlineAssistant, OnlineStats
+from ..assistant import OnlineAssistant
 from ..demo.contenders import timed
 from ..demo.models import Inputs
 from ..generation import generate
 from ..serving.stopwatch import STAGES
-from .shapes import CallRecorder, FeedRecorder, ShapeRecorder
+from ..stats import OnlineStats
+from .shapes import CallRecorder, FeedRecorder, Shape, ShapeRecorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Sample:
         lookups, accepted_lookups (`int`): The same of proposals that prompt lookup made, which are not among them.
         passes (`int`): Forwards of the target, counted once for each row that was still going on; 0 where nobody says.
         stages (`dict[str, float]`): Seconds by stage of a round, and of bookkeeping; empty where nobody says.
+        forwards (`Sequence[Shape]`): All forwards, in order; empty where they cannot be seen.
+        floor (`float`, *optional*): Seconds that these take when replayed, where they were.
     """
 
     tokens: int
@@ -40,6 +43,18 @@ class Sample:
     accepted_lookups: int = 0
     passes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    forwards: Sequence[Shape] = ()
+    floor: float | None = None
+
+    @property
+    def rounds(self) -> int:
+        """Forwards of the target, the prompt's among them."""
+        return sum(shape.model == "target" for shape in self.forwards)
+
+    @property
+    def efficiency(self) -> float | None:
+        """Share of the time that the forwards alone would have taken."""
+        return None if self.floor is None else self.floor / self.seconds
 
 
 class Contender(Protocol):
@@ -173,27 +188,24 @@ class Assisted:
         output, seconds = timed(
             lambda: generate(self.target, online_assistant=self.assistant, **options), self.target.device
         )
-        after = self.assistant.stats()
+        spent = self.assistant.stats() - before
         new = _new_tokens(output, inputs)
-        learning = after.learn_seconds - before.learn_seconds
         return new, Sample(
             tokens=new.numel(),
-            seconds=seconds - learning,
-            learning_seconds=learning,
-            drafted=after.draft_tokens - before.draft_tokens,
-            accepted=after.accepted_tokens - before.accepted_tokens,
-            lookups=after.lookup_tokens - before.lookup_tokens,
-            accepted_lookups=after.accepted_lookup_tokens - before.accepted_lookup_tokens,
-            passes=after.target_passes - before.target_passes,
-            stages=_stages(before, after),
+            seconds=seconds - spent.learn_seconds,
+            learning_seconds=spent.learn_seconds,
+            drafted=spent.draft_tokens,
+            accepted=spent.accepted_tokens,
+            lookups=spent.lookup_tokens,
+            accepted_lookups=spent.accepted_lookup_tokens,
+            passes=spent.target_passes,
+            stages=_stages(spent),
         )
 
 
-def _stages(before: OnlineStats, after: OnlineStats) -> dict[str, float]:
-    stages: dict[str, float] = {
-        stage: getattr(after, f"{stage}_seconds") - getattr(before, f"{stage}_seconds") for stage in STAGES
-    }
-    return stages | {"bookkeeping": after.decode_seconds - before.decode_seconds - sum(stages.values())}
+def _stages(spent: OnlineStats) -> dict[str, float]:
+    stages: dict[str, float] = {stage: getattr(spent, f"{stage}_seconds") for stage in STAGES}
+    return stages | {"bookkeeping": spent.decode_seconds - sum(stages.values())}
 
 
 def _new_tokens(output: torch.Tensor, inputs: Inputs) -> torch.Tensor:

@@ -5,11 +5,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..assistant import OnlineAssistant
 from ..demo.models import context_of
-from .contenders import Assisted, Contender, Generate
-from .figures import ratios, round_breakdown, summarise
-from .race import describe_differences, run_race
+from .contenders import Contender, Generate
+from .figures import ratios, report, round_breakdown
 from .serving import fixed_settings
 from .session import Session, without_eos
 from .streams import texts_of_length
@@ -60,7 +58,7 @@ def run(session: Session) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: By axis, a list of points with the figures of each contender, the milliseconds of each stage
         of a round, and the total time of our plain decoding over that of transformers. Points that do not fit into the
-        models' context are under `skipped`. With them, the prices of raw forwards.
+        models' context are under `skipped`.
     """
     wanted = points()
     room = context_of(session.pair) - session.max_new_tokens
@@ -74,7 +72,6 @@ def run(session: Session) -> dict[str, Any]:
     return {
         "axes": {axis: [measured[p] for p in wanted[axis] if p in measured] for axis in wanted},
         "skipped": [asdict(p) for axis in wanted.values() for p in axis if p not in measured],
-        "floor": session.floor.table(),
     }
 
 
@@ -82,22 +79,17 @@ def measure(session: Session, point: Point) -> dict[str, Any]:
     """Measure one point: the same batch several times, the median of all."""
     requests = [request for stream in session.streams for request in stream.requests]
     batch = texts_of_length(requests, point.batch, point.context)
+    repeats = REPEATS if point.batch < 8 else REPEATS_OF_LARGE_BATCHES
     with _open_contenders(session, point) as contenders:
-        names = [one.name for one in contenders]
-        race = run_race(
-            contenders,
-            [batch] * (REPEATS if point.batch < 8 else REPEATS_OF_LARGE_BATCHES),
-            session.options,
-            lambda: None,
-            prepare=session.prepare,
-        )
-    ours = OURS if point.draft_length else PLAIN
-    return asdict(point) | {
-        "contenders": {name: summarise(race, name, session.floor) for name in names},
-        "round_ms": round_breakdown(race, ours),
-        "plain_over_generate": ratios(race, GENERATE)[PLAIN],
-        "outputs": describe_differences(race),
-    }
+        race = session.race(contenders, [batch] * repeats, floor=session.floor)
+    return (
+        asdict(point)
+        | report(race)
+        | {
+            "round_ms": round_breakdown(race, OURS if point.draft_length else PLAIN),
+            "plain_over_generate": ratios(race, GENERATE)[PLAIN],
+        }
+    )
 
 
 @contextmanager
@@ -105,9 +97,8 @@ def _open_contenders(session: Session, point: Point) -> Iterator[list[Contender]
     pair, k = session.pair, point.draft_length
     with ExitStack() as stack:
 
-        def ours(name: str, **settings: Any) -> Assisted:
-            config = session.online(draft_length_schedule="constant", **settings)
-            return Assisted(name, pair.target, stack.enter_context(OnlineAssistant(pair.draft, pair.target, config)))
+        def ours(name: str, **settings: Any) -> Contender:
+            return session.assisted(stack, name, session.online(draft_length_schedule="constant", **settings))
 
         contenders: list[Contender] = [Generate(GENERATE, pair.target), ours(PLAIN, draft_length=0, learn=False)]
         if k:

@@ -1,35 +1,38 @@
-"""Figures of one contender over a stream: medians by request, totals, and what follows from both."""
+"""Figures of the contenders over a stream: medians by request, totals, and what follows from both."""
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from ..serving.stopwatch import STAGES
-from .contenders import Sample
-from .floor import Floor
-from .race import Race
+from .race import Race, describe_differences
 
 
-def summarise(race: Race, name: str, floor: Floor | None = None) -> dict[str, Any]:
+def report(race: Race) -> dict[str, Any]:
+    """Sum up a race, ready for JSON: the figures of each contender, and the check of the outputs."""
+    return {
+        "contenders": {name: summarise(race, name) for name in race.samples},
+        "outputs": describe_differences(race),
+    }
+
+
+def summarise(race: Race, name: str) -> dict[str, Any]:
     """
     Sum up one contender.
 
     Args:
         race (`Race`): A finished race.
         name (`str`): The contender.
-        floor (`Floor`, *optional*): Prices its forwards.
 
     Returns:
         `dict[str, Any]`: `ms_per_token` is the median over requests. `acceptance` (of the draft's judged
         proposals), `lookup_acceptance` (of prompt lookup's) and `tokens_per_pass` are `None` where the contender does
-        not say. `engine_efficiency` is the median over requests
-        of the floor of their forwards divided by their wall-clock time, `None` where these cannot be seen.
+        not say. `engine_efficiency` is the median, over the requests that were replayed, of the floor of their
+        forwards divided by their wall-clock time; `None` where none was.
     """
     samples = race.samples[name]
+    shares = [one.efficiency for one in samples if one.efficiency is not None]
     lookups = sum(one.lookups for one in samples)
     drafted, passes = sum(one.drafted for one in samples), sum(one.passes for one in samples)
-    seen = race.shapes.get(name, [])
-    floors = [floor.total(shapes) for shapes in seen] if floor is not None and all(seen) else []
     return {
         "ms_per_token": statistics.median(1e3 * one.seconds / one.tokens for one in samples),
         "total_seconds": sum(one.seconds for one in samples),
@@ -38,15 +41,10 @@ def summarise(race: Race, name: str, floor: Floor | None = None) -> dict[str, An
         "acceptance": sum(one.accepted for one in samples) / drafted if drafted else None,
         "lookup_acceptance": sum(one.accepted_lookups for one in samples) / lookups if lookups else None,
         "tokens_per_pass": sum(one.tokens for one in samples) / passes if passes else None,
-        "engine_efficiency": _efficiency(samples, floors),
+        "engine_efficiency": statistics.median(shares) if shares else None,
         "seconds_by_request": [round(one.seconds, 6) for one in samples],
+        "floor_by_request": [one.floor and round(one.floor, 6) for one in samples] if shares else [],
     }
-
-
-def _efficiency(samples: Sequence[Sample], floors: Sequence[float]) -> float | None:
-    if not floors:
-        return None
-    return statistics.median(floor / one.seconds for floor, one in zip(floors, samples, strict=True))
 
 
 def speedups(figures: dict[str, dict[str, Any]], over: str) -> dict[str, float]:
@@ -68,9 +66,5 @@ def round_breakdown(race: Race, name: str) -> dict[str, float]:
     A round is one forward of the target, the prompt's included; bookkeeping is what decoding takes beside the stages.
     The median over requests, so that one interrupted request does not count.
     """
-    rounds = [sum(n for shape, n in shapes.items() if shape.model == "target") for shapes in race.shapes[name]]
-    pairs = list(zip(race.samples[name], rounds, strict=True))
-    return {
-        stage: statistics.median(1e3 * one.stages[stage] / count for one, count in pairs)
-        for stage in (*STAGES, "bookkeeping")
-    }
+    samples, stages = race.samples[name], (*STAGES, "bookkeeping")
+    return {stage: statistics.median(1e3 * one.stages[stage] / one.rounds for one in samples) for stage in stages}

@@ -1,205 +1,211 @@
 """
 The floor: what the forwards of a request cost with nothing between them.
 
-A forward is priced by its shape, measured in the same run on the same models: preallocated inputs, a cache that is
-filled beforehand and rolled back after every call, and no Python but the model's own. On the CPU, the cheaper of
-transformers' dynamic cache (cropped back) and static cache (its length set back), each the median of several calls;
-the models take turns where they did in the request: each finds the processor's caches full of the other's weights.
-On CUDA, the replay of a captured graph over the static cache, which has the exact size that the shape needs.
+The forwards that a request took are run again, in their order, right after it: the same models, rows, tokens fed,
+tokens cached and positions with logits. Everything they read is prepared before the clock starts: tokens, positions,
+masks, and a cache of buffers that each forward writes at its place and reads up to there, so that rolling back is
+nothing. No host work is left but the loop and the models' own. On CUDA the forwards are replays of captured graphs,
+prompts apart.
+
+Not covered: models that hf_osd serves on transformers' own cache, such as windows that a request outgrows.
 """
 
 import inspect
-import statistics
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..demo.contenders import synchronize
+from ..demo.contenders import timed
+from ..serving.decoder import attention_span, context_length, holds_ragged_cache
 from .shapes import Shape
 
-CONTEXT_STEP = 64  # tokens; contexts are priced at the nearest multiple, so that a stream needs tens of prices
-QUERY_STEP = 16  # tokens; the same for prompts, where each has a length of its own
-_PATIENCE = 1.0  # seconds; a forward that takes longer than this in all is not repeated further ...
-_FEWEST = 5  # ... than this often, two calls that do not count included
+_CAPACITY_STEP = 256  # positions: requests of similar length share buffers
+_CONTEXT_STEP = 64  # tokens; a captured forward stands for its neighbours, so that a stream needs tens of graphs
+_CAPTURED_QUERIES = 32  # prompts, which are longer, are worth no graph: each has a length of its own
+
+Forward = Callable[[], Any]
 
 
 class Floor:
     """
-    Prices of raw forwards, each measured when it is first asked for.
+    Replays the forwards of requests.
 
     Args:
         models (`Mapping[str, PreTrainedModel]`): `"target"` and `"draft"`, in eval mode.
-        repeats (`int`, defaults to 9): Calls whose median is the price; fewer where each takes long.
     """
 
-    def __init__(self, models: Mapping[str, PreTrainedModel], repeats: int = 9) -> None:
+    def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         self._models = dict(models)
-        self._repeats = repeats
-        self._prices: dict[Shape, float] = {}
+        self._raw: dict[str, RawModel] = {}
 
-    def total(self, shapes: Counter[Shape]) -> float:
-        """Return the seconds that some forwards cost at least, one after another."""
-        return sum(count * self.seconds(shape) for shape, count in shapes.items())
+    @torch.no_grad()
+    def seconds(self, shapes: Sequence[Shape]) -> float | None:
+        """
+        Return the wall time of some forwards, one after another; `None` where they cannot be replayed.
 
-    def seconds(self, shape: Shape) -> float:
-        """Return the price of one forward, at the nearest shape that is priced."""
-        shape = self.rounded(shape)
-        if shape not in self._prices:
-            before = self._other_forward(shape) if shape.turn else lambda: None
-            self._prices[shape] = measure_forward(self._models[shape.model], shape, self._repeats, before)
-        return self._prices[shape]
+        Args:
+            shapes (`Sequence[Shape]`): The forwards of one request, in order.
+        """
+        longest: dict[str, int] = {}
+        for shape in shapes:
+            longest[shape.model] = max(shape.end, longest.get(shape.model, 0))
+        same_rows = len({shape.batch for shape in shapes}) == 1
+        if not same_rows or not all(self._is_covered(name, end) for name, end in longest.items()):
+            return None
+        for name, end in longest.items():
+            self._make_room(name, shapes[0].batch, end)
+        forwards = [self._raw[shape.model].forward(shape) for shape in shapes]
+        return timed(lambda: _run_all(forwards), self._models[shapes[0].model].device)[1]
 
-    def _other_forward(self, shape: Shape) -> Callable[[], Any]:
-        """Return a forward of the other model, untimed, which comes before each timed one."""
-        others = [name for name in self._models if name != shape.model]
-        run, reset = dynamic_forward(self._models[others[0]], Shape(others[0], shape.batch, 1, CONTEXT_STEP, 1))
-        return partial(_in_order, reset, run)
+    def _is_covered(self, name: str, longest: int) -> bool:
+        model = self._models[name]
+        return longest <= attention_span(model) and holds_ragged_cache(model)
 
-    def rounded(self, shape: Shape) -> Shape:
-        """Return the shape that stands for this one in the table: never beyond the model's context."""
-        queries = shape.queries if shape.queries <= QUERY_STEP else _nearest(shape.queries, QUERY_STEP)
-        config = self._models[shape.model].config.get_text_config(decoder=True)
-        longest = getattr(config, "max_position_embeddings", None) or 2**31
-        queries = min(queries, longest)
-        context = min(_nearest(shape.context, CONTEXT_STEP), longest - queries)
-        keep = queries if shape.keep == shape.queries else shape.keep
-        turn = shape.turn and len(self._models) > 1 and self._models[shape.model].device.type == "cpu"
-        return replace(shape, queries=queries, context=context, keep=min(keep, queries), turn=turn)
-
-    def table(self) -> list[dict[str, Any]]:
-        """Return all prices so far, in milliseconds, ready for JSON."""
-        fields = ("model", "batch", "queries", "context", "keep", "turn")
-        rows = [
-            {name: getattr(shape, name) for name in fields} | {"ms": round(1e3 * seconds, 4)}
-            for shape, seconds in self._prices.items()
-        ]
-        return sorted(rows, key=lambda row: tuple(row[name] for name in fields))
+    def _make_room(self, name: str, batch: int, longest: int) -> None:
+        """Keep the buffers of one batch size: those of all together may not fit."""
+        kept = self._raw.get(name)
+        if kept is None or kept.batch != batch or kept.capacity < longest:
+            self._raw.pop(name, None)
+            capacity = -(-longest // _CAPACITY_STEP) * _CAPACITY_STEP
+            self._raw[name] = RawModel(self._models[name], batch, capacity)
 
 
-def _nearest(value: int, step: int) -> int:
-    return (value + step // 2) // step * step
+def _run_all(forwards: Sequence[Forward]) -> None:
+    for forward in forwards:
+        forward()
 
 
-@torch.no_grad()
-def measure_forward(
-    model: PreTrainedModel, shape: Shape, repeats: int, before: Callable[[], Any] = lambda: None
-) -> float:
+class RawModel:
     """
-    Return the seconds of one raw forward; see the module for what that is.
+    One model over static buffers, for one batch size.
 
     Args:
         model (`PreTrainedModel`): The model, in eval mode.
-        shape (`Shape`): What to feed.
-        repeats (`int`): Calls, after two that do not count.
-        before (`Callable`, *optional*): What runs, untimed, before each call on a CPU.
+        batch (`int`): Rows, all of the same length.
+        capacity (`int`): Positions.
     """
-    if model.device.type == "cuda":
-        run, reset = static_forward(model, shape)
-        return _median_seconds(_capture(run, reset), lambda: None, repeats, model.device)
-    ways = (dynamic_forward(model, shape), static_forward(model, shape))
 
-    return min(_median_seconds(run, partial(_in_order, reset, before), repeats, model.device) for run, reset in ways)
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+        self.batch, self.capacity = batch, capacity
+        config, device = model.config.get_text_config(decoder=True), model.device
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(config.vocab_size, (batch, capacity), generator=generator).to(device)
+        self._model = model
+        self._cache = _RawCache(config.num_hidden_layers, capacity)
+        self._slots = torch.arange(capacity, device=device)
+        self._takes = inspect.signature(model.forward).parameters
+        self._captured: dict[Shape, Forward] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._prepare(Shape("", batch, 1, 0, 1))()  # allocates
 
+    def forward(self, shape: Shape) -> Forward:
+        """Prepare one forward; what is returned runs it, on CUDA as a captured graph where it is short."""
+        if self._model.device.type != "cuda" or shape.queries > _CAPTURED_QUERIES:
+            return self._prepare(shape)
+        context = round(shape.context / _CONTEXT_STEP) * _CONTEXT_STEP
+        shape = replace(shape, context=min(context, self.capacity - shape.queries))
+        if shape not in self._captured:
+            self._captured[shape] = _CapturedForward(self._prepare(shape), self._pool)
+        return self._captured[shape]
 
-def _in_order(*steps: Callable[[], Any]) -> None:
-    for step in steps:
-        step()
+    def _prepare(self, shape: Shape) -> Forward:
+        start, end = shape.context, shape.end
+        inputs: dict[str, Any] = {
+            "input_ids": self.ids[:, start:end].contiguous(),
+            "attention_mask": self._mask(start, end),
+            "past_key_values": self._cache,
+        }
+        if "position_ids" in self._takes:
+            positions = self._slots[start:end].clamp(max=context_length(self._model) - 1)
+            inputs["position_ids"] = positions.expand(self.batch, -1).contiguous()
+        if "logits_to_keep" in self._takes:
+            inputs["logits_to_keep"] = shape.keep
 
+        def run() -> torch.Tensor:
+            self._cache.start = start
+            logits: torch.Tensor = self._model(use_cache=True, **inputs).logits
+            return logits
 
-def _median_seconds(run: Callable[[], Any], reset: Callable[[], None], repeats: int, device: torch.device) -> float:
-    times: list[float] = []
-    while len(times) < repeats + 2 and not (len(times) >= _FEWEST and sum(times) > _PATIENCE):
-        reset()
-        synchronize(device)
-        start = perf_counter()
-        run()
-        synchronize(device)
-        times.append(perf_counter() - start)
-    return statistics.median(times[2:])
+        return run
 
-
-def dynamic_forward(model: PreTrainedModel, shape: Shape) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
-    """Return a forward over a dynamic cache, and what rolls the cache back before it."""
-    ids, cache = _random_ids(model, shape), DynamicCache(config=model.config)
-    if shape.context:
-        model(ids[:, : shape.context], past_key_values=cache, use_cache=True, **_keep_option(model, 1))
-    new, options = ids[:, shape.context :].contiguous(), _keep_option(model, shape.keep)
-
-    def reset() -> None:
-        if shape.context == 0:
-            cache.layers = DynamicCache(config=model.config).layers
-        elif surplus := int(cache.get_seq_length()) - shape.context:
-            cache.crop(-surplus)
-
-    return lambda: model(new, past_key_values=cache, use_cache=True, **options).logits, reset
-
-
-def static_forward(model: PreTrainedModel, shape: Shape) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
-    """
-    Return a forward over static buffers, and what rolls the cache back before it.
-
-    The mask and the positions are given, as a serving loop would keep them, so that nothing in the forward waits for
-    the device and a CUDA graph can hold it.
-    """
-    ids = _random_ids(model, shape)
-    end = shape.context + shape.queries
-    cache = StaticCache(config=model.config, max_cache_len=end)
-    first = ids[:, : max(shape.context, 1)]  # at least one token, since it also allocates
-    model(first, past_key_values=cache, use_cache=True, **_keep_option(model, 1))
-    new = ids[:, shape.context :].contiguous()
-    positions = torch.arange(shape.context, end, device=ids.device)
-    mask = torch.arange(end, device=ids.device) <= positions[:, None]  # (queries, end)
-    options = _keep_option(model, shape.keep) | {
-        "attention_mask": _as_model_mask(model, mask.expand(shape.batch, 1, -1, -1).contiguous())
-    }
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = positions.expand(shape.batch, -1).contiguous()
-    layers: list[Any] = cache.layers
-
-    def reset() -> None:
-        for layer in layers:
-            layer.cumulative_length.fill_(shape.context)
-
-    return lambda: model(new, past_key_values=cache, use_cache=True, **options).logits, reset
+    def _mask(self, start: int, end: int) -> torch.Tensor | None:
+        """Without one, transformers takes faster paths: for a prompt, and for a token, which sees all there is."""
+        additive = self._model.config._attn_implementation == "eager"
+        if not additive and (start == 0 or end - start == 1):
+            return None
+        mask = self._slots[:end] <= self._slots[start:end, None]  # (queries, end)
+        if additive:
+            lowest = torch.finfo(self._model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=self._model.dtype, device=mask.device).masked_fill_(~mask, lowest)
+        return mask.expand(self.batch, 1, -1, -1)
 
 
-def _as_model_mask(model: PreTrainedModel, mask: torch.Tensor) -> torch.Tensor:
-    if model.config._attn_implementation != "eager":
-        return mask
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, lowest)
+class _CapturedForward:
+    """A forward as a CUDA graph; keeps alive what the graph reads."""
 
-
-def _capture(run: Callable[[], torch.Tensor], reset: Callable[[], None]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of `reset` and `run`: setting a length back is part of every static step."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            reset()
+    def __init__(self, run: Forward, pool: Any) -> None:
+        self._run = run
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is set up lazily must not be captured
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        reset()
-        run()
-    return graph.replay
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool):  # shared: nobody needs the outputs
+            run()
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
-def _random_ids(model: PreTrainedModel, shape: Shape) -> torch.Tensor:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    size = (shape.batch, shape.context + shape.queries)
-    return torch.randint(vocabulary, size, generator=generator).to(model.device)
+class _RawCache(Cache):
+    """Buffers of a fixed size; `start` is the position of the next token fed, in every row."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.start = 0
+        super().__init__(layers=[_RawLayer(self, capacity) for _ in range(layers)])
 
 
-def _keep_option(model: PreTrainedModel, keep: int) -> dict[str, Any]:
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"logits_to_keep": keep}
+class _RawLayer(CacheLayerMixin):
+    is_compileable = False  # or transformers would build masks of its own
+    is_sliding = False
+
+    def __init__(self, cache: _RawCache, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._cache, self._capacity = cache, capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self._capacity, states.shape[3])  # (batch, heads, slots, head_dim)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        start, queries = self._cache.start, key_states.shape[2]
+        self.keys.narrow(2, start, queries).copy_(key_states)
+        self.values.narrow(2, start, queries).copy_(value_states)
+        return self.keys.narrow(2, 0, start + queries), self.values.narrow(2, 0, start + queries)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.start + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.start
+
+    def get_max_length(self) -> int:
+        return self._capacity
+
+    def get_max_cache_shape(self) -> int:  # the name of `get_max_length` up to transformers 5.17
+        return self._capacity

@@ -3,11 +3,8 @@
 from contextlib import ExitStack
 from typing import Any
 
-from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
-from .contenders import Assisted
-from .figures import ratios, summarise
-from .race import describe_differences, run_race
+from .figures import ratios, report
 from .session import Session
 from .streams import Stream
 
@@ -45,24 +42,11 @@ def schedules(session: Session) -> dict[str, OnlineConfig]:
 
 
 def _measure(session: Session, stream: Stream) -> dict[str, Any]:
-    pair = session.pair
     with ExitStack() as stack:
-        contenders = [
-            Assisted(name, pair.target, stack.enter_context(OnlineAssistant(pair.draft, pair.target, config)))
-            for name, config in schedules(session).items()
-        ]
-        race = run_race(
-            contenders,
-            stream.requests,
-            session.options,
-            session.steps(f"draft lengths on {stream.name}", len(stream.requests)),
-            warm_up=stream.warm_up,
-        )
-    totals = {name: sum(one.seconds for one in samples) for name, samples in race.samples.items()}
-    best = min((name for name in totals if name.isdigit()), key=lambda name: totals[name])
-    return {
-        "contenders": {one.name: summarise(race, one.name) for one in contenders},
-        "best_fixed_length": int(best),
-        "total_time_over_best_fixed_length": ratios(race, best),
-        "outputs": describe_differences(race),
-    }
+        contenders = [session.assisted(stack, name, config) for name, config in schedules(session).items()]
+        title = f"draft lengths on {stream.name}"
+        race = session.race(contenders, stream.requests, title, warm_up=stream.warm_up)
+    found = report(race)
+    totals = {name: one["total_seconds"] for name, one in found["contenders"].items() if name.isdigit()}
+    best = min(totals, key=lambda name: totals[name])
+    return found | {"best_fixed_length": int(best), "total_time_over_best_fixed_length": ratios(race, best)}

@@ -26,8 +26,8 @@ class ModelOptions:
     Which models to measure.
 
     Args:
-        kind (`str`, defaults to `"given"`): `"given"`: `target` and `assistant`, or the embedded pair. `"trained"`: a
-            pair trained by the benchmark itself. `"scripted"`: random weights, and a draft whose forward is paid but
+        models (`str`, defaults to `"given"`): `"given"`: `target` and `assistant`, or the embedded pair. `"trained"`:
+            a pair trained by the benchmark itself. `"scripted"`: random weights, and a draft whose forward is paid but
             whose proposals are accepted at `acceptance`.
         target, assistant (`str`, *optional*): Hub ids or folders, for `"given"`.
         target_shape, draft_shape (`str`, *optional*): Hidden size and layers, for the other two. Default to 0.9B and
@@ -47,7 +47,7 @@ class ModelOptions:
         ConfigError: A value is out of its range or contradicts another one.
     """
 
-    kind: Kind = "given"
+    models: Kind = "given"
     target: str | None = None
     assistant: str | None = None
     target_shape: str | None = None
@@ -62,12 +62,12 @@ class ModelOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ConfigError(f"models must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
-        if self.kind == "given":
+        if self.models not in get_args(Kind):
+            raise ConfigError(f"models must be one of {', '.join(get_args(Kind))}, got {self.models!r}")
+        if self.models == "given":
             self._refuse("given", "target_shape", "draft_shape", "vocabulary", "train_prompts", "draft_train_prompts")
         else:
-            self._refuse(self.kind, "target", "assistant")
+            self._refuse(self.models, "target", "assistant")
             for shape in self.shapes:
                 llama_config(shape, vocab_size=1)
         if not 0.0 <= self.acceptance <= 1.0:
@@ -83,12 +83,12 @@ class ModelOptions:
     @property
     def is_embedded(self) -> bool:
         """Whether it is the pair that comes with the package."""
-        return self.kind == "given" and self.target is None and self.assistant is None
+        return self.models == "given" and self.target is None and self.assistant is None
 
     @property
     def shapes(self) -> tuple[str, str]:
         """Shapes of target and draft, for the pairs that are made here."""
-        target, draft = _SHAPES[self.kind]
+        target, draft = _SHAPES[self.models]
         return self.target_shape or target, self.draft_shape or draft
 
 
@@ -113,13 +113,13 @@ def open_models(options: ModelOptions, steps: Steps) -> Models:
         UnsupportedModelError: A model cannot be loaded.
         PromptSourceError: A file to train on cannot be read.
     """
-    if options.kind == "given":
+    if options.models == "given":
         pair = load_pair(options.target, options.assistant, options.device, options.dtype)
         kind = "embedded" if options.is_embedded else "given"
         return Models(pair, None, {"kind": kind, **_sizes(pair)})
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EMBEDDED_PAIR / "target")
     device = resolve_device(options.device)
-    if options.kind == "trained":
+    if options.models == "trained":
         return _train_pair(options, tokenizer, device, steps)
     vocabulary = options.vocabulary or _SCRIPTED_VOCABULARY
     pair = Pair(*_random_pair(options, device, _dtype(options, device), vocab_size=vocabulary), tokenizer)

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
 from ..demo.models import Inputs
-from .contenders import Assisted, Contender, Generate
-from .figures import ratios, summarise
-from .race import Race, describe_differences, run_race
+from .contenders import Contender, Generate
+from .figures import ratios, report
+from .race import Race
 from .session import Session
 from .streams import batches
 
@@ -94,35 +93,23 @@ def _measure(session: Session, case: Case) -> dict[str, Any]:
     plain = ratios(race, PLAIN)
     learning = sum(one.learning_seconds for one in race.samples[CASE])
     reference = sum(one.seconds for one in race.samples[PLAIN])
-    return {
+    return report(race) | {
         "ratio": plain[CASE],
         "ratio_with_learning": plain[CASE] + learning / reference,
         "control": plain[CONTROL],
         "plain_over_generate": 1 / plain[GENERATE],
         "kept": plain[CASE] <= LIMIT,
         "batch": len(case.requests[0]["input_ids"]),
-        "contenders": {name: summarise(race, name) for name in race.samples},
-        "outputs": describe_differences(race),
     }
 
 
 def _race(session: Session, case: Case) -> Race:
-    target, nothing = session.pair.target, session.static(draft_length=0)
+    nothing = session.static(draft_length=0)
     with ExitStack() as stack:
-
-        def ours(name: str, draft: PreTrainedModel, config: OnlineConfig) -> Assisted:
-            return Assisted(name, target, stack.enter_context(OnlineAssistant(draft, target, config)))
-
         contenders: list[Contender] = [
-            Generate(GENERATE, target),
-            ours(PLAIN, session.pair.draft, nothing),
-            ours(CASE, case.draft, case.config),
-            ours(CONTROL, session.pair.draft, nothing),
+            Generate(GENERATE, session.pair.target),
+            session.assisted(stack, PLAIN, nothing),
+            session.assisted(stack, CASE, case.config, case.draft),
+            session.assisted(stack, CONTROL, nothing),
         ]
-        return run_race(
-            contenders,
-            case.requests,
-            session.options,
-            session.steps(case.name, len(case.requests)),
-            warm_up=case.warm_up,
-        )
+        return session.race(contenders, case.requests, case.name, warm_up=case.warm_up)

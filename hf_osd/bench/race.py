@@ -1,8 +1,7 @@
 """Contenders side by side: every request goes to each of them, in one process, and who goes first changes."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from ..demo.models import Inputs
 from ..demo.results import PLAIN, Difference
 from ..demo.runner import find_differences
 from .contenders import Contender, Sample
-from .shapes import Shape
+from .floor import Floor
 
 Observer = Callable[[], None]
 """Hears of every request that all contenders have answered."""
+
+REPLAYED = 16  # requests of a race whose forwards are replayed: a replay takes about as long as its request
 
 
 @dataclass(slots=True)
@@ -25,12 +26,10 @@ class Race:
 
     Attributes:
         samples (`dict[str, list[Sample]]`): By contender, in the order of the requests.
-        shapes (`dict[str, list[Counter[Shape]]]`): The forwards behind each sample; empty where they cannot be seen.
         differences (`list[Difference]`): Outputs that are not those of the contender that all are compared with.
     """
 
     samples: dict[str, list[Sample]] = field(default_factory=dict)
-    shapes: dict[str, list[Counter[Shape]]] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
 
 
@@ -38,10 +37,11 @@ def run_race(
     contenders: Sequence[Contender],
     requests: Sequence[Inputs],
     options: dict[str, Any],
-    observer: Observer,
+    observer: Observer = lambda: None,
     *,
     warm_up: Inputs | None = None,
     prepare: Callable[[Inputs], None] = lambda request: None,
+    floor: Floor | None = None,
 ) -> Race:
     """
     Let every contender answer every request.
@@ -50,35 +50,52 @@ def run_race(
         contenders (`Sequence[Contender]`): The first one's outputs are what the others are compared with.
         requests (`Sequence[Inputs]`): Requests, or batches of them.
         options (`dict[str, Any]`): For `generate`.
-        observer (`Observer`): Hears of every round.
+        observer (`Observer`, *optional*): Hears of every round.
         warm_up (`Inputs`, *optional*): A request that does not count: first calls pay for allocations that later ones
             do not. Defaults to the first request.
         prepare (`Callable[[Inputs], None]`, *optional*): Called, untimed, before each request.
+        floor (`Floor`, *optional*): Replays the forwards of every contender right after its answer, for `REPLAYED`
+            requests at most, evenly spread.
     """
-    race = Race({one.name: [] for one in contenders}, {one.name: [] for one in contenders})
+    race = Race({one.name: [] for one in contenders})
     prepared = requests[0] if warm_up is None else warm_up
     prepare(prepared)
     for contender in contenders:
-        contender.answer(prepared, **options)
+        _answer(contender, prepared, options, floor)
+    stride = -(-len(requests) // REPLAYED)
     for index, request in enumerate(requests):
         if request is not prepared:
             prepare(request)
             prepared = request
-        _play(race, contenders, request, index, options)
+        _play(race, contenders, request, index, options, floor if index % stride == 0 else None)
         observer()
     return race
 
 
-def _play(race: Race, contenders: Sequence[Contender], request: Inputs, index: int, options: dict[str, Any]) -> None:
+def _play(
+    race: Race,
+    contenders: Sequence[Contender],
+    request: Inputs,
+    index: int,
+    options: dict[str, Any],
+    floor: Floor | None,
+) -> None:
     turn = index % len(contenders)
     outputs: dict[str, torch.Tensor] = {}
     for contender in (*contenders[turn:], *contenders[:turn]):
-        with contender.recorder() as recorder:
-            outputs[contender.name], sample = contender.answer(request, **options)
+        outputs[contender.name], sample = _answer(contender, request, options, floor)
         race.samples[contender.name].append(sample)
-        race.shapes[contender.name].append(recorder.shapes())
     first = contenders[0]
     race.differences += compare(first.models["target"], request, outputs, first.name, index)
+
+
+def _answer(
+    contender: Contender, request: Inputs, options: dict[str, Any], floor: Floor | None
+) -> tuple[torch.Tensor, Sample]:
+    with contender.recorder() as recorder:
+        output, sample = contender.answer(request, **options)
+    forwards = recorder.shapes()
+    return output, replace(sample, forwards=forwards, floor=floor.seconds(forwards) if floor is not None else None)
 
 
 def compare(

@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from ..assistant import OnlineAssistant
 from ..demo.results import PLAIN
-from .contenders import Assisted, CompiledGenerate, Contender, Generate
-from .figures import ratios, speedups, summarise
-from .race import describe_differences, run_race
+from .contenders import CompiledGenerate, Contender, Generate
+from .figures import ratios, report, speedups, summarise
 from .session import Session
 from .streams import Stream
 
@@ -31,32 +29,23 @@ def run(session: Session) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: By stream: the figures of each contender, speedups by medians over plain decoding and over
         both kinds of transformers' assisted generation, ratios of total time, the sweep that found the best fixed
-        length, and the check of the outputs. With them, the prices of raw forwards.
+        length, and the check of the outputs.
     """
-    streams = {stream.name: _measure(session, stream) for stream in session.streams}
-    return {"streams": streams, "floor": session.floor.table()}
+    return {"streams": {stream.name: _measure(session, stream) for stream in session.streams}}
 
 
 def _measure(session: Session, stream: Stream) -> dict[str, Any]:
     sweep = sweep_assisted(session, stream)
     best = min(sweep, key=lambda length: sweep[length])
     with open_contenders(session, stream, best) as contenders:
-        names = [one.name for one in contenders]
-        race = run_race(
-            contenders,
-            stream.requests,
-            session.options,
-            session.steps(f"serving {stream.name}", len(stream.requests)),
-            warm_up=stream.warm_up,
-            prepare=session.prepare,
-        )
-    figures = {name: summarise(race, name, session.floor) for name in names}
-    return {
-        "contenders": figures,
-        "speedup_over": {name: speedups(figures, name) for name in (PLAIN, ASSISTED, fixed_name(best))},
+        title = f"serving {stream.name}"
+        race = session.race(contenders, stream.requests, title, warm_up=stream.warm_up, floor=session.floor)
+    found = report(race)
+    over = (PLAIN, ASSISTED, fixed_name(best))
+    return found | {
+        "speedup_over": {name: speedups(found["contenders"], name) for name in over},
         "total_time_over_plain": ratios(race, PLAIN),
         "assisted_ms_per_token_by_fixed_length": sweep,
-        "outputs": describe_differences(race),
     }
 
 
@@ -82,14 +71,8 @@ def sweep_assisted(session: Session, stream: Stream) -> dict[int, float]:
         length: Generate(fixed_name(length), pair.target, pair.draft, fixed_settings(length))
         for length in _SWEPT_LENGTHS
     }
-    race = run_race(
-        [*contenders.values()],
-        requests,
-        session.options,
-        session.steps(f"sweeping assisted generation on {stream.name}", len(requests)),
-        warm_up=stream.warm_up,
-        prepare=session.prepare,
-    )
+    title = f"sweeping assisted generation on {stream.name}"
+    race = session.race([*contenders.values()], requests, title, warm_up=stream.warm_up)
     return {length: summarise(race, one.name)["ms_per_token"] for length, one in contenders.items()}
 
 
@@ -98,19 +81,15 @@ def open_contenders(session: Session, stream: Stream, best_length: int) -> Itera
     """Set up all contenders over one target; only the one that learns needs a draft of its own."""
     pair = session.pair
     with ExitStack() as stack:
-
-        def assisted(name: str, draft: Any, config: Any) -> Assisted:
-            return Assisted(name, pair.target, stack.enter_context(OnlineAssistant(draft, pair.target, config)))
-
         contenders: list[Contender] = [
             Generate(PLAIN, pair.target),
             Generate(ASSISTED, pair.target, pair.draft),
             Generate(fixed_name(best_length), pair.target, pair.draft, fixed_settings(best_length)),
             Generate(LOOKUP, pair.target, settings={"prompt_lookup_num_tokens": _LOOKUP_TOKENS}),
-            assisted(STATIC, pair.draft, session.static()),
+            session.assisted(stack, STATIC, session.static()),
         ]
         if session.script is None:  # a scripted draft has nothing to learn
-            contenders.append(assisted(ONLINE, copy.deepcopy(pair.draft), session.online()))
+            contenders.append(session.assisted(stack, ONLINE, session.online(), copy.deepcopy(pair.draft)))
         if session.compiles:
             longest = max(one["input_ids"].shape[1] for one in (*stream.requests, stream.warm_up))
             contenders.append(CompiledGenerate(COMPILED, pair.target, longest + session.max_new_tokens))

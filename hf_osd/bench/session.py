@@ -1,13 +1,18 @@
-"""What every suite gets: models, streams, settings, prices, and someone to tell how far it is."""
+"""What every suite gets: models, streams, settings, a race, and someone to tell how far it is."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
 from ..demo.models import Inputs, Pair, generate_options
+from .contenders import Assisted, Contender
 from .floor import Floor
+from .race import Race, run_race
 from .scripted import Script
 from .streams import Stream
 
@@ -24,7 +29,7 @@ class Session:
         pair (`Pair`): The models.
         streams (`Sequence[Stream]`): What is served.
         next_topic (`Stream`, *optional*): Where the topic of the first stream suddenly changes to.
-        floor (`Floor`): Prices of the pair's forwards.
+        floor (`Floor`): Replays the pair's forwards.
         max_new_tokens (`int`): Longest answer.
         steps (`Steps`): Shows progress.
         compiles (`bool`): Whether compiled plain decoding takes part.
@@ -57,7 +62,35 @@ class Session:
             settings |= {"prompt_lookup": False}
         return OnlineConfig(**{"seed": self.seed, **settings})
 
-    def prepare(self, request: Inputs) -> None:
+    def assisted(
+        self, stack: ExitStack, name: str, config: OnlineConfig, draft: PreTrainedModel | None = None
+    ) -> Assisted:
+        """Set up a contender of ours, with the pair's draft where none is given, until the stack closes."""
+        pair = self.pair
+        assistant = OnlineAssistant(pair.draft if draft is None else draft, pair.target, config)
+        return Assisted(name, pair.target, stack.enter_context(assistant))
+
+    def race(
+        self,
+        contenders: Sequence[Contender],
+        requests: Sequence[Inputs],
+        title: str | None = None,
+        *,
+        warm_up: Inputs | None = None,
+        floor: Floor | None = None,
+    ) -> Race:
+        """Run a race with the settings of this run; its progress is shown under the title. See [`run_race`]."""
+        return run_race(
+            contenders,
+            requests,
+            self.options,
+            self.steps(title, len(requests)) if title else lambda: None,
+            warm_up=warm_up,
+            prepare=self._prepare,
+            floor=floor,
+        )
+
+    def _prepare(self, request: Inputs) -> None:
         """Tell a scripted draft what the target is about to say."""
         if self.script is not None:
             self.script.learn_answer(self.pair.target, request, self.options)

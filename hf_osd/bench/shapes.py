@@ -1,6 +1,5 @@
-"""What a request made the models compute: the shapes of all its forwards, noted while it is timed."""
+"""What a request made the models compute: the shapes of all its forwards, in order, noted while it is timed."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ class Shape:
         queries (`int`): Tokens fed, per row.
         context (`int`): Tokens in the cache before them; of the longest row where rows differ.
         keep (`int`): Last positions that logits were computed for, in [1, queries].
-        turn (`bool`): Whether the forward before it was another model's, which leaves a CPU's caches to the next.
     """
 
     model: str
@@ -32,7 +30,11 @@ class Shape:
     queries: int
     context: int
     keep: int
-    turn: bool = False
+
+    @property
+    def end(self) -> int:
+        """Tokens in the cache behind it."""
+        return self.context + self.queries
 
 
 class ShapeRecorder(AbstractContextManager["ShapeRecorder"]):
@@ -64,15 +66,12 @@ class ShapeRecorder(AbstractContextManager["ShapeRecorder"]):
         """Start to note; what ends it goes onto the stack."""
         raise NotImplementedError
 
-    def shapes(self) -> Counter[Shape]:
-        """Count what was noted."""
-        before = [seen[0] for seen in self._seen[:1] + self._seen]  # the model of the forward before each
-        return Counter(
-            Shape(
-                name, batch, queries, context, min(keep, queries) or queries, turn=name != last
-            )  # 0 means all of them
-            for last, (name, batch, queries, context, keep) in zip(before, self._seen, strict=False)
-        )
+    def shapes(self) -> list[Shape]:
+        """Return what was noted, in order."""
+        return [
+            Shape(name, batch, queries, context, min(keep, queries) or queries)  # 0 means all of them
+            for name, batch, queries, context, keep in self._seen
+        ]
 
 
 class CallRecorder(ShapeRecorder):

@@ -66,17 +66,16 @@ class AssistantContender:
         output, seconds = timed(
             lambda: generate(self.target, online_assistant=self.assistant, **options), self.target.device
         )
-        after = self.assistant.stats()
+        spent = self.assistant.stats() - before
         new = _new_tokens(output, inputs)
-        learning = after.learn_seconds - before.learn_seconds
         return new, Measure(
             tokens=len(new),
-            seconds=seconds - learning,
-            learning_seconds=learning,
-            drafted=after.draft_tokens - before.draft_tokens,
-            accepted=after.accepted_tokens - before.accepted_tokens,
-            passes=after.target_passes - before.target_passes,
-            updates=after.updates - before.updates,
+            seconds=seconds - spent.learn_seconds,
+            learning_seconds=spent.learn_seconds,
+            drafted=spent.draft_tokens,
+            accepted=spent.accepted_tokens,
+            passes=spent.target_passes,
+            updates=spent.updates,
         )
 
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
+from .journal import Journal
 from .loop import Publish, TrainingLoop, import_distillation
+from .resuming import keep_on_disk, load, save
+from .student import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +39,11 @@ class OnlineLearner:
             names of `draft.named_parameters()`. It has to copy them before it returns. The thread that calls `observe`
             may be waiting for it, so that thread must not hold a lock that `publish` takes.
         target ([`~transformers.PreTrainedModel`], *optional*):
-            The live target, which `config.full_teacher` re-runs.
+            The live target, which `config.full_teacher` and `config.lmbda` run.
 
     Raises:
         ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
-        LearningError: `config.full_teacher` without a target.
+        LearningError: `config.full_teacher` or `config.lmbda` without a target.
     """
 
     def __init__(
@@ -50,15 +53,21 @@ class OnlineLearner:
         publish: Publish,
         target: "PreTrainedModel | None" = None,
     ) -> None:
-        if config.full_teacher and target is None:
-            raise LearningError("full_teacher needs the target, got None")
+        if config.needs_target and target is None:
+            raise LearningError("full_teacher and lmbda need the target, got None")
         if config.background and config.learn:  # seconds, in which requests would hardly get on
             import_distillation()
         if config.training_arguments:  # TRL is imported this early only where there is something to check
             import_distillation().training_arguments(config, draft.device)
+        student = None
+        if config.peft_config is not None and config.learn:  # what does not fit is refused now
+            student = Student(draft, config.peft_config, config.seed)
         # The thread must keep neither the learner nor the owner of `publish` alive: dropping both stops it.
         self._publish = publish
-        self._loop = TrainingLoop(draft, config, _weak(publish), target if config.full_teacher else None)
+        self._draft = draft
+        self._loop = TrainingLoop(draft, config, _weak(publish), target if config.needs_target else None, student)
+        if config.state_dir is not None and config.learn:
+            keep_on_disk(self._loop, draft)
         self._stop = weakref.finalize(self, self._loop.stop)  # also at interpreter exit
 
     @property
@@ -93,8 +102,18 @@ class OnlineLearner:
 
     @property
     def acceptance(self) -> float:
-        """Moving average of how often the draft chose as the target did, in [0, 1]; 0 before the first update."""
+        """Moving average of the live draft's acceptance over the last few requests, in [0, 1]; 0 before the first."""
         return self._loop.acceptance
+
+    @property
+    def journal(self) -> Journal:
+        """What learning did: judged requests, updates and what the gate made of them, changes of the traffic."""
+        return self._loop.journal
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to go on from: of requests, of a state directory, or loaded."""
+        return self._loop.has_requests
 
     def serving(self) -> AbstractContextManager[None]:
         """Mark a request as in flight: background learning keeps to its `config.duty_cycle` meanwhile."""
@@ -107,13 +126,13 @@ class OnlineLearner:
         Args:
             observation (`Observation`): The request. Ignored after `close`, and where it has no output.
         """
-        ticket = self._loop.record(observation)
-        if ticket is not None and not self._loop.config.background:
-            self._loop.wait_until_finished(ticket)
+        number = self._loop.record(observation)
+        if number is not None and not self._loop.config.background:
+            self._loop.wait_until_handled(number)
 
     def update(self) -> None:
         """
-        Run one update now, and wait until it is published.
+        Run one update now, and wait for it. Its weights go live if they pass the gate.
 
         Raises:
             ClosedError: The learner is closed.
@@ -121,9 +140,9 @@ class OnlineLearner:
         """
         if self._loop.stopped:
             raise ClosedError("update() after close()")
-        if not len(self._loop.replay):
+        if not self._loop.has_requests:
             raise LearningError("update() needs at least one recorded request to learn from")
-        error = self._loop.wait_until_finished(self._loop.request())
+        error = self._loop.wait_until_finished(self._loop.ask())
         if error is not None:
             raise LearningError(f"the update failed: {error}") from error
 
@@ -140,8 +159,7 @@ class OnlineLearner:
         Args:
             directory (`Path`): Made if it does not exist.
         """
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._loop.save(Path(directory))
+        save(self._loop, Path(directory))
 
     def load(self, directory: Path) -> None:
         """
@@ -154,7 +172,7 @@ class OnlineLearner:
             LearningError: The state is missing, damaged or of another draft, or this learner has already been asked
                 for an update.
         """
-        self._loop.load(Path(directory))
+        load(self._loop, self._draft, Path(directory))
 
 
 def _weak(function: Publish) -> Callable[[], Publish | None]:

@@ -2,13 +2,12 @@
 TRL's GKD trainer, taught to learn from recorded teachers; the only module that imports TRL.
 
 `trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.23.
-Not covered: on-policy samples (`lmbda`, `seq_kd`), which a record of served requests cannot give; several processes.
+On-policy samples are made in `on_policy.py`. Not covered: `seq_kd`; several processes.
 """
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -21,19 +20,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .collation import ObservationCollator
+from .forwards import forward_parameters, longest_request, verified_logits
 from .isolation import global_seed_untouched
-from .losses import sparse_divergence
+from .losses import student_outcomes, teacher_outcomes, token_loss
+from .on_policy import OnPolicySource
 from .pacing import OnlineUpdateCallback
 from .parts import BatchParts
 
@@ -44,6 +42,7 @@ with warnings.catch_warnings():  # that it is experimental is this module's busi
 # Fields that OnlineConfig sets itself, or that have no meaning where training never ends.
 _RESERVED = {
     "beta": "OnlineConfig.beta",
+    "lmbda": "OnlineConfig.lmbda",
     "learning_rate": "OnlineConfig.learning_rate",
     "max_length": "OnlineConfig.max_length",
     "per_device_train_batch_size": "OnlineConfig.batch_size",
@@ -127,9 +126,20 @@ def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = 
     arguments.setdefault("accelerator_config", {"use_configured_state": _fits(device, precision)})
     try:
         with on_device(device):
-            return OnlineGKDConfig(device, **arguments)
+            made = OnlineGKDConfig(device, **arguments)
+        _check_trackers(made)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training_arguments: {error}") from error
+    return made
+
+
+def _check_trackers(arguments: OnlineGKDConfig) -> None:
+    """Make the trackers once, now: `Trainer` would find in the first update, and every one, that one is missing."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except RuntimeError as error:  # that of a package that is not installed
+        raise ConfigError(f"training_arguments: report_to: {error}") from error
 
 
 def _fits(device: torch.device, precision: str) -> bool:
@@ -166,8 +176,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         callback (`OnlineUpdateCallback`):
             Paces the training and ends it.
         target ([`~transformers.PreTrainedModel`], *optional*):
-            The live target, to re-run over the recorded requests for its full distribution, without gradients. It is
-            read only: neither moved, wrapped nor prepared. Defaults to the recorded, sparse teacher.
+            The live target, which `config.full_teacher` re-runs over the recorded requests for its full distribution,
+            and `config.lmbda` over what the draft writes. It is read only: neither moved, wrapped nor prepared.
         bf16 (`bool`, defaults to `False`):
             Whether to run the forward pass under bfloat16 autocast.
 
@@ -185,10 +195,10 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         bf16: bool = False,
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
-        length = _context(model, config.max_length)
+        length = longest_request(model, config.max_length)
         # Asked before TRL replaces `model.forward`.
-        self._forward_parameters = set(inspect.signature(_base_model(model).forward).parameters)
-        with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer):
+        self._forward_parameters = forward_parameters(model)
+        with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer), _adapted_output_allowed(model):
             super().__init__(
                 model=model,
                 teacher_model=_NoTeacher(model.config),
@@ -201,9 +211,12 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.remove_callback(PrinterCallback)
         # `train` would change the special tokens of the model to those of the placeholder.
         self.processing_class = None
-        self.target = target
+        self.target = target if config.full_teacher else None
+        self._loss = config.loss
         self._sample = sample
-        self._collate_all = ObservationCollator(length, "all")
+        if config.lmbda > 0.0:
+            assert target is not None
+            self._sample = OnPolicySource(sample, self.model, target, config, callback.session.give_way).sample
         self._session = callback.session
         self._parts = BatchParts(config.batch_size) if config.background else None
         self._loss_sum = torch.zeros((), device=model.device)
@@ -265,7 +278,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             `(batch, verified, vocab)`.
         """
         mask = inputs["learn_mask"]
-        logits = self._logits(model, inputs, self._forward_parameters)
+        logits = verified_logits(model, inputs, self._forward_parameters)
         student = logits[mask].float()
         divergence = self._divergence(student, inputs)
         loss = divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
@@ -277,58 +290,23 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         mask = inputs["learn_mask"]
         if self.target is None:
             ids, log_probs, tail = (inputs[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
-            return sparse_divergence(student, ids, log_probs, tail, self.beta)
+            teacher = teacher_outcomes(ids, log_probs, tail, student.shape[-1])
+            return token_loss(teacher, student_outcomes(student, ids), self._loss, self.beta)
         dense = self._target_logits(inputs)[mask].to(student.device).float()
         # Padded vocabularies differ in size; the ids that both have are the real ones.
         shared = min(student.shape[-1], dense.shape[-1])
-        divergence: torch.Tensor = self.generalized_jsd_loss(  # type: ignore[no-untyped-call]
-            student[None, :, :shared], dense[None, :, :shared], beta=self.beta, reduction="none"
-        )
-        return divergence.sum(-1)[0]
+        teacher, student = (logits[:, :shared].log_softmax(dim=-1) for logits in (dense, student))
+        return token_loss(teacher, student, self._loss, self.beta)
 
     @torch.no_grad()
     def _target_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         assert self.target is not None
-        inputs = {name: tensor.to(self.target.device) for name, tensor in inputs.items()}
-        parameters = set(inspect.signature(self.target.forward).parameters)
+        device = self.target.device
+        inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        parameters = forward_parameters(self.target)
         # Serving holds no autocast, and the teacher has to be the model that serves.
         with torch.autocast(self.target.device.type, enabled=False):
-            return self._logits(self.target, inputs, parameters)
-
-    @staticmethod
-    def _logits(model: nn.Module, inputs: dict[str, torch.Tensor], parameters: set[str]) -> torch.Tensor:
-        verified = inputs["learn_mask"].shape[1]
-        options: dict[str, Any] = {}
-        if "position_ids" in parameters:  # models without it count from the attention mask
-            options["position_ids"] = inputs["position_ids"]
-        if "logits_to_keep" in parameters:
-            options["logits_to_keep"] = verified
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **options
-        )
-        logits: torch.Tensor = outputs.logits[:, -verified:]
-        return logits
-
-    @torch.no_grad()
-    def agreements(self, observations: Sequence[Observation]) -> list[tuple[int, int]]:
-        """
-        For each request, return how often the student's choice is the target's, and at how many positions.
-
-        Args:
-            observations (`Sequence[Observation]`): Requests, best not learned from yet.
-        """
-        size = self.args.train_batch_size
-        assert isinstance(self.model, nn.Module)
-        found: list[tuple[int, int]] = []
-        for start in range(0, len(observations), size):
-            batch = self._collate_all(list(observations[start : start + size]))
-            inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-            choices = self._logits(self.model, inputs, self._forward_parameters).argmax(dim=-1)  # (batch, verified)
-            mask = inputs["learn_mask"]
-            right = (choices == inputs["teacher_ids"][..., 0]) & mask
-            found += zip(right.sum(dim=1).tolist(), mask.sum(dim=1).tolist(), strict=True)
-            self._session.give_way()
-        return found
+            return verified_logits(self.target, inputs, parameters)
 
     def take_mean_loss(self) -> float:
         """Mean loss since the last call; `nan` where no step was taken."""
@@ -342,15 +320,23 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         positions, self._positions = self._positions, 0
         return positions
 
-    def trained_weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that are trained, detached, under their names in the model."""
-        assert isinstance(self.model, nn.Module)
-        return {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the reporters, and keep only the latest entries: this training never ends."""
         super().log(logs, start_time)
         del self.state.log_history[:-_LOG_HISTORY]
+
+
+@contextmanager
+def _adapted_output_allowed(model: Any) -> Iterator[None]:
+    """TRL 1.16 refuses an adapter on the output layer, because of a loss that is not ours."""
+    if not hasattr(model, "get_base_model"):
+        yield
+        return
+    model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 class _ReplayStream(IterableDataset[list[Observation]]):
@@ -375,14 +361,3 @@ def _placeholder_tokenizer() -> PreTrainedTokenizerFast:
     """TRL asks for a tokenizer; requests are recorded as tokens, so any will do."""
     tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
-
-
-def _base_model(model: PreTrainedModel) -> nn.Module:
-    unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
-    return unwrap() if callable(unwrap) else model
-
-
-def _context(model: PreTrainedModel, max_length: int) -> int:
-    """Tokens that both the settings and the draft allow."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length

@@ -101,6 +101,39 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
+def token_loss(teacher: torch.Tensor, student: torch.Tensor, loss: str, beta: float = 0.0) -> torch.Tensor:
+    """
+    What a student pays at each position for not being its teacher.
+
+    With the acceptance rate `a`, the mass that both share: `"tv"` is `1 - a`; `"lk"` is `-log a`, which has a gradient
+    even where next to nothing is shared; `"lk_hybrid"` is `w * KL(teacher || student) + (1 - w) * (1 - a)` with
+    `w = exp(-3 a)`, held constant (https://arxiv.org/abs/2602.23881).
+
+    Args:
+        teacher (`torch.FloatTensor` of shape `(n, outcomes)`): Log-probabilities of the teacher.
+        student (`torch.FloatTensor` of shape `(n, outcomes)`): Log-probabilities of the student.
+        loss (`str`): `"jsd"`, `"tv"`, `"lk"` or `"lk_hybrid"`.
+        beta (`float`, defaults to 0.0): Of `"jsd"`; see [`generalized_jsd`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(n,)`: Losses, in nats where they are divergences.
+
+    Raises:
+        ValueError: `beta` is outside [0, 1], or there is no such loss.
+    """
+    if loss == "jsd":
+        return generalized_jsd(teacher, student, beta)
+    shared = torch.minimum(teacher, student).exp().sum(-1)
+    if loss == "tv":
+        return 1.0 - shared
+    if loss == "lk":
+        return -torch.minimum(teacher, student).logsumexp(-1)
+    if loss == "lk_hybrid":
+        weight = torch.exp(-3.0 * shared.detach())
+        return weight * _kl(teacher, student) + (1.0 - weight) * (1.0 - shared)
+    raise ValueError(f"loss must be 'jsd', 'tv', 'lk' or 'lk_hybrid', got {loss!r}")
+
+
 def sparse_divergence(
     student_logits: torch.Tensor,
     teacher_ids: torch.Tensor,

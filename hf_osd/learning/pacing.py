@@ -1,23 +1,16 @@
 """The pace of an endless training: so many steps, publish, wait. Not covered: when an update is due; see `loop.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ..records import Observation
 
 
 class UpdateSession(Protocol):
     """What the callback needs from whoever runs the trainer."""
 
     def learning_rate_scale(self) -> float:
-        """Factor on the learning rate for the next step, in (0, 1]."""
-        ...
-
-    def judge(self, trainer: "PacedTrainer") -> None:
-        """Take note of how good the draft is, before an update."""
+        """Positive factor on the learning rate for the next step."""
         ...
 
     def is_stopped(self) -> bool:
@@ -32,8 +25,8 @@ class UpdateSession(Protocol):
         """Count a step of the optimiser, and the positions that it learned from."""
         ...
 
-    def finish_update(self, weights: Mapping[str, torch.Tensor], loss: float) -> None:
-        """Take the weights of a finished update and its mean loss."""
+    def finish_update(self, loss: float) -> None:
+        """Decide about the trained weights of a finished update, given its mean loss."""
         ...
 
     def wait_for_update(self) -> object:
@@ -47,20 +40,12 @@ class PacedTrainer(Protocol):
     optimizer: Any  # torch.optim.Optimizer, once training has begun
     lr_scheduler: Any  # torch.optim.lr_scheduler.LRScheduler, likewise
 
-    def agreements(self, observations: Sequence[Observation]) -> list[tuple[int, int]]:
-        """How often the draft's choice is the target's in each request, and at how many positions."""
-        ...
-
     def take_mean_loss(self) -> float:
         """Mean loss since the last call."""
         ...
 
     def take_positions(self) -> int:
         """Positions learned from since the last call."""
-        ...
-
-    def trained_weights(self) -> Mapping[str, torch.Tensor]:
-        """The parameters that are trained, by name."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:
@@ -99,8 +84,6 @@ class OnlineUpdateCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Scale what the scheduler chose; it writes its own value again after the step."""
-        if self._steps == 0:
-            self.session.judge(self.trainer)
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate * self.session.learning_rate_scale()
@@ -120,7 +103,7 @@ class OnlineUpdateCallback(TrainerCallback):
             loss = self.trainer.take_mean_loss()
             # First the log, which reads the trainer's state: whoever waits for the update goes on at once.
             self.trainer.log({"online_loss": loss, "online_learning_rate_scale": self.session.learning_rate_scale()})
-            self.session.finish_update(self.trainer.trained_weights(), loss)
+            self.session.finish_update(loss)
             self.session.give_way()
             self.session.wait_for_update()
         if self.session.is_stopped():

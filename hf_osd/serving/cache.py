@@ -60,16 +60,17 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self._write(self.keys, key_states)
-        self._write(self.values, value_states)
-        span = self._cache.span
-        return self._readable[0].narrow(2, 0, span), self._readable[1].narrow(2, 0, span)
-
-    def _write(self, store: torch.Tensor, states: torch.Tensor) -> None:
-        first = self._cache.staged_run
+        keys, values = self._readable
+        first, q, span = self._cache.staged_run, key_states.shape[2], self._cache.span
         if first is not None:
-            store.narrow(1, first, states.shape[2]).copy_(states[0])
-            return
+            keys.narrow(2, first, q).copy_(key_states)
+            values.narrow(2, first, q).copy_(value_states)
+        else:
+            self._scatter(self.keys, key_states)
+            self._scatter(self.values, value_states)
+        return keys.narrow(2, 0, span), values.narrow(2, 0, span)
+
+    def _scatter(self, store: torch.Tensor, states: torch.Tensor) -> None:
         slots = self._cache.staged_slots.to(store.device)
         store.index_copy_(1, slots, states.transpose(0, 1).reshape(store.shape[0], -1, store.shape[2]))
 
@@ -141,9 +142,9 @@ class RaggedCache(Cache):
         slots = torch.where(valid, positions, self.capacity)
         self.staged_slots, self.staged_run = (self._row_offsets + slots).flatten(), None
         self.span, self.start = span, max(span - positions.shape[1], 0)
-        return (self._slot_ids[:span] <= positions.clamp(min=0)[..., None])[:, None]
+        return self.mask_of(positions.clamp(min=0))
 
-    def stage_run(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def stage_run(self, first: int, count: int) -> torch.Tensor:
         """
         Announce consecutive positions of the only row: the same as [`stage`], at a fraction of its cost.
 
@@ -152,9 +153,11 @@ class RaggedCache(Cache):
             count (`int`): Positions; the last one lies inside the capacity.
 
         Returns:
-            `tuple[torch.LongTensor, torch.BoolTensor]`: The positions, `(1, count)`, and the mask,
-            `(1, 1, count, span)`.
+            `torch.LongTensor` of shape `(1, count)`: The positions; see [`mask_of`].
         """
         self.staged_run, self.span, self.start = first, first + count, first
-        positions = self._slot_ids[None, first : first + count]
-        return positions, self._slot_ids[: self.span] <= positions[:, None, :, None]
+        return self._slot_ids[None, first : first + count]
+
+    def mask_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the mask of staged positions `(batch, q)` that are not negative: `(batch, 1, q, span)`."""
+        return (self._slot_ids[: self.span] <= positions[..., None])[:, None]

@@ -106,10 +106,12 @@ class RaggedDecoder(Decoder):
             forward = partial(self._forward, span=span)
             logits = graphs.run(self.model, span, forward, *self._columns(ids, ends, width))[:, -keep:]
         elif len(ends) == 1 and self._is_inside(ends[0], q):
-            positions, mask = self.cache.stage_run(ends[0] - q - self.padding[0], q)
-            # One token sees all there is. transformers knows that too, and takes a faster path than with a mask.
-            sees_all = q == 1 and not self._additive_mask
-            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, None if sees_all else mask, keep)
+            first = ends[0] - q - self.padding[0]
+            positions = self.cache.stage_run(first, q)
+            # transformers knows what a prompt sees, and that one token sees all: faster paths than with a mask.
+            is_known = (q == 1 or first == 0) and not self._additive_mask
+            mask = None if is_known else self.cache.mask_of(positions)
+            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, mask, keep)
         else:
             logits = self._forward(*self._columns(ids, ends, q), span=self._span(ends), keep=keep)
         self.cached = list(ends)

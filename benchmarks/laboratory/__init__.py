@@ -1,0 +1,1 @@
+"""Replays recorded answers of a target through learning recipes; `benchmarks/learning.py` is its command."""

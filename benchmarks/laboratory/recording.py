@@ -1,0 +1,232 @@
+"""
+What the target answers, with its distribution at every position: recorded once, kept as Parquet.
+
+Not covered: targets that do not fit beside their logits; a batch holds `batch_size * max_new_tokens` rows of them.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_osd.records import Observation
+
+from . import fingerprints
+
+# Prompts recorded between two writes of the file: what an interruption costs.
+_CHUNK = 128
+_COLUMNS = {
+    "prompt_ids": np.int32,
+    "output_ids": np.int32,
+    "teacher_ids": np.int32,  # (output * k,), row by row
+    "teacher_log_probs": np.float32,  # likewise
+    "teacher_tail": np.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingSettings:
+    """
+    How the target answers.
+
+    Args:
+        max_new_tokens (`int`, defaults to 64): Tokens of an answer, at most.
+        max_prompt_tokens (`int`, defaults to 400): Tokens of a prompt, its end, that are kept.
+        temperature (`float`, defaults to 0.0): 0 is greedy; otherwise answers are sampled at it. The recorded
+            distributions are those at temperature 1 in either case, as in serving.
+        top_k_teacher (`int`, defaults to 32): Log-probabilities kept at a position.
+        batch_size (`int`, defaults to 32): Prompts answered at a time; changes answers by rounding only.
+        seed (`int`, defaults to 0): Of the sampling.
+    """
+
+    max_new_tokens: int = 64
+    max_prompt_tokens: int = 400
+    temperature: float = 0.0
+    top_k_teacher: int = 32
+    batch_size: int = 32
+    seed: int = 0
+
+    def fingerprint(self, target: PreTrainedModel) -> str:
+        """Hash what an answer depends on, besides its prompt."""
+        settings = {name: value for name, value in asdict(self).items() if name != "batch_size"}
+        return fingerprints.of_values([settings, fingerprints.of_model(target)])
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], settings: RecordingSettings, models: Sequence[Any]
+) -> list[torch.Tensor]:
+    """Return each prompt as a user's turn (as it is, where there is no chat template), its end where it is long."""
+    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    limit = min([settings.max_prompt_tokens, *(size - settings.max_new_tokens for size in contexts if size)])
+    if limit < 1:
+        raise SystemExit(f"--max-new-tokens {settings.max_new_tokens} leaves no room for a prompt")
+    chat = tokenizer.chat_template is not None
+    texts = [_as_turn(tokenizer, prompt) if chat else prompt for prompt in prompts]
+    return [
+        torch.tensor(tokenizer(text, add_special_tokens=not chat)["input_ids"][-limit:], dtype=torch.long)
+        for text in texts
+    ]
+
+
+def _as_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def recorded(
+    path: Path,
+    prompts: Sequence[torch.Tensor],
+    target: PreTrainedModel,
+    settings: RecordingSettings,
+    tell: Callable[[int], None] = lambda done: None,
+) -> list[Observation]:
+    """
+    Return the target's answers to prompts: from the file as far as it has them, the rest now, into the file.
+
+    Args:
+        path (`Path`): Parquet file; made, continued, or replaced where it is of another target or other settings.
+        prompts (`Sequence[torch.LongTensor]`): Prompts of shape `(prompt,)`.
+        target ([`~transformers.PreTrainedModel`]): The target.
+        settings (`RecordingSettings`): How it answers.
+        tell (`Callable[[int], None]`, *optional*): Told how many answers there are, again and again.
+
+    Returns:
+        `list[Observation]`: One for each prompt, as if nothing had been drafted: `draft_ids` is -1 throughout.
+    """
+    fingerprint = settings.fingerprint(target)
+    known = _reusable(path, prompts, fingerprint)
+    tell(min(len(known), len(prompts)))
+    while len(known) < len(prompts):
+        chunk = prompts[len(known) : len(known) + _CHUNK]
+        torch.manual_seed(settings.seed + len(known))
+        known += answer(target, chunk, settings)
+        write(path, known, fingerprint)
+        tell(len(known))
+    return known[: len(prompts)]
+
+
+def _reusable(path: Path, prompts: Sequence[torch.Tensor], fingerprint: str) -> list[Observation]:
+    """Return what the file holds, if it begins with these prompts, or all it holds are the first of them."""
+    if not path.is_file():
+        return []
+    kept, observations = read(path)
+    same = all(torch.equal(one.prompt_ids, ids) for one, ids in zip(observations, prompts, strict=False))
+    return observations if kept == fingerprint and same else []
+
+
+def answer(target: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: RecordingSettings) -> list[Observation]:
+    """Answer prompts, those of similar length together; in the order given."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, Observation] = {}
+    for start in range(0, len(order), settings.batch_size):
+        indices = order[start : start + settings.batch_size]
+        batch = _answer_batch(target, [prompts[index] for index in indices], settings)
+        answers |= dict(zip(indices, batch, strict=True))
+    return [answers[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def _answer_batch(
+    target: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: RecordingSettings
+) -> list[Observation]:
+    input_ids, mask = _left_padded(prompts)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0.0:
+        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    ends = _ends(target)
+    text = target.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=ends[0] if ends else 0,
+        **sampling,
+    )
+    outputs = text[:, input_ids.shape[1] :]
+    logits = _logits(target, text, torch.cat((mask, torch.ones_like(outputs)), dim=1), outputs.shape[1])
+    return [
+        _observation(prompt, output[: _length(output, ends)], row, settings.top_k_teacher)
+        for prompt, output, row in zip(prompts, outputs, logits, strict=True)
+    ]
+
+
+def _left_padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    input_ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, -len(prompt) :] = prompt
+        mask[row, -len(prompt) :] = 1
+    return input_ids, mask
+
+
+def _logits(target: PreTrainedModel, text: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Logits that chose the last `count` tokens; `(batch, count, vocab)`."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = target(
+        input_ids=text[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], logits_to_keep=count
+    )
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
+def _ends(target: PreTrainedModel) -> list[int]:
+    ends = target.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _length(output: torch.Tensor, ends: list[int]) -> int:
+    """Tokens up to the first end of text, which belongs to the answer."""
+    places = torch.isin(output, torch.tensor(ends, dtype=torch.long)).nonzero()
+    return int(places[0]) + 1 if len(places) else len(output)
+
+
+def _observation(prompt: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, k: int) -> Observation:
+    log_probs = logits[: len(output)].float().log_softmax(-1)
+    top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
+    tail = (1.0 - top.values.exp().sum(-1)).clamp(min=0.0)
+    return _undrafted(prompt, output.clone(), top.indices, top.values, tail)
+
+
+def _undrafted(
+    prompt: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
+) -> Observation:
+    return Observation(
+        prompt, output, ids, log_probs, tail, torch.full_like(output, -1), torch.zeros_like(output, dtype=torch.bool)
+    )
+
+
+def write(path: Path, observations: Sequence[Observation], fingerprint: str) -> None:
+    """Write a recording, all of it or nothing."""
+    columns = {
+        name: pa.array([getattr(one, name).flatten().numpy().astype(kind) for one in observations])
+        for name, kind in _COLUMNS.items()
+    }
+    table = pa.table(columns).replace_schema_metadata({"hf_osd": json.dumps({"fingerprint": fingerprint})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    pq.write_table(table, unfinished, compression="zstd")
+    unfinished.replace(path)
+
+
+def read(path: Path) -> tuple[str, list[Observation]]:
+    """Return the fingerprint of a recording, and its requests."""
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"hf_osd"])
+    columns = [table[name] for name in _COLUMNS]
+    rows = zip(*columns, strict=True)
+    return about["fingerprint"], [
+        _row(*(torch.from_numpy(value.values.to_numpy().copy()) for value in row)) for row in rows
+    ]
+
+
+def _row(
+    prompt: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
+) -> Observation:
+    shape = (len(output), -1)
+    return _undrafted(prompt.long(), output.long(), ids.long().view(shape), log_probs.view(shape), tail)

@@ -1,0 +1,92 @@
+"""A stream through a recipe: each request is scored by the live draft before the draft learns from it."""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_osd.learning.background import OnlineLearner
+from hf_osd.records import Observation
+from hf_osd.serving.weights import LiveWeights
+
+from .recipes import Recipe
+from .scoring import Score, score
+
+_COUNTERS = ("updates", "failures", "steps", "positions", "last_loss")
+
+
+def replay(draft: PreTrainedModel, requests: Sequence[Observation], recipe: Recipe) -> dict[str, Any]:
+    """
+    Run a recipe over a stream.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): Where it starts; left as it is.
+        requests (`Sequence[Observation]`): The recorded stream.
+        recipe (`Recipe`): How to learn.
+
+    Returns:
+        `dict[str, Any]`: For each request, in order, the numbers of `Score`; the counters of the learner; seconds.
+    """
+    started = time.perf_counter()
+    live = copy.deepcopy(draft).eval()
+    weights = LiveWeights(live)  # kept here: the learner publishes through it
+    run = _train_then_score if recipe.epochs else _score_then_learn
+    scores, learned = run(live, weights, requests, recipe)
+    columns = {name: [round(getattr(one, name), 4) for one in scores] for name in Score.__slots__}
+    return {"scores": columns, "learned": learned, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _score_then_learn(
+    live: PreTrainedModel, weights: LiveWeights, requests: Iterable[Observation], recipe: Recipe
+) -> tuple[list[Score], dict[str, Any]]:
+    config = recipe.online_config()
+    learner = OnlineLearner(live, config, weights.publish)
+    scores = []
+    try:
+        for request in requests:
+            result, observation = score(live, request)
+            scores.append(result)
+            if config.learn:
+                learner.observe(observation)
+    finally:
+        learner.close()
+    return scores, _counters(learner)
+
+
+def _train_then_score(
+    live: PreTrainedModel, weights: LiveWeights, requests: Sequence[Observation], recipe: Recipe
+) -> tuple[list[Score], dict[str, Any]]:
+    """All of the stream goes into the buffer; one long update draws as many batches as make up the epochs."""
+    size = recipe.online_config().batch_size
+    steps = max(1, math.ceil(recipe.epochs * len(requests) / size))
+    falling = steps // 3
+    schedule = {"num_stable_steps": steps - falling, "num_decay_steps": max(falling, 1), "decay_type": "linear"}
+    config = recipe.online_config(
+        replay_size=len(requests),
+        update_every=len(requests) + 1,  # none before the one that is asked for
+        steps_per_update=steps,
+        training_arguments={"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule},
+    )
+    learner = OnlineLearner(live, config, weights.publish)
+    try:
+        for request in requests:
+            learner.observe(score(live, request)[1])
+        with warnings.catch_warnings():  # the trainer's own number of steps, which stands for no end, is not used
+            warnings.filterwarnings("ignore", "Both num_training_steps")
+            learner.update()
+    finally:
+        learner.close()
+    return [score(live, request)[0] for request in requests], _counters(learner)
+
+
+def _counters(learner: OnlineLearner) -> dict[str, Any]:
+    journal = learner.journal.to_dict()
+    return (
+        {name: getattr(learner, name) for name in _COUNTERS}
+        | {"seconds": round(learner.seconds, 1)}
+        | {"journal": {name: journal[name] for name in ("updates", "drifts")}}
+    )

@@ -1,0 +1,180 @@
+"""
+Replay recorded answers of a target through learning recipes; each request is scored before it is learned from.
+
+    python benchmarks/learning.py --recordings recordings --output results              # the embedded pair
+    python benchmarks/learning.py --target T --draft D --prompts spider=spider.jsonl --prompts gsm8k=gsm8k.jsonl \
+        --recordings recordings --output results --preset full --streams spider gsm8k shift return
+
+docs/laboratory.md says what the figures are.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import PAIR, load_pair, read_prompts
+from laboratory import fingerprints, plots, report
+from laboratory.goals import Run
+from laboratory.recipes import RECIPES, USUAL, Recipe, choose, load_recipes
+from laboratory.recording import RecordingSettings, prompt_tokens, recorded
+from laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
+from laboratory.streams import PRESETS, Sizes, Stream, make
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TaskID
+from transformers.utils import logging as transformers_logging
+
+from hf_osd.errors import MissingDependencyError
+from hf_osd.records import Observation
+
+_ENOUGH = 1_000_000  # prompts: all of them
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", help="Hub id or folder; the embedded pair by default")
+    parser.add_argument("--draft")
+    parser.add_argument(
+        "--prompts", action="append", default=[], metavar="NAME=FILE", help=".jsonl with a prompt column; repeat it"
+    )
+    parser.add_argument("--recordings", type=Path, default=Path("recordings"), help="folder of the target's answers")
+    parser.add_argument("--output", type=Path, default=Path("laboratory"), help="folder of runs and reports")
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="lengths of the streams")
+    for size in fields(Sizes):
+        parser.add_argument(f"--{size.name}", type=int, metavar="REQUESTS", help="instead of the preset's")
+    parser.add_argument(
+        "--streams", nargs="+", help="domains, and shift, gradual, mix, return, or e.g. shift:spider,gsm8k"
+    )
+    parser.add_argument("--recipes", nargs="+", default=list(USUAL), help="names or families, or all")
+    parser.add_argument("--recipes-file", type=Path, default=RECIPES)
+    for setting in fields(RecordingSettings):
+        if setting.name != "top_k_teacher":
+            kind = type(setting.default)
+            parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=setting.default)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument("--any-library", action="store_true", help="take results of other versions of hf_osd as well")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Record what is missing, run what is missing, report."""
+    options = parse(arguments)
+    try:
+        plots.require_matplotlib()
+        recipes = choose(load_recipes(options.recipes_file), options.recipes)
+        prompts = _prompts(options.prompts)
+        streams = _streams(options, {name: len(found) for name, found in prompts.items()})
+    except (ValueError, OSError, MissingDependencyError) as error:
+        sys.exit(str(error))
+    torch.set_num_threads(1 if options.jobs == 1 else min(options.jobs, os.cpu_count() or 1))
+    transformers_logging.disable_progress_bar()
+    pair = target, draft, _ = load_pair(options.target, options.draft)
+    recordings, files = _record(options, prompts, _needed(streams), pair)
+    tasks = make_tasks(streams, recipes, recordings, draft, options.output / "runs")
+    results = run_all(tasks, _runner(options, draft, recordings, files), _tell, options.any_library)
+    measured = [(stream, _runs(stream, recipes, results)) for stream in streams]
+    about = {"pair": {"target": _about(target), "draft": _about(draft)}, "max_new_tokens": options.max_new_tokens}
+    _write(report.document({**about, "temperature": options.temperature}, measured), options.output)
+
+
+def _prompts(named: Sequence[str]) -> dict[str, list[str]]:
+    if not named:
+        return {"stdlib": read_prompts(None, _ENOUGH)}
+    pairs = [one.partition("=") for one in named]
+    if wrong := [name for name, _, path in pairs if not name or not path]:
+        raise ValueError(f"--prompts takes NAME=FILE, got {wrong[0]}")
+    return {name: read_prompts(path, _ENOUGH) for name, _, path in pairs}
+
+
+def _streams(options: argparse.Namespace, available: dict[str, int]) -> list[Stream]:
+    chosen = {size.name: getattr(options, size.name) for size in fields(Sizes)}
+    sizes = replace(PRESETS[options.preset], **{name: value for name, value in chosen.items() if value is not None})
+    return [make(spec, available, sizes) for spec in options.streams or available]
+
+
+def _settings(options: argparse.Namespace) -> RecordingSettings:
+    names = (one.name for one in fields(RecordingSettings))
+    return RecordingSettings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+def _needed(streams: Sequence[Stream]) -> dict[str, int]:
+    needed: dict[str, int] = {}
+    for stream in streams:
+        for domain, count in stream.needed().items():
+            needed[domain] = max(needed.get(domain, 0), count)
+    return needed
+
+
+def _record(
+    options: argparse.Namespace, prompts: dict[str, list[str]], needed: dict[str, int], pair: tuple[Any, Any, Any]
+) -> tuple[dict[str, list[Observation]], dict[str, Path]]:
+    """Return the recordings of each domain, and their files."""
+    target, draft, tokenizer = pair
+    settings = _settings(options)
+    folder = options.recordings / settings.fingerprint(target)
+    files = {domain: folder / f"{domain}.parquet" for domain in needed}
+    recordings = {}
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        for domain, count in needed.items():
+            tokens = prompt_tokens(tokenizer, prompts[domain][:count], settings, (target, draft))
+            line = progress.add_task(f"recording {domain}", total=count)
+            tell = partial(_advance, progress, line)
+            recordings[domain] = recorded(files[domain], tokens, target, settings, tell)
+    return recordings, files
+
+
+def _advance(progress: Progress, line: TaskID, done: int) -> None:
+    progress.update(line, completed=done)
+
+
+def _runner(options: argparse.Namespace, draft: Any, recordings: Any, files: dict[str, Path]) -> Any:
+    def run(tasks: Sequence[Task]) -> Iterator[Task]:
+        if options.jobs == 1:
+            return run_here(tasks, draft, recordings)
+        source = options.draft or str(PAIR / "draft")
+        return run_in_processes(tasks, source, files, min(options.jobs, len(tasks)))
+
+    return run
+
+
+def _tell(task: Task, fresh: bool) -> None:
+    result = task.finished(any_library=True)
+    seconds = f"{result['seconds']:.0f} s" if fresh and result else "kept"
+    print(f"{task.stream.name}: {task.recipe.name}: {seconds}", flush=True)
+
+
+def _runs(stream: Stream, recipes: Sequence[Recipe], results: dict[tuple[str, str], Any]) -> list[Run]:
+    return [Run(recipe, results[stream.name, recipe.name]) for recipe in recipes]
+
+
+def _about(model: Any) -> dict[str, Any]:
+    return {"parameters": model.num_parameters(), "fingerprint": fingerprints.of_model(model)}
+
+
+def _write(found: dict[str, Any], folder: Path) -> None:
+    (folder / "learning.json").write_text(_compact(found) + "\n", encoding="utf-8")
+    text = "\n".join((report.markdown(found), report.summary(found)))
+    (folder / "learning.md").write_text(text + "\n", encoding="utf-8")
+    plots.write_plot(found, folder / "learning.png")
+    print(text)
+
+
+def _compact(value: Any, indent: str = "") -> str:
+    """Return JSON with a line for each entry of an object, and each list on its line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    lines = [f"{indent}  {json.dumps(key)}: {_compact(one, indent + '  ')}" for key, one in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What learning did, request by request and update by update; for reports. Bounded, in memory."""
+
+import threading
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Decision = Literal["published", "held", "refused", "rolled back", "restored", "failed"]
+
+_ENTRIES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedRequest:
+    """
+    How the live draft did on a request before anything was learned from it.
+
+    Attributes:
+        request (`int`): Its number, from 1.
+        acceptance (`float`): Positions where the draft's choice was the target's, in [0, 1].
+        positions (`int`): Positions of its output.
+        accepted (`float`): Tokens of a proposal that the target would take on average.
+    """
+
+    request: int
+    acceptance: float
+    positions: int
+    accepted: float
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """
+    One update of the draft, and what the gate made of it.
+
+    Attributes:
+        request (`int`): Requests recorded when it ended.
+        decision (`str`): `"published"`; `"held"`, where nothing speaks for or against it yet; `"refused"`;
+            `"rolled back"`, refused together with what the training copy had learned since the live weights;
+            `"restored"`, where older weights went live instead; `"failed"`.
+        reason (`str`): In words.
+        loss (`float`, *optional*): Mean loss of its steps, in nats.
+        learning_rate (`float`, *optional*): Of its last step.
+        gain (`float`, *optional*): Accepted tokens a round of the new weights over those of the live ones, by held-out
+            requests.
+        uncertainty (`float`, *optional*): Standard error of `gain`.
+        seconds (`float`): Time it took, without pauses.
+    """
+
+    request: int
+    decision: Decision
+    reason: str
+    loss: float | None = None
+    learning_rate: float | None = None
+    gain: float | None = None
+    uncertainty: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """
+    A change of the traffic: the acceptance of late is far below that of a long time.
+
+    Attributes:
+        request (`int`): Requests recorded when it was noticed.
+        short (`float`): Moving average of the acceptance over the last few requests.
+        long (`float`): The same over many.
+    """
+
+    request: int
+    short: float
+    long: float
+
+
+class Journal:
+    """The latest entries of each kind. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[type, deque[Any]] = {
+            kind: deque(maxlen=_ENTRIES) for kind in (JudgedRequest, UpdateRecord, Drift)
+        }
+
+    def add(self, entry: JudgedRequest | UpdateRecord | Drift) -> None:
+        """Note an entry; the oldest of its kind may leave."""
+        with self._lock:
+            self._entries[type(entry)].append(entry)
+
+    @property
+    def requests(self) -> list[JudgedRequest]:
+        """Judged requests, oldest first."""
+        return self._copy(JudgedRequest)
+
+    @property
+    def updates(self) -> list[UpdateRecord]:
+        """Updates, oldest first."""
+        return self._copy(UpdateRecord)
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """Changes of the traffic, oldest first."""
+        return self._copy(Drift)
+
+    def _copy(self, kind: type) -> list[Any]:
+        with self._lock:
+            return list(self._entries[kind])
+
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """Return everything, ready for JSON."""
+        kinds: dict[str, list[Any]] = {"requests": self.requests, "updates": self.updates, "drifts": self.drifts}
+        return {name: [asdict(entry) for entry in entries] for name, entries in kinds.items()}

@@ -1,0 +1,137 @@
+"""What the draft writes itself, with the target's opinion of it: the student's side of generalised distillation."""
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import OnlineConfig
+from ..records import Observation
+from .collation import ObservationCollator
+from .forwards import forward_parameters, longest_request, verified_logits
+
+
+class OnPolicySource:
+    """
+    Replaces the outputs of some batches by what the training copy writes to the same prompts, sampled as it is.
+
+    On-policy distillation, https://arxiv.org/abs/2306.13649, algorithm 1; "student" and "mixed" sampling of Online
+    Speculative Decoding.
+
+    Args:
+        sample (`Callable[[int], list[Observation]]`): Draws recorded requests.
+        student (`torch.nn.Module`): The training copy.
+        target (`PreTrainedModel`): Runs over what the student wrote.
+        config (`OnlineConfig`): `lmbda`, `top_k_teacher`, `max_length` and `seed`.
+        pause (`Callable[[], object]`, *optional*): Called after each forward pass.
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[int], list[Observation]],
+        student: Any,
+        target: PreTrainedModel,
+        config: OnlineConfig,
+        pause: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._sample, self._student, self._target, self._pause = sample, student, target, pause
+        self._lmbda, self._top_k = config.lmbda, config.top_k_teacher
+        self._parameters = forward_parameters(student), forward_parameters(target)
+        self._length = min(longest_request(model, config.max_length) for model in (student, target))
+        self._last_position = longest_request(student, sys.maxsize) - 1
+        self._collate = ObservationCollator(self._length, "all")
+        self._coin = random.Random(config.seed)
+        self._generator = torch.Generator().manual_seed(config.seed)
+
+    def sample(self, size: int) -> list[Observation]:
+        """Draw a batch: recorded, or with the student's outputs."""
+        observations = self._sample(size)
+        if self._coin.random() >= self._lmbda:
+            return observations
+        return self._judged(self._written(observations))
+
+    @torch.no_grad()
+    def _written(self, observations: list[Observation]) -> list[Observation]:
+        """The same requests, each with as many tokens of the student's own."""
+        self._student.eval()  # the trainer turns its dropout on again
+        device = next(self._student.parameters()).device
+        prompts = self._collate([_with_output(one, one.output_ids[:1]) for one in observations])
+        inputs = {name: prompts[name].to(device) for name in ("input_ids", "attention_mask", "position_ids")}
+        counts = [min(len(observation.output_ids), self._length) for observation in observations]
+        written = self._continue(inputs, max(counts))
+        return [
+            _with_output(observation, text[:count])
+            for observation, text, count in zip(observations, written, counts, strict=True)
+        ]
+
+    def _continue(self, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
+        """Sample so many tokens after left-padded prompts, without the global random state; `(batch, count)`."""
+        mask, position, cache = inputs["attention_mask"], inputs["position_ids"], None
+        fed, tokens = inputs["input_ids"], []
+        for _ in range(count):
+            options = {"position_ids": position} if "position_ids" in self._parameters[0] else {}
+            outputs = self._student(
+                input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+            )
+            probabilities = outputs.logits[:, -1].float().softmax(dim=-1).cpu()
+            fed = torch.multinomial(probabilities, 1, generator=self._generator).to(mask.device)
+            # Long prompts of a batch get as many tokens as the others; what is too much is cut off, or nonsense.
+            cache, position = outputs.past_key_values, (position[:, -1:] + 1).clamp(max=self._last_position)
+            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+            tokens.append(fed)
+            self._pause()
+        return torch.cat(tokens, dim=1).cpu()
+
+    @torch.no_grad()
+    def _judged(self, observations: list[Observation]) -> list[Observation]:
+        """The same requests with the target's distributions."""
+        with torch.autocast(self._target.device.type, enabled=False):
+            logits = self._logits(self._target, observations, self._parameters[1]).float()
+        top = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
+        log_probs = (top.values - logits.logsumexp(dim=-1, keepdim=True)).cpu()
+        tail = (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)
+        ids = top.indices.cpu()
+        return [
+            _with_teacher(observation, ids[row], log_probs[row], tail[row])
+            for row, observation in enumerate(observations)
+        ]
+
+    def _logits(self, model: nn.Module, observations: list[Observation], parameters: set[str]) -> torch.Tensor:
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in self._collate(observations).items()}
+        return verified_logits(model, batch, parameters)
+
+
+def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:
+    """A request with another output, of which nobody has said anything yet."""
+    count = len(output_ids)
+    nobody = torch.zeros(count, 1)
+    return Observation(
+        prompt_ids=observation.prompt_ids,
+        output_ids=output_ids,
+        teacher_ids=nobody.long(),
+        teacher_log_probs=nobody,
+        teacher_tail=nobody[:, 0],
+        draft_ids=output_ids,
+        accepted=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def _with_teacher(
+    observation: Observation, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
+) -> Observation:
+    """A request whose last positions are those that the target was asked about."""
+    count = len(observation.output_ids)
+    return Observation(
+        prompt_ids=observation.prompt_ids,
+        output_ids=observation.output_ids,
+        teacher_ids=ids[-count:],
+        teacher_log_probs=log_probs[-count:],
+        teacher_tail=tail[-count:],
+        draft_ids=observation.draft_ids,
+        accepted=observation.output_ids == ids[-count:, 0],
+    )

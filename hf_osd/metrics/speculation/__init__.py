@@ -1,0 +1,1 @@
+"""The metric of speculative decoding; a folder of its own, as `evaluate` wants it."""

@@ -1,0 +1,232 @@
+"""
+Prometheus metrics of assistants, read from their counters when Prometheus asks for them; serving pays nothing.
+
+Not covered: prometheus_client's multiprocess mode, which holds values in files of its own; give each process a port.
+"""
+
+import re
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+from .errors import ConfigError, MissingDependencyError
+from .learning.journal import Decision, Journal
+from .reporting import mean_acceptance
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+    Family = CounterMetricFamily | GaugeMetricFamily
+
+__all__ = ["register", "unregister"]
+
+_RECENT = 100  # requests that the gauge of the acceptance looks back over
+_LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
+
+# By field of `OnlineStats`: what Prometheus shows as help.
+_COUNTERS = {
+    "requests": "Prompts served; a batch counts each of its rows.",
+    "generated_tokens": "Tokens generated.",
+    "target_passes": "Forward passes of the target, counted once for each row that was still going on.",
+    "proposed_tokens": "Tokens that the draft chose.",
+    "draft_tokens": "Tokens of the draft that the target judged.",
+    "accepted_tokens": "Tokens of the draft that the target accepted.",
+    "lookup_tokens": "Tokens looked up in the text that the target judged.",
+    "accepted_lookup_tokens": "Tokens looked up in the text that the target accepted.",
+    "learned_steps": "Steps of the optimiser.",
+    "learned_positions": "Positions learned from, counted once a step.",
+    "decode_seconds": "Wall time of decoding, summed over calls.",
+    "draft_seconds": "Part of it that the draft took.",
+    "verify_seconds": "Part of it that the target took.",
+    "accept_seconds": "Part of it that comparing the two took.",
+    "record_seconds": "Part of it that recording took.",
+    "learn_seconds": "Wall time of training, without pauses.",
+}
+_GAUGES = {
+    "tokens_per_target_pass": "Tokens that a pass of the target yields, since the start.",
+    "recent_acceptance_ratio": f"Positions of the last {_RECENT} judged requests where the draft chose as the target.",
+}
+_UPDATES = "Updates of the draft, by what the gate decided."
+_DRIFTS = "Changes of the traffic that were noticed."
+
+
+class Assistant(Protocol):
+    """What monitoring reads of an [`OnlineAssistant`]."""
+
+    @property
+    def journal(self) -> Journal:
+        """What learning did."""
+        ...
+
+    def stats(self) -> Any:
+        """Return the counters, an `OnlineStats`, as they are now."""
+        ...
+
+
+def register(
+    assistant: Assistant, registry: "CollectorRegistry | None" = None, labels: Mapping[str, str] | None = None
+) -> None:
+    """
+    Show an assistant's counters to Prometheus, for as long as the assistant lives; monitoring does not keep it alive.
+
+    Counters are those of [`OnlineStats`], named `hf_osd_requests_total`, `hf_osd_accepted_tokens_total`,
+    `hf_osd_learn_seconds_total` and so on, with `hf_osd_updates_total` by `decision` and `hf_osd_drifts_total`; gauges
+    are `hf_osd_recent_acceptance_ratio`, over the last 100 judged requests, and `hf_osd_tokens_per_target_pass`.
+
+    Args:
+        assistant (`OnlineAssistant`): What to show. May be registered in several registries.
+        registry ([`~prometheus_client.CollectorRegistry`], *optional*): Defaults to that of `prometheus_client`.
+        labels (`Mapping[str, str]`, *optional*): Put on every metric of this assistant. Assistants that share a
+            registry need the same names and different values. Registering one again changes its labels.
+
+    Raises:
+        MissingDependencyError: `prometheus_client` is not installed.
+        ConfigError: A label has no valid name, or the labels do not tell the assistant from others in the registry.
+
+    Example:
+
+    ```python
+    >>> from prometheus_client import start_http_server
+    >>> hf_osd.monitoring.register(assistant, labels={"draft": "qwen3-0.6b"})
+    >>> start_http_server(9400)
+    ```
+    """
+    registry = _resolve(registry)
+    labels = {name: str(value) for name, value in (labels or {}).items()}
+    for name in labels:
+        if not _LABEL.fullmatch(name) or name == "decision":
+            raise ConfigError(f"labels: {name!r} is no name of a label, or is taken")
+    with _lock:
+        collector = _collectors.get(registry)
+        if collector is None:
+            collector = _Collector()
+            registry.register(collector)
+            _collectors[registry] = collector
+        collector.add(assistant, labels)
+
+
+def unregister(assistant: Assistant, registry: "CollectorRegistry | None" = None) -> None:
+    """
+    Show an assistant no longer, though it lives. Does nothing where it is not registered.
+
+    Args:
+        assistant (`OnlineAssistant`): What to hide.
+        registry ([`~prometheus_client.CollectorRegistry`], *optional*): Defaults to that of `prometheus_client`.
+
+    Raises:
+        MissingDependencyError: `prometheus_client` is not installed.
+    """
+    collector = _collectors.get(_resolve(registry))
+    if collector is not None:
+        collector.remove(assistant)
+
+
+def _resolve(registry: "CollectorRegistry | None") -> "CollectorRegistry":
+    try:
+        from prometheus_client import REGISTRY
+    except ImportError as error:
+        raise MissingDependencyError('monitoring needs prometheus_client: pip install "hf-osd[prometheus]"') from error
+    return REGISTRY if registry is None else registry
+
+
+class _Tally:
+    """Counts what passes through a bounded list, of which only the latest entries are there to see."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._last: object = None
+
+    def take(self, entries: Sequence[Any], name: Callable[[Any], str]) -> None:
+        """Count the entries that came since the last time; `name` says what to count one as."""
+        fresh = list(takewhile(lambda entry: entry is not self._last, reversed(entries)))
+        self.counts.update(map(name, fresh))
+        self._last = entries[-1] if entries else self._last
+
+
+class _Source:
+    """One assistant in a registry."""
+
+    def __init__(self, assistant: Assistant, labels: dict[str, str]) -> None:
+        self.assistant = weakref.ref(assistant)
+        self.labels = labels
+        self.updates, self.drifts = _Tally(), _Tally()
+
+
+class _Collector:
+    """All assistants of one registry: a metric may be shown only once, with the samples of each of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sources: list[_Source] = []
+
+    def add(self, assistant: Assistant, labels: dict[str, str]) -> None:
+        with self._lock:
+            others = self._others(assistant)
+            for other in others:
+                if other.labels.keys() != labels.keys() or other.labels == labels:
+                    raise ConfigError(
+                        "labels must tell the assistants of a registry apart, by the same names: one of them has "
+                        f"{other.labels}, got {labels}"
+                    )
+            self._sources = [*others, _Source(assistant, labels)]
+
+    def remove(self, assistant: Assistant) -> None:
+        with self._lock:
+            self._sources = self._others(assistant)
+
+    def _others(self, assistant: Assistant) -> list[_Source]:
+        """Return the living but this one."""
+        return [source for source in self._sources if source.assistant() not in (None, assistant)]
+
+    def describe(self) -> "Iterable[Family]":
+        """Return the names, which prometheus_client then keeps others from using."""
+        return _Families([]).all.values()
+
+    def collect(self) -> "Iterable[Family]":
+        """Return the metrics as they are now."""
+        with self._lock:
+            living = [(source, kept) for source in self._sources if (kept := source.assistant()) is not None]
+            families = _Families([*living[0][0].labels] if living else [])
+            for source, assistant in living:
+                families.add(source, assistant)
+        return families.all.values()
+
+
+class _Families:
+    """The metrics of one answer to Prometheus."""
+
+    def __init__(self, labels: list[str]) -> None:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        self._labels = labels
+        self.all: dict[str, Family] = {
+            name: CounterMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _COUNTERS.items()
+        }
+        self.all["updates"] = CounterMetricFamily("hf_osd_updates", _UPDATES, labels=[*labels, "decision"])
+        self.all["drifts"] = CounterMetricFamily("hf_osd_drifts", _DRIFTS, labels=labels)
+        self.all |= {name: GaugeMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _GAUGES.items()}
+
+    def add(self, source: _Source, assistant: Assistant) -> None:
+        values = [source.labels[name] for name in self._labels]
+        self._add_stats(values, assistant.stats())
+        journal = assistant.journal
+        source.updates.take(journal.updates, lambda update: update.decision)
+        source.drifts.take(journal.drifts, lambda drift: "noticed")
+        for decision in get_args(Decision):
+            self.all["updates"].add_metric([*values, decision], source.updates.counts[decision])
+        self.all["drifts"].add_metric(values, source.drifts.counts["noticed"])
+        acceptance = mean_acceptance(journal.requests[-_RECENT:])
+        if acceptance is not None:
+            self.all["recent_acceptance_ratio"].add_metric(values, acceptance)
+
+    def _add_stats(self, values: list[str], stats: Any) -> None:
+        for name in (*_COUNTERS, "tokens_per_target_pass"):
+            self.all[name].add_metric(values, getattr(stats, name))
+
+
+_lock = threading.Lock()
+_collectors: "weakref.WeakKeyDictionary[CollectorRegistry, _Collector]" = weakref.WeakKeyDictionary()

@@ -1,0 +1,86 @@
+"""What an assistant has done so far, in numbers."""
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineStats:
+    """
+    What an [`OnlineAssistant`] has done so far.
+
+    Attributes:
+        requests (`int`): Prompts served; a batch counts each of its rows.
+        generated_tokens (`int`): Tokens generated.
+        target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
+        proposed_tokens (`int`): Tokens that the draft chose.
+        draft_tokens (`int`): Those that the target judged: up to and including the first wrong one of each round.
+            Later ones follow a wrong token and say nothing about the draft.
+        accepted_tokens (`int`): Those that were right.
+        lookup_tokens (`int`): Tokens guessed from the text that were submitted and judged.
+        accepted_lookup_tokens (`int`): Those that the target accepted.
+        updates (`int`): Times that new weights were published.
+        failed_updates (`int`): Updates that were given up; serving went on with the old weights.
+        decode_seconds (`float`): Wall time of decoding, summed over calls.
+        learn_seconds (`float`): Wall time of training, without pauses.
+        learned_steps (`int`): Steps of the optimiser.
+        learned_positions (`int`): Positions that these learned from, counted once a step.
+    """
+
+    requests: int = 0
+    generated_tokens: int = 0
+    target_passes: int = 0
+    proposed_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    lookup_tokens: int = 0
+    accepted_lookup_tokens: int = 0
+    updates: int = 0
+    failed_updates: int = 0
+    decode_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    record_seconds: float = 0.0
+    learn_seconds: float = 0.0
+    learned_steps: int = 0
+    learned_positions: int = 0
+
+    def __sub__(self, earlier: "OnlineStats") -> "OnlineStats":
+        """
+        Return what happened since `earlier`: the difference of every counter, and so the rates of that time alone.
+
+        Args:
+            earlier (`OnlineStats`): What [`OnlineAssistant.stats`] returned before.
+
+        Example:
+
+        ```python
+        >>> before = assistant.stats()
+        >>> output = hf_osd.generate(target, **inputs, online_assistant=assistant)
+        >>> (assistant.stats() - before).acceptance_rate  # of this request
+        ```
+        """
+        if not isinstance(earlier, OnlineStats):
+            return NotImplemented
+        counters = (field.name for field in fields(self))
+        return OnlineStats(**{name: getattr(self, name) - getattr(earlier, name) for name in counters})
+
+    @property
+    def acceptance_rate(self) -> float:
+        """`accepted_tokens / draft_tokens`: how likely a drafted token is accepted (alpha in the literature)."""
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        """Tokens that one forward of the target yields for one request; 1.0 is plain decoding."""
+        return self.generated_tokens / self.target_passes if self.target_passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens by second of decoding."""
+        return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Return all fields and rates, ready for JSON."""
+        rates = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second")
+        return {**asdict(self), **{name: getattr(self, name) for name in rates}}
