@@ -424,3 +424,15 @@ def test_concurrent_requests() -> None:
     assert not errors
     assert 4 <= learner.updates == len(live.published) <= 12
     learner.close()
+
+
+@pytest.mark.parametrize("settings", [{"full_teacher": True}, {"lmbda": 1.0}])
+def test_updates_that_run_the_target_succeed(settings: dict[str, Any]) -> None:
+    """Catches batches that the target cannot take, which failed every update with `full_teacher`."""
+    live = Live()
+    config = OnlineConfig(update_every=2, batch_size=2, gate=False, **settings)
+    learner = OnlineLearner(live.draft, config, live.publish, TARGET)
+    for number in range(4):
+        learner.observe(request(live.draft, number))
+    learner.close()
+    assert (learner.updates, learner.failures) == (2, 0)
