@@ -280,13 +280,10 @@ def _saved_config(config: OnlineConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        sorted(value)
-        if isinstance(value, set | frozenset)
-        else dict(value)
-        if isinstance(value, Mapping)
-        else str(value)
-    )
+    """What JSON does not know of an adapter's config or of read-only mappings."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def _load_config(path: Path) -> OnlineConfig:

@@ -5,6 +5,11 @@ import torch
 from ..records import Observation
 
 
+def teaches(observation: Observation, positions: str) -> bool:
+    """Whether a request has any of the `positions` to learn from; see [`ObservationCollator`]."""
+    return positions == "all" or bool(observation.rejected.any())
+
+
 class ObservationCollator:
     """
     Pads requests to one batch, right-aligned, so that the positions to learn from are the last ones of every row.

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,16 +109,15 @@ class OnPolicySource:
 
 def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:
     """A request with another output, of which nobody has said anything yet."""
-    count = len(output_ids)
-    nobody = torch.zeros(count, 1)
-    return Observation(
-        prompt_ids=observation.prompt_ids,
+    nobody = torch.zeros(len(output_ids), 1)
+    return replace(
+        observation,
         output_ids=output_ids,
         teacher_ids=nobody.long(),
         teacher_log_probs=nobody,
         teacher_tail=nobody[:, 0],
         draft_ids=output_ids,
-        accepted=torch.zeros(count, dtype=torch.bool),
+        accepted=nobody[:, 0].bool(),
     )
 
 
@@ -126,12 +126,10 @@ def _with_teacher(
 ) -> Observation:
     """A request whose last positions are those that the target was asked about."""
     count = len(observation.output_ids)
-    return Observation(
-        prompt_ids=observation.prompt_ids,
-        output_ids=observation.output_ids,
+    return replace(
+        observation,
         teacher_ids=ids[-count:],
         teacher_log_probs=log_probs[-count:],
         teacher_tail=tail[-count:],
-        draft_ids=observation.draft_ids,
         accepted=observation.output_ids == ids[-count:, 0],
     )

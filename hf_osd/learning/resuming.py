@@ -8,6 +8,7 @@ import torch
 
 from ..errors import LearningError
 from ..records import Observation
+from .collation import teaches
 from .storage import Snapshot, StateDirectory, read_state, write_state
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _refill(loop: "TrainingLoop", saved: Mapping[str, Any] | None, observations:
         loop.replay.load_state_dict(observations, saved)
         return
     # Redacted, or from a directory, which knows only their order: some have been learned from, so none is a test.
-    useful = [one for one in observations if loop.config.positions == "all" or bool(one.rejected.any())]
+    useful = [observation for observation in observations if teaches(observation, loop.config.positions)]
     loop.replay.load_state_dict(useful, {**loop.replay.state_dict(), "parts": [0, len(useful), 0]})
 
 

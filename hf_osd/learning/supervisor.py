@@ -17,6 +17,7 @@ from ..config import OnlineConfig
 from ..errors import LearningError
 from ..records import Observation
 from .archive import Archive, Checkpoint
+from .collation import teaches
 from .drift import MovingAverage, ShortfallSum
 from .gate import Comparison, compare
 from .journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
@@ -125,7 +126,7 @@ class Supervisor:
         self.fresh += 1
         self._untaught.append((observation, live))
         self.journal.add(JudgedRequest(self.requests, live.acceptance, live.positions, live.accepted))
-        if self._config.positions == "all" or bool(observation.rejected.any()):
+        if teaches(observation, self._config.positions):
             self.replay.add(observation)
         usual = self._long.value if self._long.count else live.acceptance
         self._long.add(live.acceptance)
