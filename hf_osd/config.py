@@ -72,16 +72,18 @@ class OnlineConfig:
             [0, 1]; the target then runs over them. 0.0 learns from what the target wrote, 1.0 from what the draft
             writes, 0.5 from a mix: the three sampling sources of Online Speculative Decoding.
         gate (`bool`, defaults to `True`):
-            Publish only what held-out requests show to be better, and fall back to earlier weights where the live ones
-            are worse. Holds out one request of four until newer ones take its place. `False` publishes every update.
+            Publish only what held-out requests show to be better, as far on the way to what was learned as pays, and
+            fall back to earlier weights where the live ones are worse. Holds out one request of four until newer ones
+            take its place. `False` publishes every update.
         archive_size (`int`, defaults to 4):
             Drafts of earlier traffic to keep, in memory on the CPU, for when it comes back; besides the initial
             weights.
         learning_rate (`float`, defaults to 1e-3):
             Step size to begin with; see `adaptive_learning_rate`.
         adaptive_learning_rate (`bool`, defaults to `True`):
-            Let the gate find the step size: up while updates help, down where they harm, and back to `learning_rate`
-            when the traffic changes. `False`, or `gate=False`, uses `learning_rate` as it is.
+            Let the gate find the step size: up while updates help, down where they harm or a part of them is better,
+            and back to `learning_rate` when the traffic changes. `False`, or `gate=False`, uses `learning_rate` as it
+            is.
         max_length (`int`, defaults to 1024):
             Tokens of a request (its end) that one training example keeps.
         full_teacher (`bool`, defaults to `False`):

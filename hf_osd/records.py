@@ -1,4 +1,4 @@
-"""The shared vocabulary: what serving hands to learning. Plain data, no behaviour beyond counting."""
+"""The shared vocabulary: what serving hands to learning. Plain data, and how a distribution becomes part of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,3 +90,21 @@ class Observation:
     def rejected(self) -> torch.Tensor:
         """Positions where the draft proposed a token and the target refused it; `(output,)`, bool."""
         return (self.draft_ids >= 0) & ~self.accepted
+
+
+def sparse_teacher(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    What an [`Observation`] keeps of the target's distributions.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(..., vocab)`): Raw logits.
+        k (`int`): Tokens to keep; all, where there are fewer.
+
+    Returns:
+        `tuple(torch.LongTensor, torch.FloatTensor, torch.FloatTensor)`: The most likely tokens, best first, and their
+        log-probabilities, of shape `(..., k)`; the probability of all others together, of shape `(...)`. On the
+        device of the logits.
+    """
+    top = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
+    return top.indices, log_probs, (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)

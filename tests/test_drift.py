@@ -1,16 +1,18 @@
-"""Sums of shortfalls and moving averages, against the definitions."""
+"""Sums of shortfalls, and how unusual they are, against the definitions."""
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from traffic import request
 
-from hf_osd.learning.drift import MovingAverage, ShortfallSum
+from hf_osd.learning.drift import _FEW, _PRIOR_SPREAD, ShortfallSum, errors_below
 from hf_osd.records import Observation
 
 SHORTFALLS = st.lists(st.integers(-10, 10), min_size=1, max_size=60)  # tenths: exact sums
+RATES = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40)
 REQUESTS = [request(number) for number in range(12)]
 
 
@@ -77,27 +79,44 @@ def test_a_shortfall_that_is_no_number_raises_no_alarm_for_ever() -> None:
     assert alarm.add(0.9, REQUESTS[0])
 
 
-@given(values=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=30), span=st.integers(1, 10))
-def test_moving_average(values: list[float], span: int) -> None:
-    """Catches a first value that weighs for ever, an average outside its values, and a wrong span."""
-    average = MovingAverage(span)
-    expected = 0.0
-    for number, value in enumerate(values, start=1):
-        average.add(value)
-        share = 1.0 / min(number, span)
-        expected = (1.0 - share) * expected + share * value
-        assert average.value == pytest.approx(expected, abs=1e-12)
-        if number <= span:
-            assert average.value == pytest.approx(sum(values[:number]) / number, abs=1e-12)
-    assert min(values) - 1e-12 <= average.value <= max(values) + 1e-12
+@given(shortfalls=SHORTFALLS)
+def test_it_counts_the_requests_since_the_sum_left_zero(shortfalls: list[int]) -> None:
+    """Catches a count of all requests, one that stops at the suspects that are kept, and one that outlives the sum."""
+    alarm = ShortfallSum(5)
+    for number, shortfall in enumerate(shortfalls, start=1):
+        alarm.add(shortfall, REQUESTS[0])
+        totals = [largest_sum(shortfalls[:until]) for until in range(number + 1)]
+        assert alarm.count == number - max(until for until, total in enumerate(totals) if total == 0)
+        assert len(alarm.requests) == min(alarm.count, 8)
+    alarm.clear()
+    assert alarm.count == 0
 
 
-def test_a_restarted_average_knows_one_value() -> None:
-    """Catches a past that survives, and a value that counts as a whole span."""
-    average = MovingAverage(4)
-    for _ in range(10):
-        average.add(1.0)
-    average.restart(0.2)
-    assert (average.value, average.count) == (0.2, 1)
-    average.add(0.4)
-    assert average.value == pytest.approx(0.3)
+@given(now=RATES, before=RATES)
+def test_errors_below_against_numpy(now: list[float], before: list[float]) -> None:
+    """Catches the wrong sign, a spread that includes the values in question, and a standard error of one mean only."""
+    found = errors_below(now, before)
+    if len(before) < _FEW:
+        assert found == 0.0
+        return
+    deviations = np.concatenate((np.array(before) - np.mean(before), [_PRIOR_SPREAD] * 2))
+    spread = np.sqrt(np.sum(deviations**2) / (len(before) + 1))
+    error = spread * np.sqrt(1.0 / len(now) + 1.0 / len(before))
+    assert found == pytest.approx((np.mean(before) - np.mean(now)) / error, abs=1e-7)
+
+
+def test_few_values_are_nothing_to_compare_with() -> None:
+    """Catches a change that is seen where nothing is known of what is usual, and an error where nothing is asked."""
+    assert errors_below([0.0], [1.0] * 7) == 0.0
+    assert errors_below([0.0], [1.0] * 8) > 4.5
+    assert errors_below([], [1.0] * 8) == 0.0
+    assert errors_below([], []) == 0.0
+
+
+def test_what_varies_anyway_is_not_unusual() -> None:
+    """Catches a drop that is judged by its size alone, and one that does not get clearer with more requests."""
+    steady, mixed = [0.5] * 16, [0.1, 0.9] * 8
+    assert errors_below([0.2] * 4, steady) > 4.5
+    assert errors_below([0.2] * 4, mixed) < 2.0
+    assert errors_below([0.2] * 8, mixed) > errors_below([0.2] * 4, mixed) > errors_below([0.2], mixed) > 0.0
+    assert errors_below([0.8], steady) < 0.0

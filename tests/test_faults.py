@@ -17,7 +17,8 @@ from hf_osd.learning.background import OnlineLearner
 from hf_osd.learning.judge import Judge, Score, Weights
 from hf_osd.learning.replay import ReplayBuffer
 from hf_osd.learning.student import Student
-from hf_osd.learning.supervisor import _LOSS_LIMIT, Supervisor
+from hf_osd.learning.supervisor import Supervisor
+from hf_osd.learning.watch import _LOSS_LIMIT
 from hf_osd.records import Observation
 
 # What live weights may lose against the initial ones before they give way, and the request that makes it too much.

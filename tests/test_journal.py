@@ -39,7 +39,7 @@ def test_it_is_ready_for_json() -> None:
     """Catches objects in the report, and fields that are lost."""
     journal = Journal()
     journal.add(judged(1))
-    journal.add(UpdateRecord(1, "refused", "worse", 0.7, 1e-3, -0.2, 0.1, 0.5))
+    journal.add(UpdateRecord(1, "refused", "worse", 0.7, 1e-3, -0.2, 0.1, 1.0, 0.5))
     journal.add(Drift(1, 0.1, 0.6))
     assert json.loads(json.dumps(journal.to_dict())) == {
         "requests": [{"request": 1, "acceptance": 0.5, "positions": 10, "accepted": 1.5}],
@@ -52,6 +52,7 @@ def test_it_is_ready_for_json() -> None:
                 "learning_rate": 1e-3,
                 "gain": -0.2,
                 "uncertainty": 0.1,
+                "mixing": 1.0,
                 "seconds": 0.5,
             }
         ],

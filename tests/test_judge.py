@@ -294,3 +294,11 @@ def test_accepted_run_against_brute_force(rates: list[float], padding: int, leng
     found = accepted_run(row, length)
     assert found.shape == row.shape
     assert found[0, padding:].tolist() == pytest.approx(runs(rates, length), abs=1e-12)
+
+
+@given(accepted=st.floats(0.0, 5.0), draws=st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_passes_are_rounds_a_token(accepted: float, draws: list[int]) -> None:
+    """Catches accepted tokens without the target's own, rounds the wrong way round, and a length that counts."""
+    assert Score(0.3, accepted, 7).passes * (accepted + 1.0) == pytest.approx(1.0)
+    mean, tokens = sum(draws) / len(draws), sum(draw + 1 for draw in draws)  # each round gives one of its own
+    assert Score(0.3, mean, tokens).passes == pytest.approx(len(draws) / tokens)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_osd.records import Observation
+from hf_osd.records import Observation, sparse_teacher
 
 from . import fingerprints
 
@@ -187,10 +187,7 @@ def _length(output: torch.Tensor, ends: list[int]) -> int:
 
 
 def _observation(prompt: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, k: int) -> Observation:
-    log_probs = logits[: len(output)].float().log_softmax(-1)
-    top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
-    tail = (1.0 - top.values.exp().sum(-1)).clamp(min=0.0)
-    return _undrafted(prompt, output.clone(), top.indices, top.values, tail)
+    return _undrafted(prompt, output.clone(), *sparse_teacher(logits[: len(output)].float(), k))
 
 
 def _undrafted(

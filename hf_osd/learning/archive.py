@@ -1,20 +1,23 @@
 """Weights of the draft that were good once: what it began with, and what it had learned of earlier traffic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..records import Observation
+from .judge import Score
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """
     A draft, and the training copy that led to it.
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): What to publish, by the draft's names.
-        state (`dict[str, torch.Tensor]`): Trained parameters, by the training copy's names; the same tensors where
-            the names are.
+        state (`dict[str, torch.Tensor]`): What training goes on from, by the training copy's names: the same tensors
+            where the names are.
     """
 
     weights: dict[str, torch.Tensor]
@@ -22,11 +25,9 @@ class Checkpoint:
 
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> "Checkpoint":
-        """Copy weights and state; once, where they are the same memory."""
-        if weights.keys() == state.keys() and all(_same(weights[name], state[name]) for name in weights):
-            copied = {name: weight.detach().clone() for name, weight in weights.items()}
-            return cls(copied, copied)
-        return cls(*({name: tensor.detach().clone() for name, tensor in group.items()} for group in (weights, state)))
+        """Copy weights, and the state of an adapter that led to them."""
+        copied = _copied(weights)
+        return cls(copied, copied if weights.keys() == state.keys() else _copied(state))
 
     def groups(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
         """Return the tensors under names that `from_groups` knows; once, where they are the same."""
@@ -82,5 +83,40 @@ class Archive:
         return [self.initial, *self.others]
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.dtype == other.dtype and one.shape == other.shape
+class ScoreBook:
+    """
+    Scores of checkpoints, each found once: requests are held out for long, and checkpoints do not change.
+
+    Args:
+        score (`Callable[[Checkpoint, Sequence[Observation]], list[Score]]`): Finds scores.
+    """
+
+    def __init__(self, score: Callable[[Checkpoint, Sequence[Observation]], list[Score]]) -> None:
+        self._score = score
+        # With the request, so that no other has its identity meanwhile.
+        self._known: dict[Checkpoint, dict[int, tuple[Observation, Score]]] = {}
+
+    def of(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[Score]:
+        """Return the scores of a checkpoint on requests."""
+        known = self._known.setdefault(checkpoint, {})
+        unknown = [observation for observation in observations if id(observation) not in known]
+        self.note(checkpoint, unknown, self._score(checkpoint, unknown) if unknown else [])
+        return [known[id(observation)][1] for observation in observations]
+
+    def note(self, checkpoint: Checkpoint, observations: Sequence[Observation], scores: Sequence[Score]) -> None:
+        """Take scores that are known already."""
+        known = self._known.setdefault(checkpoint, {})
+        for observation, score in zip(observations, scores, strict=True):
+            known[id(observation)] = observation, score
+
+    def keep(self, checkpoints: Iterable[Checkpoint], observations: Sequence[Observation]) -> None:
+        """Forget all others."""
+        places = {id(observation) for observation in observations}
+        self._known = {
+            checkpoint: {place: found for place, found in self._known[checkpoint].items() if place in places}
+            for checkpoint in set(checkpoints) & self._known.keys()
+        }
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

@@ -1,11 +1,19 @@
 """When the traffic has changed, or the live weights have become worse than others: sums of shortfalls."""
 
+import math
+import statistics
 from collections import deque
+from collections.abc import Sequence
 
 from ..records import Observation
+from .gate import variance
 
 # Latest requests since a shortfall began that weights are compared on.
 _SUSPECTS = 8
+# Spread of the acceptance of requests that are alike, where there are few to tell from.
+_PRIOR_SPREAD = 0.1
+# So few values say nothing of what is usual.
+_FEW = 8
 
 
 class ShortfallSum:
@@ -25,7 +33,7 @@ class ShortfallSum:
 
     def clear(self) -> None:
         """Start from zero."""
-        self.total = 0.0
+        self.total, self.count = 0.0, 0
         self.requests: deque[Observation] = deque(maxlen=_SUSPECTS)
 
     def add(self, shortfall: float, observation: Observation) -> bool:
@@ -41,30 +49,25 @@ class ShortfallSum:
         """
         self.total = max(0.0, self.total + shortfall)
         if self.total == 0.0:
-            self.requests.clear()
+            self.clear()
         else:
+            self.count += 1
             self.requests.append(observation)
         return self.total > self._limit
 
 
-class MovingAverage:
+def errors_below(now: Sequence[float], before: Sequence[float]) -> float:
     """
-    A mean that forgets: of all values while there are few, then mostly of the last `span`.
+    How unusual it is that values are as low as they are, after others.
 
     Args:
-        span (`int`): Values that count.
+        now (`Sequence[float]`): The values in question.
+        before (`Sequence[float]`): Those that came before.
+
+    Returns:
+        `float`: By how many standard errors, of `before`, their mean is lower; 0 where fewer than eight came before.
     """
-
-    def __init__(self, span: int) -> None:
-        self._span = span
-        self.value = 0.0
-        self.count = 0
-
-    def add(self, value: float) -> None:
-        """Take another value."""
-        self.count += 1
-        self.value += (value - self.value) / min(self.count, self._span)
-
-    def restart(self, value: float) -> None:
-        """Forget everything but this value."""
-        self.value, self.count = value, 1
+    if not now or len(before) < _FEW:
+        return 0.0
+    error = math.sqrt(variance(before, _PRIOR_SPREAD) * (1.0 / len(now) + 1.0 / len(before)))
+    return (statistics.fmean(before) - statistics.fmean(now)) / error

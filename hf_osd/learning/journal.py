@@ -44,6 +44,7 @@ class UpdateRecord:
         gain (`float`, *optional*): Accepted tokens a round of the new weights over those of the live ones, by held-out
             requests.
         uncertainty (`float`, *optional*): Standard error of `gain`.
+        mixing (`float`, *optional*): How far the new weights lie on the way from the initial ones to what was learned.
         seconds (`float`): Time it took, without pauses.
     """
 
@@ -54,18 +55,19 @@ class UpdateRecord:
     learning_rate: float | None = None
     gain: float | None = None
     uncertainty: float | None = None
+    mixing: float | None = None
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
     """
-    A change of the traffic: the acceptance of late is far below that of a long time.
+    A change of the traffic: the acceptance is far below what is usual.
 
     Attributes:
         request (`int`): Requests recorded when it was noticed.
-        short (`float`): Moving average of the acceptance over the last few requests.
-        long (`float`): The same over many.
+        short (`float`): Acceptance on the latest requests, those that are unlike the others.
+        long (`float`): The usual one.
     """
 
     request: int

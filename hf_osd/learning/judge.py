@@ -39,6 +39,11 @@ class Score:
     accepted: float
     positions: int
 
+    @property
+    def passes(self) -> float:
+        """Target passes a token: each gives one token besides the accepted ones."""
+        return 1.0 / (1.0 + self.accepted)
+
 
 class Judge:
     """

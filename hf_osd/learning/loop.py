@@ -150,7 +150,7 @@ class TrainingLoop:
     def acceptance(self) -> float:
         """Moving average of how likely the target accepted the draft's choice, in [0, 1]."""
         if self._supervisor is None and self._restored is not None:
-            return float(self._restored.numbers["supervisor"]["short"][0])
+            return float(self._restored.numbers["supervisor"]["acceptance"])
         return self._supervisor.acceptance if self._supervisor is not None else 0.0
 
     def stop(self) -> None:

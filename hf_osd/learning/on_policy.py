@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import OnlineConfig
-from ..records import Observation
+from ..records import Observation, sparse_teacher
 from .collation import ObservationCollator
 from .forwards import forward_parameters, longest_request, verified_logits
 
@@ -92,10 +92,7 @@ class OnPolicySource:
         """The same requests with the target's distributions."""
         with torch.autocast(self._target.device.type, enabled=False):
             logits = self._logits(self._target, observations, self._parameters[1]).float()
-        top = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
-        log_probs = (top.values - logits.logsumexp(dim=-1, keepdim=True)).cpu()
-        tail = (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)
-        ids = top.indices.cpu()
+        ids, log_probs, tail = (tensor.cpu() for tensor in sparse_teacher(logits, self._top_k))
         return [
             _with_teacher(observation, ids[row], log_probs[row], tail[row])
             for row, observation in enumerate(observations)

@@ -2,8 +2,8 @@
 
 from .journal import Decision
 
-# What is done to the rate after an update: much less after harm, a little more after a gain.
-_FACTORS: dict[Decision, float] = {"published": 1.1, "rolled back": 0.3}
+# What harm does to the rate, and a gain from going all the way; going a third of it does the opposite.
+_HARM, _GAIN = 0.3, 1.1
 # Where the gate cannot tell, it goes back towards where it began: what once did harm may be what is needed later.
 _RECOVERY = 1.1
 # Bounds, as multiples of the rate it starts from: from 1e-5 to 4e-3 for the default.
@@ -32,17 +32,20 @@ class LearningRate:
         """`value / initial`."""
         return self.value / self.initial
 
-    def follow(self, decision: Decision) -> None:
+    def follow(self, decision: Decision, mixing: float = 1.0) -> None:
         """
         Go up or down.
 
         Args:
             decision (`str`): What the gate made of the last update.
+            mixing (`float`, defaults to 1.0): How far on the way to what was learned that went which was published.
         """
         if not self._adapts:
             return
-        if decision in _FACTORS:
-            value = self.value * _FACTORS[decision]
+        if decision == "rolled back":
+            value = self.value * _HARM
+        elif decision == "published":
+            value = self.value * _GAIN ** (3.0 * mixing - 2.0)
         else:
             value = max(self.value, min(self.value * _RECOVERY, self.initial))
         self.value = min(max(value, _LOWEST * self.initial), _HIGHEST * self.initial)

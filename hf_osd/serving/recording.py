@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..records import Observation
+from ..records import Observation, sparse_teacher
 from .sequences import Sequences
 
 
@@ -58,12 +58,9 @@ class Recorder:
             taken (`Sequence[int]`): Tokens that each row kept.
         """
         width = max(taken)
-        logits = logits[:, :width]
-        top = logits.topk(min(self._top_k, logits.shape[-1]), dim=-1)
-        log_probs = top.values - logits.logsumexp(dim=-1, keepdim=True)
-        tail = (1.0 - log_probs.exp().sum(dim=-1)).clamp_(min=0.0)
+        teacher = sparse_teacher(logits[:, :width], self._top_k)
         drafted = torch.nn.functional.pad(drafted, (0, max(width - drafted.shape[1], 0)), value=-1)[:, :width]
-        self._rounds.append(_Round(top.indices, log_probs, tail, drafted, list(judged), list(right), list(taken)))
+        self._rounds.append(_Round(*teacher, drafted, list(judged), list(right), list(taken)))
 
     def finish(self, sequences: Sequences) -> None:
         """Deliver an observation for every recorded row that produced anything."""
