@@ -188,7 +188,7 @@ def test_the_state_of_another_draft_is_refused(tmp_path: Path) -> None:
         assert same_weights(before, other.state_dict())
 
 
-@pytest.mark.parametrize("missing", ["updates", "supervisor", "live", "optimizer"])
+@pytest.mark.parametrize("missing", ["updates", "supervisor", "live", "optimizer", "average", "path", "watch"])
 def test_a_state_with_holes_is_refused_and_changes_nothing(missing: str, tmp_path: Path) -> None:
     """Catches a state of another version that is half loaded, and takes the first update down with it."""
     _, learner = made()
@@ -196,7 +196,7 @@ def test_a_state_with_holes_is_refused_and_changes_nothing(missing: str, tmp_pat
     learner.close()
     snapshot: Any = learner._loop.snapshot()
     numbers, tensors = json.loads(json.dumps(snapshot.numbers)), dict(snapshot.tensors)
-    for holder in (numbers, tensors, numbers["counters"]):
+    for holder in (numbers, tensors, numbers["counters"], numbers["supervisor"]):
         holder.pop(missing, None)
     write_state(tmp_path, Snapshot(tensors, numbers), [])
     live, fresh = made()

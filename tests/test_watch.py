@@ -7,11 +7,21 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_osd.learning.judge import Score
-from hf_osd.learning.watch import _DROP_LIMIT, _LATEST, _LOSS_LIMIT, _SLACK, Alarm, Watch
+from hf_osd.learning.watch import (
+    _ALLOWANCE,
+    _CREDIT,
+    _DROP_LIMIT,
+    _LATEST,
+    _LOSS_LIMIT,
+    _NEEDED,
+    _SLACK,
+    Alarm,
+    Watch,
+)
 from hf_osd.records import Observation
 
 RATE = st.floats(0.0, 1.0)
@@ -380,3 +390,17 @@ def test_a_restart_delays_no_change() -> None:
     watch = watch_of([(0.9, 0.9)] * 8)
     assert alarms(watch, [(0.35, 0.35)]) == [None]
     assert alarms(through_json(watch), [(0.35, 0.35)]) == ["drift"]
+
+
+@given(PAIRS)
+def test_the_credit_is_what_may_still_be_lost(pairs: list[tuple[float, float]]) -> None:
+    """Catches losses that are forgotten with an alarm, and gains that are saved up without bound."""
+    watch, credit = watch_of([]), _CREDIT
+    for live, initial in pairs:
+        if alarms(watch, [(live, initial)]) != [None]:
+            watch.clear()
+            watch.begin([])
+        credit = min(_CREDIT, credit + _ALLOWANCE + live - initial)
+    assert watch.may_risk == through_json(watch).may_risk
+    assume(abs(credit - _NEEDED) > 1e-6)
+    assert watch.may_risk == (credit >= _NEEDED)

@@ -40,8 +40,8 @@ def save(loop: "TrainingLoop", directory: Path) -> None:
 
 def load(loop: "TrainingLoop", draft: "PreTrainedModel", directory: Path) -> None:
     """
-    Go on from what `save` wrote: the same requests then give the same weights as without the restart, unless an alarm
-    was about to be raised, whose requests are not saved.
+    Go on from what `save` wrote: the same requests then give the same weights as without the restart, unless requests
+    had come since the last update, an alarm was about to be raised, or the weights before the last update come back.
 
     Raises:
         LearningError: The state is missing, damaged or of another draft, or requests have been seen already.
@@ -112,10 +112,11 @@ def _refill(loop: "TrainingLoop", saved: Mapping[str, Any] | None, observations:
 
 def _check_complete(snapshot: Snapshot) -> None:
     """Raise `KeyError` now rather than in the thread."""
-    for name in ("student", "archive-0", "optimizer"):
+    for name in ("student", "average", "archive-0", "optimizer"):
         snapshot.tensors[name]
-    for name in ("supervisor", "optimizer"):
-        snapshot.numbers[name]
+    for name in ("live", "rate", "path", "watch"):
+        snapshot.numbers["supervisor"][name]
+    snapshot.numbers["optimizer"]
 
 
 def _check_draft(draft: "PreTrainedModel", live: Mapping[str, torch.Tensor]) -> None:

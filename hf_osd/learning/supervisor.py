@@ -36,13 +36,12 @@ logger = logging.getLogger(__name__)
 # Other weights than the initial ones go live after an alarm if their acceptance on the requests that raised it is this
 # much higher; and weights are remembered if theirs was for as many requests.
 _CLEARLY, _MEMORABLE = 0.05, 32
-# Standard errors: weights are published above the first, by one more within so many requests after live weights did
-# harm; new ones are taken back below minus the second, or after so many refusals in a row.
-_CERTAIN, _HARMFUL = 2.0, 2.5
-_LATELY, _REFUSALS = 100, 12
-# Requests of an update that test what was learned before.
-_UNTAUGHT = 32
-_NUMBERS = ("requests", "fresh", "_remembered", "_drifted", "_harmed", "_refusals")
+# Standard errors: weights are published above the first, and new ones taken back below minus the second, or after so
+# many refusals in a row.
+_CERTAIN, _HARMFUL, _REFUSALS = 2.0, 2.5, 12
+# Latest requests that test what was learned, those that it was not learned from; and earlier weights.
+_FRESH, _LATEST = 32, 16
+_NUMBERS = ("requests", "fresh", "_remembered", "_drifted", "_refusals")
 
 
 class Supervisor:
@@ -84,10 +83,9 @@ class Supervisor:
         self._path = LearnedPath(self._live.weights)
         self._watch = Watch()
         self._scores = ScoreBook(self._score)
-        self._untaught: deque[Observation] = deque(maxlen=_UNTAUGHT)  # the latest requests since the last update
+        self._latest: deque[Observation] = deque(maxlen=_FRESH)
         self._remembered = 0
         self._drifted: int | None = None  # the request at which the traffic changed last
-        self._harmed: int | None = None  # ... at which the live weights were found to lose
         self._refusals = 0
 
     @property
@@ -106,7 +104,7 @@ class Supervisor:
             for mine, theirs in zip(live, initial, strict=True):
                 if self._take_one(waiting.popleft(), mine, theirs):
                     break
-        self._scores.keep([self._live, *self.archive.all()], [*self.replay.held, *self._untaught])
+        self._scores.keep([self._live, *self.archive.all()], [*self.replay.held, *self._latest])
 
     def _score(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[Score]:
         return self._judge.scores({} if checkpoint is self._live else checkpoint.weights, observations)
@@ -115,7 +113,7 @@ class Supervisor:
         """Note one request; whether other weights went live."""
         self.requests += 1
         self.fresh += 1
-        self._untaught.append(observation)
+        self._latest.append(observation)
         self.journal.add(JudgedRequest(self.requests, live.acceptance, live.positions, live.accepted))
         if teaches(observation, self._config.positions):
             self.replay.add(observation)
@@ -133,14 +131,16 @@ class Supervisor:
 
     def _react(self, alarm: Alarm) -> bool:
         suspects = self._watch.suspects(alarm)
+        self._latest = deque(suspects, maxlen=_FRESH)  # the others are of what was before
         best, acceptance = self._best_fallback(suspects)
         react = self._note_loss if alarm == "loss" else self._note_drift
         return react(suspects, best, acceptance)
 
     def _best_fallback(self, suspects: Sequence[Observation]) -> tuple[Checkpoint, float]:
         """Earlier weights, and their acceptance: the initial ones, unless others do clearly better."""
-        others = self.archive.others + ([self._previous] if self._previous is not None else [])
-        initial, *found = ((one, self._acceptance(one, suspects)) for one in (self.archive.initial, *others))
+        others = [one for one in (*self.archive.others, self._previous) if one is not None and one is not self._live]
+        tried = (self.archive.initial, *(others if self._watch.may_risk else []))
+        initial, *found = ((one, self._acceptance(one, suspects)) for one in tried)
         best = max(found, key=lambda pair: pair[1], default=initial)
         return best if best[1] >= initial[1] + _CLEARLY else initial
 
@@ -156,8 +156,6 @@ class Supervisor:
         The training copy stays: if this was a hiccup, it soon passes the gate again; if not, it is rolled back.
         """
         changed = self._watch.has_changed
-        if changed or self._watch.advantage <= 0.0:
-            self._harmed = self.requests
         reason = f"the live weights lose against the initial ones: acceptance is {acceptance:.2f} with earlier ones"
         self._restore(best, suspects, reason)
         if changed:
@@ -218,30 +216,32 @@ class Supervisor:
 
     def begin_update(self) -> None:
         """
-        Test what was learned so far by the requests that are learned from next, and earlier weights by held-out ones.
+        Test what was learned so far by the requests that are learned from next, and earlier weights by the latest.
 
         Traffic may come back so slowly, or to weights so mixed, that no alarm is raised.
         """
-        fresh = list(self._untaught)
-        self._untaught.clear()
+        fresh = list(self._latest)[-self.fresh :] if self.fresh else []
         self.fresh = 0
         if self._config.gate:
             self._test(fresh)
-            self._try_archived()
+            self._try_archived(list(self._latest)[-_LATEST:])
 
     def _test(self, observations: Sequence[Observation]) -> None:
         initial = self._scores.of(self.archive.initial, observations)
         self._path.test(lambda weights: self._judge.scores(weights, observations), initial)
 
-    def _try_archived(self) -> None:
-        held = self.replay.held
-        live = self._scores.of(self._live, held)
-        others = [checkpoint for checkpoint in self.archive.all() if checkpoint is not self._live]
-        compared = [(compare(self._scores.of(checkpoint, held), live), checkpoint) for checkpoint in others]
+    def _try_archived(self, latest: Sequence[Observation]) -> None:
+        live = self._scores.of(self._live, latest)
+        tried = self.archive.all() if self._watch.may_risk else [self.archive.initial]
+        others = [checkpoint for checkpoint in tried if checkpoint is not self._live]
+        compared = [(compare(self._scores.of(checkpoint, latest), live), checkpoint) for checkpoint in others]
         better = [pair for pair in compared if pair[0].is_better(_needed(pair[0]))]
         if better:
             comparison, checkpoint = max(better, key=lambda pair: pair[0].gain)
-            self._restore(checkpoint, held, "earlier weights are certainly better on held-out requests", comparison)
+            self._restore(
+                checkpoint, latest, "earlier weights are certainly better on the latest requests", comparison
+            )
+            self._go_on_from(checkpoint)
 
     def finish_update(self, loss: float, seconds: float) -> Decision:
         """
@@ -269,8 +269,8 @@ class Supervisor:
             self._go_live(weights, [], [])
             decision, reason, comparison, mixing = "published", "there is no gate", None, 1.0
         self._refusals = self._refusals + 1 if decision == "refused" else 0
-        self.rate.follow(decision, mixing)
         self._note(decision, reason, loss, comparison, mixing, seconds)
+        self.rate.follow(decision, mixing)
         return decision
 
     def _pass_gate(self) -> tuple[Decision, str, Comparison, float]:
@@ -294,7 +294,9 @@ class Supervisor:
     def _decide(self, promise: Comparison, comparison: Comparison, with_initial: Comparison) -> tuple[Decision, str]:
         if not comparison.requests or not promise.requests:
             return "held", "there is nothing to test it on yet"
-        if comparison.gain > 0.0 and promise.is_better(self._errors_to_publish(promise)):
+        if comparison.gain > 0.0 and promise.is_better(_needed(promise)):
+            if not self._watch.may_risk:
+                return "held", "better on held-out requests, but live weights have lost too much lately"
             return "published", "better on held-out requests"
         if with_initial.is_worse(_HARMFUL):
             return "rolled back", "certainly worse on held-out requests"
@@ -303,11 +305,6 @@ class Supervisor:
         if self._refusals + 1 >= _REFUSALS:
             return "rolled back", "worse on held-out requests many times in a row"
         return "refused", "worse on held-out requests"
-
-    def _errors_to_publish(self, promise: Comparison) -> float:
-        """Standard errors above the initial weights: more after harm."""
-        lately = self._harmed is not None and self.requests - self._harmed < _LATELY
-        return _needed(promise) + lately
 
     def _go_live(self, weights: Weights, tested: Sequence[Observation], scores: Sequence[Score]) -> None:
         checkpoint = Checkpoint.of(weights, self.student.state())

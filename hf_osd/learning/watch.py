@@ -21,6 +21,9 @@ _SLACK = 0.1
 _UNUSUAL_LOSS, _UNUSUAL_DROP = 3.5, 4.5
 # Requests that count as before.
 _LATEST = 32
+# What may be lost against the initial weights for good: as much at once, and so much more with each request; what is
+# gained counts as well. Weights that were learned go live while there is as much left.
+_CREDIT, _ALLOWANCE, _NEEDED = 1.0, 0.005, 0.4
 
 
 class Watch:
@@ -30,12 +33,16 @@ class Watch:
     Each request counts by its length, as it does in the acceptance rate. Mixed traffic has stretches where weights
     lose that win on the whole. So it takes more than a sum of losses to call them harm: the weights are behind over
     the latest requests, or those in question are unlike the others, or the sum is twice as large.
+
+    An alarm ends one loss. The credit is there so that losses do not add up, whatever comes and however often weights
+    change: losses of any weights spend it, and while it is low none but the initial ones go live.
     """
 
     def __init__(self) -> None:
         self._losses, self._drops = ShortfallSum(_LOSS_LIMIT), ShortfallSum(_DROP_LIMIT)
         self._tested: list[_Seen] = []  # before the live weights went live
         self._since: deque[_Seen] = deque(maxlen=_LATEST)
+        self._credit = _CREDIT
 
     def begin(self, tested: Sequence[tuple[Score, Score]]) -> None:
         """
@@ -58,7 +65,9 @@ class Watch:
         usual = self.usual  # 0 before the first one
         self._since.append(_Seen.of(live, initial))
         length = live.positions / max(_mean([seen.positions for seen in self._latest()]), 1.0)
-        lost = self._losses.add(length * (initial.acceptance - live.acceptance), observation)
+        gained = length * (live.acceptance - initial.acceptance)
+        self._credit = min(_CREDIT, self._credit + _ALLOWANCE + gained)
+        lost = self._losses.add(-gained, observation)
         dropped = self._drops.add(length * (usual - live.acceptance - _SLACK), observation)
         if lost and not self._is_chance():
             return "loss"
@@ -69,17 +78,22 @@ class Watch:
     @property
     def usual(self) -> float:
         """Acceptance of the live weights over the latest requests, in [0, 1]."""
-        return self._rate([seen.live for seen in self._latest()])
+        return _rate([(seen.live, seen.positions) for seen in self._latest()])
 
     @property
     def advantage(self) -> float:
         """Acceptance above that of the initial weights, likewise."""
-        return self._rate(self._gained())
+        return _rate([(seen.live - seen.initial, seen.positions) for seen in self._latest()])
 
     @property
     def has_changed(self) -> bool:
         """Whether the requests that the live weights lose on are unlike those before."""
-        return self._errors(self._losses, self._gained()) > _UNUSUAL_LOSS
+        return self._errors(self._losses, [seen.live - seen.initial for seen in self._latest()]) > _UNUSUAL_LOSS
+
+    @property
+    def may_risk(self) -> bool:
+        """Whether other weights than the initial ones may go live."""
+        return self._credit >= _NEEDED
 
     def suspects(self, alarm: Alarm) -> list[Observation]:
         """Return the latest requests that led to an alarm."""
@@ -92,22 +106,15 @@ class Watch:
         before = len(rates) - min(shortfall.count, len(self._since))
         return errors_below(rates[before:], rates[:before])
 
-    def _rate(self, rates: Sequence[float]) -> float:
-        """Mean over tokens of what is given by request."""
-        weights = [seen.positions for seen in self._latest()]
-        return sum(weight * rate for weight, rate in zip(weights, rates, strict=True)) / max(sum(weights), 1)
-
     def _latest(self) -> list["_Seen"]:
         return [*self._tested, *self._since][-_LATEST:]
-
-    def _gained(self) -> list[float]:
-        return [seen.live - seen.initial for seen in self._latest()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers for JSON. Without the requests that led to the sums."""
         return {
             "loss": self._losses.total,
             "drop": self._drops.total,
+            "credit": self._credit,
             "counts": [self._losses.count, self._drops.count],
             "tested": [list(seen) for seen in self._tested],
             "since": [list(seen) for seen in self._since],
@@ -118,6 +125,7 @@ class Watch:
         self.clear()
         self._losses.total, self._drops.total = state["loss"], state["drop"]
         self._losses.count, self._drops.count = state["counts"]
+        self._credit = state["credit"]
         self._tested = [_Seen(*seen) for seen in state["tested"]]
         self._since = deque((_Seen(*seen) for seen in state["since"]), maxlen=_LATEST)
 
@@ -132,6 +140,11 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, live: Score, initial: Score) -> "_Seen":
         return cls(live.acceptance, initial.acceptance, live.positions)
+
+
+def _rate(rates: Sequence[tuple[float, int]]) -> float:
+    """Mean over tokens of what is given by request, with its length."""
+    return sum(rate * positions for rate, positions in rates) / max(sum(positions for _, positions in rates), 1)
 
 
 def _mean(values: Sequence[float]) -> float:
