@@ -39,8 +39,8 @@ _CLEARLY, _MEMORABLE = 0.05, 32
 # Standard errors: weights are published above the first, and new ones taken back below minus the second, or after so
 # many refusals in a row.
 _CERTAIN, _HARMFUL, _REFUSALS = 2.0, 2.5, 12
-# Latest requests that test what was learned, those that it was not learned from; and earlier weights.
-_FRESH, _LATEST = 32, 16
+# Latest requests of an update that test earlier weights and what was learned before they are learned from.
+_FRESH = 32
 _NUMBERS = ("requests", "fresh", "_remembered", "_drifted", "_refusals")
 
 
@@ -216,7 +216,7 @@ class Supervisor:
 
     def begin_update(self) -> None:
         """
-        Test what was learned so far by the requests that are learned from next, and earlier weights by the latest.
+        Test what was learned so far, and earlier weights, by the requests that are learned from next.
 
         Traffic may come back so slowly, or to weights so mixed, that no alarm is raised.
         """
@@ -224,23 +224,21 @@ class Supervisor:
         self.fresh = 0
         if self._config.gate:
             self._test(fresh)
-            self._try_archived(list(self._latest)[-_LATEST:])
+            self._try_archived(fresh)
 
     def _test(self, observations: Sequence[Observation]) -> None:
         initial = self._scores.of(self.archive.initial, observations)
         self._path.test(lambda weights: self._judge.scores(weights, observations), initial)
 
-    def _try_archived(self, latest: Sequence[Observation]) -> None:
-        live = self._scores.of(self._live, latest)
+    def _try_archived(self, fresh: Sequence[Observation]) -> None:
+        live = self._scores.of(self._live, fresh)
         tried = self.archive.all() if self._watch.may_risk else [self.archive.initial]
         others = [checkpoint for checkpoint in tried if checkpoint is not self._live]
-        compared = [(compare(self._scores.of(checkpoint, latest), live), checkpoint) for checkpoint in others]
+        compared = [(compare(self._scores.of(checkpoint, fresh), live), checkpoint) for checkpoint in others]
         better = [pair for pair in compared if pair[0].is_better(_needed(pair[0]))]
         if better:
             comparison, checkpoint = max(better, key=lambda pair: pair[0].gain)
-            self._restore(
-                checkpoint, latest, "earlier weights are certainly better on the latest requests", comparison
-            )
+            self._restore(checkpoint, fresh, "earlier weights are certainly better on the latest requests", comparison)
             self._go_on_from(checkpoint)
 
     def finish_update(self, loss: float, seconds: float) -> Decision:
