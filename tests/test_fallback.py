@@ -283,3 +283,13 @@ def test_weights_that_could_not_be_restored_are_restored_later(monkeypatch: pyte
     world.refuses_to_publish = False
     world.take(2, 20)
     assert (world.version, world.saved_version()) == (0, 0)
+
+
+def test_requests_behind_a_fall_back_that_failed_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches requests of the background's queue that nobody learns from because one before them raised an alarm."""
+    world = published(monkeypatch, table(kind1=(0.5, 0.7), kind2=(0.6, 0.3)))
+    before = len(world.replay.observations())
+    world.refuses_to_publish = True
+    with pytest.raises(RuntimeError, match="no room"):
+        world.take(2, 20, at_once=True)
+    assert len(world.replay.observations()) == before + 20

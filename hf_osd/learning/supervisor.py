@@ -9,7 +9,7 @@ which weights on the way to what was learned are better than the live ones (the 
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,13 +98,24 @@ class Supervisor:
     def take(self, observations: Sequence[Observation]) -> None:
         """Judge the live weights by new requests, fall back where others are better, and keep what can be learned."""
         waiting = deque(observations)
-        while waiting:  # scored together, and again where other weights went live in between
-            live = self._scores.of(self._live, waiting)
-            initial = self._scores.of(self.archive.initial, waiting) if self._config.gate else live
-            for mine, theirs in zip(live, initial, strict=True):
-                if self._take_one(waiting.popleft(), mine, theirs):
-                    break
+        try:
+            while waiting:  # scored together, and again where other weights went live in between
+                self._take_together(waiting)
+        finally:  # where that fails, at least nothing to learn from is lost
+            self._keep(waiting)
         self._scores.keep([self._live, *self.archive.all()], [*self.replay.held, *self._latest])
+
+    def _take_together(self, waiting: deque[Observation]) -> None:
+        live = self._scores.of(self._live, waiting)
+        initial = self._scores.of(self.archive.initial, waiting) if self._config.gate else live
+        for mine, theirs in zip(live, initial, strict=True):
+            if self._take_one(waiting.popleft(), mine, theirs):
+                return
+
+    def _keep(self, observations: Iterable[Observation]) -> None:
+        for observation in observations:
+            if teaches(observation, self._config.positions):
+                self.replay.add(observation)
 
     def _score(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[Score]:
         return self._judge.scores({} if checkpoint is self._live else checkpoint.weights, observations)
@@ -115,8 +126,7 @@ class Supervisor:
         self.fresh += 1
         self._latest.append(observation)
         self.journal.add(JudgedRequest(self.requests, live.acceptance, live.positions, live.accepted))
-        if teaches(observation, self._config.positions):
-            self.replay.add(observation)
+        self._keep([observation])
         alarm = self._watch.add(observation, live, initial)
         return alarm is not None and self._config.gate and self._react(alarm)
 
