@@ -211,6 +211,7 @@ class _Families:
         self.all |= {name: GaugeMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _GAUGES.items()}
 
     def add(self, source: _Source, assistant: Assistant) -> None:
+        """Add what an assistant has counted, under the labels of its source."""
         values = [source.labels[name] for name in self._labels]
         self._add_stats(values, assistant.stats())
         journal = assistant.journal
