@@ -1,5 +1,5 @@
 """
-Serve a few requests and watch the draft learn from them. Runs offline, on the embedded pair, in under a minute.
+Serve a few requests and watch the draft learn from them. Runs offline, on the embedded pair, in about a minute.
 
     python examples/quickstart.py
 """
