@@ -5,7 +5,7 @@ Teacher-forced: the draft reads the recorded output and says what it would have 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +98,12 @@ class Judge:
         means = (accepted.sum(dim=1) / lengths).tolist()
         runs = (accepted_run(accepted).sum(dim=1) / lengths).tolist()
         return map(Score, means, runs, mask.sum(dim=1).tolist())
+
+
+def token_mean(rates: Iterable[tuple[float, int]]) -> float:
+    """Return the mean over tokens of what is given by request, with its length; 0 without any."""
+    pairs = list(rates)
+    return sum(rate * positions for rate, positions in pairs) / max(sum(positions for _, positions in pairs), 1)
 
 
 def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], greedy: torch.Tensor) -> torch.Tensor:

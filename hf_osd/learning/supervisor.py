@@ -21,7 +21,7 @@ from .archive import Archive, Checkpoint, ScoreBook
 from .collation import teaches
 from .gate import Comparison, compare
 from .journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
-from .judge import Judge, Score, Weights
+from .judge import Judge, Score, Weights, token_mean
 from .path import LearnedPath
 from .rates import LearningRate
 from .replay import ReplayBuffer
@@ -156,8 +156,7 @@ class Supervisor:
 
     def _acceptance(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> float:
         scores = self._scores.of(checkpoint, observations)
-        tokens = sum(score.positions for score in scores)
-        return sum(score.acceptance * score.positions for score in scores) / max(tokens, 1)
+        return token_mean((score.acceptance, score.positions) for score in scores)
 
     def _note_loss(self, suspects: Sequence[Observation], best: Checkpoint, acceptance: float) -> bool:
         """

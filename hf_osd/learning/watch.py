@@ -1,13 +1,13 @@
 """Whether the weights that are live still do what they promised: alarms of harm, and of a change of the traffic."""
 
-import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from ..records import Observation
 from .drift import ShortfallSum, errors_below
-from .judge import Score
+from .judge import Score, token_mean
 
 Alarm = Literal["loss", "drift"]
 
@@ -64,7 +64,7 @@ class Watch:
         """Note what the live and the initial weights made of a request; whether that makes up an alarm."""
         usual = self.usual  # 0 before the first one
         self._since.append(_Seen.of(live, initial))
-        length = live.positions / max(_mean([seen.positions for seen in self._latest()]), 1.0)
+        length = live.positions / max(fmean(seen.positions for seen in self._latest()), 1.0)
         gained = length * (live.acceptance - initial.acceptance)
         self._credit = min(_CREDIT, self._credit + _ALLOWANCE + gained)
         lost = self._losses.add(-gained, observation)
@@ -78,12 +78,12 @@ class Watch:
     @property
     def usual(self) -> float:
         """Acceptance of the live weights over the latest requests, in [0, 1]."""
-        return _rate([(seen.live, seen.positions) for seen in self._latest()])
+        return token_mean((seen.live, seen.positions) for seen in self._latest())
 
     @property
     def advantage(self) -> float:
         """Acceptance above that of the initial weights, likewise."""
-        return _rate([(seen.live - seen.initial, seen.positions) for seen in self._latest()])
+        return token_mean((seen.live - seen.initial, seen.positions) for seen in self._latest())
 
     @property
     def has_changed(self) -> bool:
@@ -140,12 +140,3 @@ class _Seen(NamedTuple):
     @classmethod
     def of(cls, live: Score, initial: Score) -> "_Seen":
         return cls(live.acceptance, initial.acceptance, live.positions)
-
-
-def _rate(rates: Sequence[tuple[float, int]]) -> float:
-    """Mean over tokens of what is given by request, with its length."""
-    return sum(rate * positions for rate, positions in rates) / max(sum(positions for _, positions in rates), 1)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else 0.0
