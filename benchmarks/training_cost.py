@@ -83,7 +83,7 @@ def make_learner(options: argparse.Namespace, draft: Any, variant: dict[str, Any
     return learner
 
 
-def ignore(weights: Any) -> None:
+def ignore(weights: Any, acceptance: float) -> None:
     """Publish nowhere."""
 
 

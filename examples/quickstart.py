@@ -22,7 +22,7 @@ def main() -> None:
             for inputs in requests[start : start + REQUESTS]:
                 output = hf_osd.generate(pair.target, **inputs, online_assistant=assistant, max_new_tokens=64)
             stats = assistant.stats()
-            rate = (stats.accepted_tokens - accepted) / (stats.draft_tokens - judged)
+            rate = (stats.accepted_tokens - accepted) / max(stats.draft_tokens - judged, 1)  # a cold draft rests
             judged, accepted = stats.draft_tokens, stats.accepted_tokens
             print(f"{stats.requests} requests, {stats.updates} updates: accepted {rate:.0%} of the last judged tokens")
     print("The last answer:", pair.tokenizer.decode(output[0], skip_special_tokens=True), sep="\n")

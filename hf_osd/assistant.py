@@ -104,8 +104,6 @@ class OnlineAssistant:
         self._learner = OnlineLearner(
             draft, self.config, self._publish, target=target if self.config.needs_target else None
         )
-        if self._learner.acceptance > 0.0:  # it goes on from a state directory
-            self.experience.expect(self._learner.acceptance)
         self._lock = threading.Lock()
         self._random = random.Random(self.config.seed)
         self._totals: Counter[str] = Counter()
@@ -168,10 +166,9 @@ class OnlineAssistant:
         for observation in request.observations:
             self._learner.observe(observation)
 
-    def _publish(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def _publish(self, parameters: Mapping[str, torch.Tensor], acceptance: float) -> None:
         self.weights.publish(parameters)
-        if hasattr(self, "_learner"):  # not while it is being made, and goes on from a state directory
-            self.experience.expect(self._learner.acceptance)
+        self.experience.expect(acceptance)
 
     def _choose_rows(self, rows: int) -> list[bool]:
         fraction = self.config.record_fraction if self.config.learn else 0.0

@@ -61,7 +61,7 @@ class Live:
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def publish(self, weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         self.entered.set()
         assert self.go_on.wait(60.0)
         parameters = dict(self.draft.named_parameters())
@@ -173,7 +173,7 @@ def test_the_live_draft_changes_only_by_publishing() -> None:
     live = Live()
     live.draft.requires_grad_(False)
     before = {name: weight.clone() for name, weight in live.draft.named_parameters()}
-    learner = OnlineLearner(live.draft, OnlineConfig(update_every=2, gate=False), lambda weights: None)
+    learner = OnlineLearner(live.draft, OnlineConfig(update_every=2, gate=False), lambda weights, acceptance: None)
     for number in range(4):
         learner.observe(request(live.draft, number))
     assert learner.updates == 2
@@ -315,7 +315,7 @@ def test_a_publish_that_raises_is_a_failed_update() -> None:
     """Catches an update that counts although the live draft never got it."""
     calls = []
 
-    def publish(weights: Mapping[str, torch.Tensor]) -> None:
+    def publish(weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         calls.append(len(weights))
         raise RuntimeError("no room")
 

@@ -20,6 +20,7 @@ def test_initial_weights_come_back_before_much_is_lost(
     assert world.version == 0
     assert lost <= most + loss + 1e-6  # the limit, and the request that makes it too much
     assert world.decisions.count("restored") == 1
+    assert world.expected == pytest.approx(0.6)  # of the initial weights, not of those that left
     world.judged.clear()
     world.take(2, 1)
     assert world.judged == [(0, world.count)]  # once is enough, now that they are the live ones

@@ -274,10 +274,10 @@ def test_publishing_fails_for_a_while() -> None:
     live = Live()
     publish, refuses = live.publish, True
 
-    def sometimes(weights: Mapping[str, torch.Tensor]) -> None:
+    def sometimes(weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         if refuses:
             raise RuntimeError("no room")
-        publish(weights)
+        publish(weights, acceptance)
 
     live.publish = sometimes  # type: ignore[method-assign]
     learner = live.learner(steps_per_update=4)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -180,15 +181,17 @@ def test_the_state_of_another_draft_is_refused(tmp_path: Path) -> None:
     learner.save(tmp_path)
     for other in (llama(hidden_size=16), llama(vocab_size=32), llama(num_key_value_heads=2)):
         before = {name: weight.clone() for name, weight in other.state_dict().items()}
-        published: list[Any] = []
-        fresh = OnlineLearner(other, OnlineConfig(), published.append)
+        publish = Mock()
+        fresh = OnlineLearner(other, OnlineConfig(), publish)
         with pytest.raises(LearningError, match=r"has shape .*, the draft has"):
             fresh.load(tmp_path)
-        assert not published
+        publish.assert_not_called()
         assert same_weights(before, other.state_dict())
 
 
-@pytest.mark.parametrize("missing", ["updates", "supervisor", "live", "optimizer", "average", "path", "watch"])
+@pytest.mark.parametrize(
+    "missing", ["updates", "supervisor", "live", "optimizer", "average", "path", "watch", "acceptance"]
+)
 def test_a_state_with_holes_is_refused_and_changes_nothing(missing: str, tmp_path: Path) -> None:
     """Catches a state of another version that is half loaded, and takes the first update down with it."""
     _, learner = made()
@@ -372,7 +375,7 @@ def test_a_directory_of_another_draft_is_let_go(tmp_path: Path) -> None:
     observe(learner, traffic(4))
     learner.close()
     with pytest.raises(LearningError, match="has shape"):
-        OnlineLearner(llama(hidden_size=16), OnlineConfig(state_dir=tmp_path), lambda weights: None)
+        OnlineLearner(llama(hidden_size=16), OnlineConfig(state_dir=tmp_path), lambda weights, acceptance: None)
     made(state_dir=tmp_path)[1].close()
 
 
@@ -490,8 +493,8 @@ def test_a_close_in_the_training_thread_keeps_the_state(tmp_path: Path, monkeypa
     live, learner = made(state_dir=tmp_path, background=True, update_every=4, gate=False)
     publish, closed = live.publish, threading.Event()
 
-    def last(weights: Mapping[str, torch.Tensor]) -> None:
-        publish(weights)
+    def last(weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
+        publish(weights, acceptance)
         learner.close()
         closed.set()
 

@@ -25,6 +25,7 @@ def test_better_weights_go_live_as_they_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert world.version == world.copy == world.saved_version() == 1
     live = world.live.published[-1]
     assert all(torch.equal(weight, live[name]) for name, weight in world.supervisor.student.weights().items())
+    assert world.expected == pytest.approx(0.7)  # not that of the weights that left
     assert world.supervisor.rate.value > rate
     (noted,) = world.journal.updates
     assert (noted.decision, noted.request, noted.loss, noted.seconds) == ("published", 48, 0.5, 0.1)
@@ -282,7 +283,7 @@ def test_state_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, numbers = world.supervisor.state()
     again = World(monkeypatch, FOUR, seed=3)
     again.supervisor.load_state(groups, numbers)
-    again.live.publish(groups["live"])
+    again.live.publish(groups["live"], numbers["acceptance"])
     saved, known = again.supervisor.state()
     assert known == numbers
     assert torch.equal(saved["average"][MARK], groups["average"][MARK])

@@ -63,7 +63,7 @@ class Live:
         self.draft = llama(**options)
         self.published: list[dict[str, torch.Tensor]] = []
 
-    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def publish(self, weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         """Copy the weights, as an assistant does."""
         parameters = dict(self.draft.named_parameters())
         with torch.no_grad():

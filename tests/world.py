@@ -34,6 +34,7 @@ class World:
         self._marks(self.live.draft)[:2] = 0.0
         self.refuses_to_publish = False
         self.count = 0
+        self.expected = 0.0  # acceptance of what was published last
         self.judged: list[tuple[int, int]] = []  # version and number of the request
         config = OnlineConfig(**{"update_every": EVERY, **settings})
         self.replay = ReplayBuffer(config.replay_size, holds_out=config.gate)
@@ -55,10 +56,11 @@ class World:
         rates = [self.table(kind, number, int(version), mixing) for kind, number in numbers]
         return [Score(rate, 5 * rate, 12) for rate in rates]
 
-    def publish(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def publish(self, weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         if self.refuses_to_publish:
             raise RuntimeError("no room")
-        self.live.publish(weights)
+        self.live.publish(weights, acceptance)
+        self.expected = acceptance
 
     @property
     def version(self) -> int:

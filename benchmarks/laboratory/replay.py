@@ -44,7 +44,7 @@ def _score_then_learn(
     live: PreTrainedModel, weights: LiveWeights, requests: Iterable[Observation], recipe: Recipe
 ) -> tuple[list[Score], dict[str, Any]]:
     config = recipe.online_config()
-    learner = OnlineLearner(live, config, weights.publish)
+    learner = OnlineLearner(live, config, lambda parameters, acceptance: weights.publish(parameters))
     scores = []
     try:
         for request in requests:
@@ -71,7 +71,7 @@ def _train_then_score(
         steps_per_update=steps,
         training_arguments={"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule},
     )
-    learner = OnlineLearner(live, config, weights.publish)
+    learner = OnlineLearner(live, config, lambda parameters, acceptance: weights.publish(parameters))
     try:
         for request in requests:
             learner.observe(score(live, request)[1])

@@ -34,10 +34,11 @@ class OnlineLearner:
             The live draft. It is only read.
         config (`OnlineConfig`):
             Settings.
-        publish (`Callable[[Mapping[str, torch.Tensor]], None]`):
+        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`):
             Called after each update, in the training thread, with the trained parameters: float32, detached, under the
-            names of `draft.named_parameters()`. It has to copy them before it returns. The thread that calls `observe`
-            may be waiting for it, so that thread must not hold a lock that `publish` takes.
+            names of `draft.named_parameters()`; and with the acceptance to expect of them, in [0, 1]. It has to copy
+            them before it returns. The thread that calls `observe` may be waiting for it, so that thread must not hold
+            a lock that `publish` takes.
         target ([`~transformers.PreTrainedModel`], *optional*):
             The live target, which `config.full_teacher` and `config.lmbda` run.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Publish = Callable[[Mapping[str, torch.Tensor]], None]
+Publish = Callable[[Mapping[str, torch.Tensor], float], None]
 
 # Seconds that `close` and interpreter exit give the step in progress.
 _PATIENCE = 10.0
@@ -291,11 +291,11 @@ class TrainingLoop:
         assert self._trainer.optimizer is not None
         return self._trainer.optimizer
 
-    def _go_live(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def _go_live(self, weights: Mapping[str, torch.Tensor], acceptance: float) -> None:
         publish = self._publish()
         if publish is not None:
             with self._stream.publishing():
-                publish(weights)
+                publish(weights, acceptance)
         del publish  # it holds the owner, which whoever waits for the update may want to drop
 
     def _fail(self, error: Exception) -> None:
@@ -326,7 +326,7 @@ class TrainingLoop:
         counters = {name: snapshot.numbers["counters"][name] for name in _COUNTERS}
         self._restored = snapshot
         vars(self).update(counters)
-        self._go_live(snapshot.tensors["live"])
+        self._go_live(snapshot.tensors["live"], self.acceptance)
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ class Supervisor:
         config (`OnlineConfig`): Settings.
         replay (`ReplayBuffer`): Where judged requests go.
         journal (`Journal`): Where decisions are noted.
-        publish (`Callable[[Weights], None]`): Makes weights live.
+        publish (`Callable[[Weights, float], None]`): Makes weights live; told the acceptance to expect of them.
         pause (`Callable[[], object]`): Called after each forward pass.
     """
 
@@ -65,7 +65,7 @@ class Supervisor:
         config: OnlineConfig,
         replay: ReplayBuffer,
         journal: Journal,
-        publish: Callable[[Weights], None],
+        publish: Callable[[Weights, float], None],
         pause: Callable[[], object],
     ) -> None:
         self.replay = replay
@@ -209,13 +209,19 @@ class Supervisor:
         comparison: Comparison | None = None,
     ) -> None:
         """Make earlier weights live again, because of how they do on some requests."""
-        self._publish(checkpoint.weights)  # first: if that fails, the others stay live
         self.archive.use(checkpoint)
         self._remember()
-        self._live, self._previous = checkpoint, None
-        self._begin_watch(tested)
+        self._switch(checkpoint, tested)
+        self._previous = None
         self._watch.clear()
         self._note("restored", reason, comparison=comparison)
+
+    def _switch(self, checkpoint: Checkpoint, tested: Sequence[Observation]) -> None:
+        expected = self._acceptance(checkpoint, tested) if tested else self.acceptance
+        self._publish(checkpoint.weights, expected)  # first: if that fails, the others stay live
+        self._live, self._previous = checkpoint, self._live
+        if tested:
+            self._begin_watch(tested)
 
     def _begin_watch(self, tested: Sequence[Observation]) -> None:
         live, initial = (self._scores.of(one, tested) for one in (self._live, self.archive.initial))
@@ -315,11 +321,8 @@ class Supervisor:
 
     def _go_live(self, weights: Weights, tested: Sequence[Observation], scores: Sequence[Score]) -> None:
         checkpoint = Checkpoint.of(weights, self.student.state())
-        self._publish(checkpoint.weights)  # first: if that fails, the others stay live
-        self._live, self._previous = checkpoint, self._live
-        if tested:
-            self._scores.note(checkpoint, tested, scores)
-            self._begin_watch(tested)
+        self._scores.note(checkpoint, tested, scores)
+        self._switch(checkpoint, tested)
 
     def roll_back(self) -> None:
         """Take the training copy back to the live weights; an adapter, to what led to them, however far they went."""
