@@ -79,7 +79,7 @@ def test_restart_goes_on_as_if_there_had_been_none(recipe: str, cut: int, tmp_pa
     observe(learner, traffic(cut))
     supervisor: Any = learner._loop._supervisor
     if recipe == "archive":
-        supervisor.archive.add(supervisor._live.on_cpu())
+        supervisor.archive.add(supervisor._incumbent.live.on_cpu())
     if recipe != "no gate":  # an alarm that is being raised is raised anew: the requests that led to it are not saved
         supervisor._watch.clear()
     learner.save(tmp_path)

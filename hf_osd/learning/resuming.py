@@ -41,7 +41,8 @@ def save(loop: "TrainingLoop", directory: Path) -> None:
 def load(loop: "TrainingLoop", draft: "PreTrainedModel", directory: Path) -> None:
     """
     Go on from what `save` wrote: the same requests then give the same weights as without the restart, unless requests
-    had come since the last update, an alarm was about to be raised, or the weights before the last update come back.
+    had come since the last update, an alarm was about to be raised or was not sure yet, or the weights before the last
+    update come back.
 
     Raises:
         LearningError: The state is missing, damaged or of another draft, or requests have been seen already.

@@ -17,31 +17,34 @@ import torch
 from ..config import OnlineConfig
 from ..errors import LearningError
 from ..records import Observation
-from .archive import Archive, Checkpoint, ScoreBook
+from .archive import Archive, Checkpoint
 from .collation import teaches
+from .doubt import Doubt, Drop, Suspension, Verdict
 from .gate import Comparison, compare
+from .incumbent import CLEARLY, Incumbent
 from .journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
-from .judge import Judge, Score, Weights, token_mean
+from .judge import Judge, Score, Weights
 from .path import LearnedPath
 from .rates import LearningRate
 from .replay import ReplayBuffer
 from .student import Student
-from .watch import Alarm, Watch
+from .watch import Alarm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Other weights than the initial ones go live after an alarm if their acceptance on the requests that raised it is this
-# much higher; and weights are remembered if theirs was for as many requests.
-_CLEARLY, _MEMORABLE = 0.05, 32
 # Standard errors: weights are published above the first, and new ones taken back below minus the second, or after so
 # many refusals in a row.
 _CERTAIN, _HARMFUL, _REFUSALS = 2.0, 2.5, 12
 # Latest requests of an update that test earlier weights and what was learned before they are learned from.
 _FRESH = 32
-_NUMBERS = ("requests", "fresh", "_remembered", "_drifted", "_refusals")
+_NUMBERS = ("requests", "fresh", "_drifted", "_refusals")
+_WHY: dict[Alarm, str] = {
+    "loss": "the live weights lose against the initial ones",
+    "drift": "the traffic has changed",
+}
 
 
 class Supervisor:
@@ -75,16 +78,13 @@ class Supervisor:
         self.requests = 0
         self.fresh = 0
         self._config = config
-        self._publish = publish
         self._judge = Judge(draft, config.max_length, config.batch_size, pause)
-        self._live = Checkpoint.of(student.weights(), student.state()).on_cpu()
-        self._previous: Checkpoint | None = None
-        self.archive = Archive(self._live, config.archive_size)
-        self._path = LearnedPath(self._live.weights)
-        self._watch = Watch()
-        self._scores = ScoreBook(self._score)
+        initial = Checkpoint.of(student.weights(), student.state()).on_cpu()
+        self._incumbent = Incumbent(initial, config.archive_size, self._judge, publish)
+        self._watch, self._scores = self._incumbent.watch, self._incumbent.scores
+        self._path = LearnedPath(initial.weights)
         self._latest: deque[Observation] = deque(maxlen=_FRESH)
-        self._remembered = 0
+        self._doubt: Doubt | None = None
         self._drifted: int | None = None  # the request at which the traffic changed last
         self._refusals = 0
 
@@ -92,6 +92,11 @@ class Supervisor:
     def acceptance(self) -> float:
         """Mean acceptance of the live draft over the latest requests, in [0, 1]."""
         return self._watch.usual
+
+    @property
+    def archive(self) -> Archive:
+        """Weights that can be made live again."""
+        return self._incumbent.archive
 
     # Requests.
 
@@ -103,24 +108,26 @@ class Supervisor:
                 self._take_together(waiting)
         finally:  # where that fails, at least nothing to learn from is lost
             self._keep(waiting)
-        self._scores.keep([self._live, *self.archive.all()], [*self.replay.held, *self._latest])
+        self._incumbent.keep_scores(self._contenders(), [*self.replay.held, *self._latest])
 
     def _take_together(self, waiting: deque[Observation]) -> None:
-        live = self._scores.of(self._live, waiting)
-        initial = self._scores.of(self.archive.initial, waiting) if self._config.gate else live
-        for mine, theirs in zip(live, initial, strict=True):
-            if self._take_one(waiting.popleft(), mine, theirs):
+        columns = [self._scores.of(checkpoint, waiting) for checkpoint in self._contenders()]
+        for scores in zip(*columns, strict=True):
+            if self._take_one(waiting.popleft(), *scores):
                 return
+
+    def _contenders(self) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+        """Live, initial and suspended weights, or the live ones in the place of those that do not matter."""
+        live = self._incumbent.live
+        suspended = self._doubt.suspended if self._doubt is not None else None
+        return live, self.archive.initial if self._config.gate else live, suspended or live
 
     def _keep(self, observations: Iterable[Observation]) -> None:
         for observation in observations:
             if teaches(observation, self._config.positions):
                 self.replay.add(observation)
 
-    def _score(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> list[Score]:
-        return self._judge.scores({} if checkpoint is self._live else checkpoint.weights, observations)
-
-    def _take_one(self, observation: Observation, live: Score, initial: Score) -> bool:
+    def _take_one(self, observation: Observation, live: Score, initial: Score, suspended: Score) -> bool:
         """Note one request; whether other weights went live."""
         self.requests += 1
         self.fresh += 1
@@ -128,78 +135,71 @@ class Supervisor:
         self.journal.add(JudgedRequest(self.requests, live.acceptance, live.positions, live.accepted))
         self._keep([observation])
         alarm = self._watch.add(observation, live, initial)
-        return alarm is not None and self._config.gate and self._react(alarm)
+        if not self._config.gate:
+            return False
+        if alarm == "loss" or (alarm == "drift" and self._doubt is None):
+            return self._react(alarm)
+        return self._doubt is not None and self._resolve(
+            self._doubt, self._doubt.add(observation, live, suspended, self._watch.length(live))
+        )
 
     def is_due(self) -> bool:
-        """Whether it is time for an update: sooner after the traffic has changed."""
+        """Whether it is time for an update: sooner after the traffic has changed, later while that is not sure."""
         every = self._config.update_every
         if self._drifted is not None and self.requests - self._drifted < 2 * every:
             every = max(1, every // 2)
-        return self.fresh >= every and len(self.replay) > 0
+        waits = self._doubt is not None and self._doubt.is_change
+        return self.fresh >= every and len(self.replay) > 0 and not waits
 
     # Falling back.
 
     def _react(self, alarm: Alarm) -> bool:
-        suspects = self._watch.suspects(alarm)
-        self._latest = deque(suspects, maxlen=_FRESH)  # the others are of what was before
-        best, acceptance = self._best_fallback(suspects)
-        react = self._note_loss if alarm == "loss" else self._note_drift
-        return react(suspects, best, acceptance)
-
-    def _best_fallback(self, suspects: Sequence[Observation]) -> tuple[Checkpoint, float]:
-        """Earlier weights, and their acceptance: the initial ones, unless others do clearly better."""
-        others = [one for one in (*self.archive.others, self._previous) if one is not None and one is not self._live]
-        tried = (self.archive.initial, *(others if self._watch.may_risk else []))
-        initial, *found = ((one, self._acceptance(one, suspects)) for one in tried)
-        best = max(found, key=lambda pair: pair[1], default=initial)
-        return best if best[1] >= initial[1] + _CLEARLY else initial
-
-    def _acceptance(self, checkpoint: Checkpoint, observations: Sequence[Observation]) -> float:
-        scores = self._scores.of(checkpoint, observations)
-        return token_mean((score.acceptance, score.positions) for score in scores)
-
-    def _note_loss(self, suspects: Sequence[Observation], best: Checkpoint, acceptance: float) -> bool:
         """
-        The live weights have lost too much: the initial ones go live, or others that are clearly better still.
+        Do what is urgent: the initial weights go live where the live ones lose, or others that are clearly better.
 
         The training copy stays: if this was a hiccup, it soon passes the gate again; if not, it is rolled back.
         """
-        changed = self._watch.has_changed
-        reason = f"the live weights lose against the initial ones: acceptance is {acceptance:.2f} with earlier ones"
-        self._restore(best, suspects, reason)
-        if changed:
-            self._turn_page(len(suspects))
+        suspects, usual, before = self._watch.suspects(alarm), self._watch.usual, self._watch.before(alarm)
+        is_change = alarm == "drift" or self._watch.has_changed
+        best = self._incumbent.best_fallback(suspects)
+        live, acceptance = (self._incumbent.acceptance(one, suspects) for one in (self._incumbent.live, best))
+        if alarm == "drift" and acceptance < live + CLEARLY:
+            self._doubt = Drop(suspects, usual, before)
+            return False
+        leaving = self._restore(best, suspects, f"{_WHY[alarm]}: acceptance is {acceptance:.2f} with earlier weights")
+        if self._doubt is None or self._doubt.suspended is None:
+            self._doubt = Suspension(leaving, suspects, usual, is_change)
         return True
 
-    def _note_drift(self, suspects: Sequence[Observation], best: Checkpoint, acceptance: float) -> bool:
-        """The traffic has changed: remember the weights for what it was, and look for better ones."""
-        live, usual = self._acceptance(self._live, suspects), self._watch.usual
-        self.journal.add(Drift(self.requests, live, usual))
-        logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", usual, live)
-        self.rate.restart()
+    def _resolve(self, doubt: Doubt, verdict: Verdict | None) -> bool:
+        """Believe an alarm, or take back what it led to; whether other weights went live."""
+        if verdict is None:
+            return False
+        self._doubt = None
+        self._watch.clear("drift")
+        if verdict == "so":
+            self._believe(doubt)
+        elif doubt.suspended is not None and self._watch.may_risk:
+            self._restore(doubt.suspended, list(self._latest), "the alarm was chance: they are ahead again")
+            return True
+        return False
+
+    def _believe(self, doubt: Doubt) -> None:
+        self._latest = deque(doubt.requests, maxlen=_FRESH)  # the others are of what was before
+        if not doubt.is_change:
+            return
+        live = self._incumbent.live
+        now = self._incumbent.acceptance(doubt.suspended or live, doubt.requests)
+        self.journal.add(Drift(self.requests, now, doubt.usual))
+        logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", doubt.usual, now)
         self._drifted = self.requests
-        switches = acceptance >= live + _CLEARLY
-        if switches:
-            self._restore(best, suspects, f"the traffic has changed: acceptance is {acceptance:.2f} with earlier ones")
-            self._go_on_from(best)
-        else:
-            self._remember()
-            self._begin_watch(suspects)
-        self._turn_page(len(suspects))
-        return switches
-
-    def _turn_page(self, keep: int) -> None:
-        """Only so many of the latest requests count from now on."""
-        self.replay.turn_page(keep)
+        self.rate.restart()
+        self._incumbent.remember(self.requests)
+        self._incumbent.begin_watch(doubt.requests)
+        self.replay.turn_page(len(doubt.requests))
+        if doubt.suspended is not None and live is not self.archive.initial:
+            self.student.load_state(live.state)
         self._path.restart()
-
-    def _remember(self) -> None:
-        """Keep the live weights for when their traffic comes back, if they are new and were worth it."""
-        is_new = self._live not in self.archive.all()
-        if is_new and self.requests - self._remembered >= _MEMORABLE and self._watch.advantage > _CLEARLY:
-            self._live = self._live.on_cpu()
-            self.archive.add(self._live)
-            self._remembered = self.requests
 
     def _restore(
         self,
@@ -207,25 +207,11 @@ class Supervisor:
         tested: Sequence[Observation],
         reason: str,
         comparison: Comparison | None = None,
-    ) -> None:
-        """Make earlier weights live again, because of how they do on some requests."""
-        self.archive.use(checkpoint)
-        self._remember()
-        self._switch(checkpoint, tested)
-        self._previous = None
-        self._watch.clear()
+    ) -> Checkpoint:
+        """Make earlier weights live again, because of how they do on some requests; returns those that gave way."""
+        leaving = self._incumbent.restore(checkpoint, tested, self.requests)
         self._note("restored", reason, comparison=comparison)
-
-    def _switch(self, checkpoint: Checkpoint, tested: Sequence[Observation]) -> None:
-        expected = self._acceptance(checkpoint, tested) if tested else self.acceptance
-        self._publish(checkpoint.weights, expected)  # first: if that fails, the others stay live
-        self._live, self._previous = checkpoint, self._live
-        if tested:
-            self._begin_watch(tested)
-
-    def _begin_watch(self, tested: Sequence[Observation]) -> None:
-        live, initial = (self._scores.of(one, tested) for one in (self._live, self.archive.initial))
-        self._watch.begin(list(zip(live, initial, strict=True)))
+        return leaving
 
     # Updates.
 
@@ -246,9 +232,9 @@ class Supervisor:
         self._path.test(lambda weights: self._judge.scores(weights, observations), initial)
 
     def _try_archived(self, fresh: Sequence[Observation]) -> None:
-        live = self._scores.of(self._live, fresh)
+        live = self._scores.of(self._incumbent.live, fresh)
         tried = self.archive.all() if self._watch.may_risk else [self.archive.initial]
-        others = [checkpoint for checkpoint in tried if checkpoint is not self._live]
+        others = [checkpoint for checkpoint in tried if checkpoint is not self._incumbent.live]
         compared = [(compare(self._scores.of(checkpoint, fresh), live), checkpoint) for checkpoint in others]
         better = [pair for pair in compared if pair[0].is_better(_needed(pair[0]))]
         if better:
@@ -295,7 +281,7 @@ class Supervisor:
         candidate = self._path.at(mixing)
         scores = self._judge.scores(candidate, held)
         comparison, with_initial = (
-            compare(scores, self._scores.of(one, held)) for one in (self._live, self.archive.initial)
+            compare(scores, self._scores.of(one, held)) for one in (self._incumbent.live, self.archive.initial)
         )
         decision, reason = self._decide(promise, comparison, with_initial)
         if decision == "published":
@@ -322,11 +308,11 @@ class Supervisor:
     def _go_live(self, weights: Weights, tested: Sequence[Observation], scores: Sequence[Score]) -> None:
         checkpoint = Checkpoint.of(weights, self.student.state())
         self._scores.note(checkpoint, tested, scores)
-        self._switch(checkpoint, tested)
+        self._incumbent.go_live(checkpoint, tested)
 
     def roll_back(self) -> None:
         """Take the training copy back to the live weights; an adapter, to what led to them, however far they went."""
-        self._go_on_from(self._live)
+        self._go_on_from(self._incumbent.live)
 
     def _go_on_from(self, checkpoint: Checkpoint) -> None:
         self.student.load_state(checkpoint.state)
@@ -357,19 +343,10 @@ class Supervisor:
     def state(self) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]:
         """Return groups of tensors, which do not change any more, and numbers for JSON."""
         student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
-        groups: dict[str, Mapping[str, torch.Tensor]] = {"student": student, "average": self._path.on_cpu()}
-        archived = self.archive.all()
-        groups |= self._live.on_cpu().groups("live")
-        for index, checkpoint in enumerate(archived):
-            groups |= checkpoint.groups(f"archive-{index}")
-        return groups, {name: getattr(self, name) for name in _NUMBERS} | {
-            "archived": len(archived),
-            "live": next((index for index, checkpoint in enumerate(archived) if checkpoint is self._live), None),
-            "rate": self.rate.value,
-            "path": self._path.state_dict(),
-            "acceptance": self.acceptance,
-            "watch": self._watch.state_dict(),
-        }
+        groups, numbers = self._incumbent.state()
+        numbers |= {name: getattr(self, name) for name in _NUMBERS}
+        numbers |= {"rate": self.rate.value, "path": self._path.state_dict()}
+        return {**groups, "student": student, "average": self._path.on_cpu()}, numbers
 
     def load_state(self, groups: Mapping[str, Mapping[str, torch.Tensor]], numbers: Mapping[str, Any]) -> None:
         """
@@ -380,17 +357,13 @@ class Supervisor:
             LearningError: The training copy has another shape.
         """
         self.student.load_state(groups["student"])
-        archived = [Checkpoint.from_groups(groups, f"archive-{index}") for index in range(numbers["archived"])]
-        self.archive.initial, *self.archive.others = archived
-        place = numbers["live"]
-        self._previous = None
+        self._incumbent.load_state(groups, numbers)
         self._path.initial = self.archive.initial.weights
         self._path.load_state(groups["average"], numbers["path"])
-        self._live = Checkpoint.from_groups(groups, "live") if place is None else archived[place]
+        self.rate.value = numbers["rate"]
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
-        self.rate.value = numbers["rate"]
-        self._watch.load_state_dict(numbers["watch"])
+        self._doubt = None
 
 
 def _needed(comparison: Comparison) -> float:

@@ -39,7 +39,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._losses, self._drops = ShortfallSum(_LOSS_LIMIT), ShortfallSum(_DROP_LIMIT)
+        self._sums: dict[Alarm, ShortfallSum] = {"loss": ShortfallSum(_LOSS_LIMIT), "drift": ShortfallSum(_DROP_LIMIT)}
         self._tested: list[_Seen] = []  # before the live weights went live
         self._since: deque[_Seen] = deque(maxlen=_LATEST)
         self._credit = _CREDIT
@@ -55,25 +55,29 @@ class Watch:
         self._tested = [_Seen.of(live, initial) for live, initial in tested][-_LATEST:]
         self._since.clear()
 
-    def clear(self) -> None:
-        """Forget what was lost: an alarm has been dealt with."""
-        self._losses.clear()
-        self._drops.clear()
+    def clear(self, *alarms: Alarm) -> None:
+        """Forget what led to alarms, or to all of them: it has been dealt with."""
+        for alarm in alarms or self._sums:
+            self._sums[alarm].clear()
 
     def add(self, observation: Observation, live: Score, initial: Score) -> Alarm | None:
         """Note what the live and the initial weights made of a request; whether that makes up an alarm."""
         usual = self.usual  # 0 before the first one
         self._since.append(_Seen.of(live, initial))
-        length = live.positions / max(fmean(seen.positions for seen in self._latest()), 1.0)
+        length = self.length(live)
         gained = length * (live.acceptance - initial.acceptance)
         self._credit = min(_CREDIT, self._credit + _ALLOWANCE + gained)
-        lost = self._losses.add(-gained, observation)
-        dropped = self._drops.add(length * (usual - live.acceptance - _SLACK), observation)
+        lost = self._sums["loss"].add(-gained, observation)
+        dropped = self._sums["drift"].add(length * (usual - live.acceptance - _SLACK), observation)
         if lost and not self._is_chance():
             return "loss"
-        if dropped and self._errors(self._drops, [seen.live for seen in self._latest()]) > _UNUSUAL_DROP:
+        if dropped and self._errors("drift", self._rates()) > _UNUSUAL_DROP:
             return "drift"
         return None
+
+    def length(self, score: Score) -> float:
+        """Return how long a request is, in requests of the usual length."""
+        return score.positions / max(fmean(seen.positions for seen in self._latest()), 1.0)
 
     @property
     def usual(self) -> float:
@@ -88,7 +92,7 @@ class Watch:
     @property
     def has_changed(self) -> bool:
         """Whether the requests that the live weights lose on are unlike those before."""
-        return self._errors(self._losses, [seen.live - seen.initial for seen in self._latest()]) > _UNUSUAL_LOSS
+        return self._errors("loss", [seen.live - seen.initial for seen in self._latest()]) > _UNUSUAL_LOSS
 
     @property
     def may_risk(self) -> bool:
@@ -97,14 +101,25 @@ class Watch:
 
     def suspects(self, alarm: Alarm) -> list[Observation]:
         """Return the latest requests that led to an alarm."""
-        return list((self._losses if alarm == "loss" else self._drops).requests)
+        return list(self._sums[alarm].requests)
+
+    def before(self, alarm: Alarm) -> list[float]:
+        """Return the acceptance of the live weights on each request before those."""
+        return self._rates()[: self._start(alarm)]
 
     def _is_chance(self) -> bool:
-        return self.advantage > 0.0 and self._losses.total <= 2.0 * _LOSS_LIMIT and not self.has_changed
+        return self.advantage > 0.0 and self._sums["loss"].total <= 2.0 * _LOSS_LIMIT and not self.has_changed
 
-    def _errors(self, shortfall: ShortfallSum, rates: list[float]) -> float:
-        before = len(rates) - min(shortfall.count, len(self._since))
-        return errors_below(rates[before:], rates[:before])
+    def _errors(self, alarm: Alarm, rates: list[float]) -> float:
+        start = self._start(alarm)
+        return errors_below(rates[start:], rates[:start])
+
+    def _start(self, alarm: Alarm) -> int:
+        """Where the requests of an alarm begin among the latest."""
+        return len(self._latest()) - min(self._sums[alarm].count, len(self._since))
+
+    def _rates(self) -> list[float]:
+        return [seen.live for seen in self._latest()]
 
     def _latest(self) -> list["_Seen"]:
         return [*self._tested, *self._since][-_LATEST:]
@@ -112,10 +127,8 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """Return numbers for JSON. Without the requests that led to the sums."""
         return {
-            "loss": self._losses.total,
-            "drop": self._drops.total,
+            "sums": {alarm: [one.total, one.count] for alarm, one in self._sums.items()},
             "credit": self._credit,
-            "counts": [self._losses.count, self._drops.count],
             "tested": [list(seen) for seen in self._tested],
             "since": [list(seen) for seen in self._since],
         }
@@ -123,8 +136,8 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; requests of alarms are looked at only if more of the kind come."""
         self.clear()
-        self._losses.total, self._drops.total = state["loss"], state["drop"]
-        self._losses.count, self._drops.count = state["counts"]
+        for alarm, one in self._sums.items():
+            one.total, one.count = state["sums"][alarm]
         self._credit = state["credit"]
         self._tested = [_Seen(*seen) for seen in state["tested"]]
         self._since = deque((_Seen(*seen) for seen in state["since"]), maxlen=_LATEST)
