@@ -98,7 +98,7 @@ def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict
     assert figures["mismatches"] == 0
     assert figures["about"]["dtype"] == "float32"
     assert figures["about"]["options"]["update_every"] == 2
-    assert figures["about"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(figures["about"]["versions"]["torch"])
     assert [set(row) for row in figures["requests"]] == [set(CONTENDERS)] * 3
     whole = figures["summary"]["whole_run"]
     assert len({whole[name]["tokens"] for name in CONTENDERS}) == 1  # greedy: all wrote the same

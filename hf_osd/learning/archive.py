@@ -47,7 +47,9 @@ class Checkpoint:
         return cls(weights, dict(groups[f"{name}-state"]) if f"{name}-state" in groups else weights)
 
     def on_cpu(self) -> "Checkpoint":
-        """Return a checkpoint that takes no memory of an accelerator."""
+        """Return a checkpoint that takes no memory of an accelerator: itself, if it does not."""
+        if all(tensor.device.type == "cpu" for tensor in (*self.weights.values(), *self.state.values())):
+            return self
         moved = {name: weight.cpu() for name, weight in self.weights.items()}
         same = self.weights is self.state
         return Checkpoint(moved, moved if same else {name: tensor.cpu() for name, tensor in self.state.items()})

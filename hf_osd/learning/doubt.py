@@ -6,6 +6,7 @@ what cannot be undone, such as turning away from what was learned, waits for the
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from ..records import Observation
@@ -18,8 +19,10 @@ Verdict = Literal["chance", "so"]
 # Sums of acceptance over requests of the usual length, since an alarm: weights that gave way come back where they are
 # this much ahead of those in their place, and not where they are as much behind.
 _AHEAD, _BEHIND = 0.3, 0.2
-# Requests that end any doubt; and those that confirm a drop, by as many standard errors.
-_MOST, _ENOUGH, _CERTAIN = 8, 4, 2.0
+# Requests that it takes to believe an alarm, and after which one is believed that nothing speaks against.
+_ENOUGH, _MOST = 4, 8
+# Standard errors by which a drop lasts.
+_LASTING = 2.0
 
 
 class Doubt:
@@ -27,21 +30,20 @@ class Doubt:
     An alarm that is not yet believed.
 
     Args:
-        suspects (`Sequence[Observation]`): Requests that raised it.
-        usual (`float`): Acceptance of the live weights before it.
-        is_change (`bool`): Whether they are unlike the requests before: if it is so, the traffic has changed.
+        cause (`Cause`): What it rests on.
+        live (`Checkpoint`): What is live since. With other weights it is pointless.
 
     Attributes:
-        requests (`list[Observation]`): They, and those since.
+        requests (`list[Observation]`): Those that raised it, and those since.
         suspended (`Checkpoint`, *optional*): Weights that gave way.
     """
 
     suspended: Checkpoint | None = None
 
-    def __init__(self, suspects: Sequence[Observation], usual: float, is_change: bool) -> None:
-        self.requests = list(suspects)
-        self.usual = usual
-        self.is_change = is_change
+    def __init__(self, cause: "Cause", live: Checkpoint) -> None:
+        self.cause = cause
+        self.live = live
+        self.requests = list(cause.suspects)
         self._count = 0
 
     def add(self, observation: Observation, live: Score, suspended: Score, length: float) -> Verdict | None:
@@ -65,11 +67,36 @@ class Doubt:
         raise NotImplementedError
 
 
-class Suspension(Doubt):
-    """Others went live in the place of weights that lost, or were not as good any more. Are they really better?"""
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """
+    What an alarm rests on.
 
-    def __init__(self, suspended: Checkpoint, suspects: Sequence[Observation], usual: float, is_change: bool) -> None:
-        super().__init__(suspects, usual, is_change)
+    Attributes:
+        suspects (`Sequence[Observation]`): Requests that raised it.
+        before (`Sequence[float]`): Acceptance of the live weights on each request before those.
+        is_change (`bool`): Whether they are unlike: if it is so, the traffic has changed.
+        memorable (`Checkpoint`, *optional*): The live weights, if it is worth remembering them in that case.
+    """
+
+    suspects: Sequence[Observation]
+    before: Sequence[float]
+    is_change: bool
+    memorable: Checkpoint | None
+
+
+class Suspension(Doubt):
+    """
+    Others went live in the place of weights that lost, or were not as good any more. Are they really better?
+
+    Args:
+        cause (`Cause`): What the alarm rests on.
+        live (`Checkpoint`): The others.
+        suspended (`Checkpoint`): The weights that gave way.
+    """
+
+    def __init__(self, cause: Cause, live: Checkpoint, suspended: Checkpoint) -> None:
+        super().__init__(cause, live)
         self.suspended = suspended
         self._lead = 0.0
 
@@ -77,26 +104,19 @@ class Suspension(Doubt):
         self._lead += length * (suspended.acceptance - live.acceptance)
         if self._lead >= _AHEAD:
             return "chance"
-        return "so" if self._lead <= -_BEHIND or self._count >= _MOST else None
+        is_behind = self._lead <= -_BEHIND and self._count >= _ENOUGH
+        return "so" if is_behind or self._count >= _MOST else None
 
 
 class Drop(Doubt):
-    """
-    Acceptance has dropped, and no other weights are better. Does it stay so low?
+    """Acceptance has dropped, and no other weights are better. Does it stay so low?"""
 
-    Args:
-        suspects (`Sequence[Observation]`): Requests that it dropped on.
-        usual (`float`): Acceptance of the live weights before it.
-        before (`Sequence[float]`): The same by request.
-    """
-
-    def __init__(self, suspects: Sequence[Observation], usual: float, before: Sequence[float]) -> None:
-        super().__init__(suspects, usual, is_change=True)
-        self._before = before
+    def __init__(self, cause: Cause, live: Checkpoint) -> None:
+        super().__init__(cause, live)
         self._since: list[float] = []
 
     def _weigh(self, live: Score, suspended: Score, length: float) -> Verdict | None:
         self._since.append(live.acceptance)
         if self._count < _ENOUGH:
             return None
-        return "so" if errors_below(self._since, self._before) > _CERTAIN else "chance"
+        return "so" if errors_below(self._since, self.cause.before) > _LASTING else "chance"

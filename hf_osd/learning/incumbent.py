@@ -67,33 +67,27 @@ class Incumbent:
         if tested:
             self.begin_watch(tested)
 
-    def restore(self, checkpoint: Checkpoint, tested: Sequence[Observation], request: int) -> Checkpoint:
-        """
-        Make earlier weights live again.
-
-        Args:
-            checkpoint (`Checkpoint`): The weights.
-            tested (`Sequence[Observation]`): Requests on which they are better.
-            request (`int`): The number of the last one.
-
-        Returns:
-            `Checkpoint`: The weights that gave way.
-        """
-        self.archive.use(checkpoint)
-        self.remember(request)
-        leaving = self.live
+    def restore(self, checkpoint: Checkpoint, tested: Sequence[Observation]) -> None:
+        """Make earlier weights live again, which are better on some requests."""
         self.go_live(checkpoint, tested)
+        self.archive.use(checkpoint)
         self._previous = None
         self.watch.clear()
-        return leaving
 
-    def remember(self, request: int) -> None:
-        """Keep the live weights for when their traffic comes back, if they are new and were worth it."""
+    def memorable(self, request: int) -> Checkpoint | None:
+        """Return the live weights if they are new and worth remembering for when their traffic comes back."""
         is_new = self.live not in self.archive.all()
-        if is_new and request - self._remembered >= _MEMORABLE and self.watch.advantage > CLEARLY:
-            self.live = self.live.on_cpu()
-            self.archive.add(self.live)
-            self._remembered = request
+        is_worth_it = request - self._remembered >= _MEMORABLE and self.watch.advantage > CLEARLY
+        return self.live if is_new and is_worth_it else None
+
+    def remember(self, checkpoint: Checkpoint | None, request: int) -> None:
+        """Keep weights that are or were live until a request, if there are any."""
+        if checkpoint is None:
+            return
+        kept = checkpoint.on_cpu()
+        self.live = kept if self.live is checkpoint else self.live
+        self.archive.add(kept)
+        self._remembered = request
 
     def best_fallback(self, suspects: Sequence[Observation]) -> Checkpoint:
         """Return the earlier weights to go live instead: the initial ones, unless others do clearly better."""
@@ -137,6 +131,5 @@ class Incumbent:
         self.archive.initial, *self.archive.others = archived
         place = numbers["live"]
         self.live = Checkpoint.from_groups(groups, "live") if place is None else archived[place]
-        self._previous = None
         self._remembered = numbers["remembered"]
         self.watch.load_state_dict(numbers["watch"])

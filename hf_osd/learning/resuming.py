@@ -115,7 +115,7 @@ def _check_complete(snapshot: Snapshot) -> None:
     """Raise `KeyError` now rather than in the thread."""
     for name in ("student", "average", "archive-0", "optimizer"):
         snapshot.tensors[name]
-    for name in ("live", "rate", "path", "watch", "acceptance"):
+    for name in ("live", "rate", "path", "watch", "acceptance", "archived", "remembered"):
         snapshot.numbers["supervisor"][name]
     snapshot.numbers["optimizer"]
 

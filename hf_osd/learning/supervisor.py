@@ -10,6 +10,7 @@ which weights on the way to what was learned are better than the live ones (the 
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import LearningError
 from ..records import Observation
 from .archive import Archive, Checkpoint
 from .collation import teaches
-from .doubt import Doubt, Drop, Suspension, Verdict
+from .doubt import Cause, Doubt, Drop, Suspension, Verdict
 from .gate import Comparison, compare
 from .incumbent import CLEARLY, Incumbent
 from .journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
@@ -43,7 +44,7 @@ _FRESH = 32
 _NUMBERS = ("requests", "fresh", "_drifted", "_refusals")
 _WHY: dict[Alarm, str] = {
     "loss": "the live weights lose against the initial ones",
-    "drift": "the traffic has changed",
+    "drift": "the traffic may have changed",
 }
 
 
@@ -111,6 +112,8 @@ class Supervisor:
         self._incumbent.keep_scores(self._contenders(), [*self.replay.held, *self._latest])
 
     def _take_together(self, waiting: deque[Observation]) -> None:
+        if self._doubt is not None and self._doubt.live is not self._incumbent.live:
+            self._doubt = None  # an update has found better ones
         columns = [self._scores.of(checkpoint, waiting) for checkpoint in self._contenders()]
         for scores in zip(*columns, strict=True):
             if self._take_one(waiting.popleft(), *scores):
@@ -137,18 +140,19 @@ class Supervisor:
         alarm = self._watch.add(observation, live, initial)
         if not self._config.gate:
             return False
-        if alarm == "loss" or (alarm == "drift" and self._doubt is None):
+        doubt, verdict = self._doubt, None
+        if doubt is not None:
+            verdict = doubt.add(observation, live, suspended, self._watch.length(live))
+        if alarm == "loss" or (alarm == "drift" and doubt is None):
             return self._react(alarm)
-        return self._doubt is not None and self._resolve(
-            self._doubt, self._doubt.add(observation, live, suspended, self._watch.length(live))
-        )
+        return doubt is not None and verdict is not None and self._resolve(doubt, verdict)
 
     def is_due(self) -> bool:
         """Whether it is time for an update: sooner after the traffic has changed, later while that is not sure."""
         every = self._config.update_every
         if self._drifted is not None and self.requests - self._drifted < 2 * every:
             every = max(1, every // 2)
-        waits = self._doubt is not None and self._doubt.is_change
+        waits = self._doubt is not None and self._doubt.cause.is_change
         return self.fresh >= every and len(self.replay) > 0 and not waits
 
     # Falling back.
@@ -159,42 +163,55 @@ class Supervisor:
 
         The training copy stays: if this was a hiccup, it soon passes the gate again; if not, it is rolled back.
         """
-        suspects, usual, before = self._watch.suspects(alarm), self._watch.usual, self._watch.before(alarm)
-        is_change = alarm == "drift" or self._watch.has_changed
+        suspects, leaving = self._watch.suspects(alarm), self._incumbent.live
+        cause = self._cause(alarm, suspects)
         best = self._incumbent.best_fallback(suspects)
-        live, acceptance = (self._incumbent.acceptance(one, suspects) for one in (self._incumbent.live, best))
-        if alarm == "drift" and acceptance < live + CLEARLY:
-            self._doubt = Drop(suspects, usual, before)
+        acceptance = self._incumbent.acceptance(best, suspects)
+        if alarm == "drift" and acceptance < self._incumbent.acceptance(leaving, suspects) + CLEARLY:
+            self._doubt = Drop(cause, leaving)
             return False
-        leaving = self._restore(best, suspects, f"{_WHY[alarm]}: acceptance is {acceptance:.2f} with earlier weights")
-        if self._doubt is None or self._doubt.suspended is None:
-            self._doubt = Suspension(leaving, suspects, usual, is_change)
+        self._restore(best, suspects, f"{_WHY[alarm]}: acceptance is {acceptance:.2f} with earlier weights")
+        self._doubt = Suspension(cause, best, leaving)
         return True
 
-    def _resolve(self, doubt: Doubt, verdict: Verdict | None) -> bool:
+    def _cause(self, alarm: Alarm, suspects: Sequence[Observation]) -> Cause:
+        """What an alarm rests on, and one before it that is in doubt still."""
+        is_change = alarm == "drift" or self._watch.has_changed
+        memorable = self._incumbent.memorable(self.requests)
+        if self._doubt is None:
+            return Cause(suspects, self._watch.before(alarm), is_change, memorable)
+        first = self._doubt.cause
+        before = first.before or self._watch.before(alarm)
+        return Cause(self._doubt.requests, before, is_change or first.is_change, first.memorable or memorable)
+
+    def _resolve(self, doubt: Doubt, verdict: Verdict) -> bool:
         """Believe an alarm, or take back what it led to; whether other weights went live."""
-        if verdict is None:
-            return False
-        self._doubt = None
-        self._watch.clear("drift")
-        if verdict == "so":
-            self._believe(doubt)
-        elif doubt.suspended is not None and self._watch.may_risk:
+        returns = verdict == "chance" and doubt.suspended is not None and self._may_serve(doubt.suspended)
+        if returns and doubt.suspended is not None:
             self._restore(doubt.suspended, list(self._latest), "the alarm was chance: they are ahead again")
-            return True
-        return False
+            if not self._path.count:  # an update has taken the training copy back meanwhile
+                self._go_on_from(doubt.suspended)
+        elif verdict == "so":
+            self._believe(doubt)
+        self._watch.clear("drift")
+        self._doubt = None
+        return returns
+
+    def _may_serve(self, checkpoint: Checkpoint) -> bool:
+        return self._watch.may_risk or checkpoint is self.archive.initial
 
     def _believe(self, doubt: Doubt) -> None:
-        self._latest = deque(doubt.requests, maxlen=_FRESH)  # the others are of what was before
-        if not doubt.is_change:
+        """What an alarm says is so: other traffic begins with the requests that raised it, if they were unlike."""
+        live, cause = self._incumbent.live, doubt.cause
+        self._incumbent.remember(cause.memorable, self.requests)
+        self._latest = deque(doubt.requests, maxlen=_FRESH)
+        if not cause.is_change:
             return
-        live = self._incumbent.live
-        now = self._incumbent.acceptance(doubt.suspended or live, doubt.requests)
-        self.journal.add(Drift(self.requests, now, doubt.usual))
-        logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", doubt.usual, now)
+        now, before = self._incumbent.acceptance(doubt.suspended or live, doubt.requests), fmean(cause.before)
+        self.journal.add(Drift(self.requests, now, before))
+        logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", before, now)
         self._drifted = self.requests
         self.rate.restart()
-        self._incumbent.remember(self.requests)
         self._incumbent.begin_watch(doubt.requests)
         self.replay.turn_page(len(doubt.requests))
         if doubt.suspended is not None and live is not self.archive.initial:
@@ -207,11 +224,10 @@ class Supervisor:
         tested: Sequence[Observation],
         reason: str,
         comparison: Comparison | None = None,
-    ) -> Checkpoint:
-        """Make earlier weights live again, because of how they do on some requests; returns those that gave way."""
-        leaving = self._incumbent.restore(checkpoint, tested, self.requests)
+    ) -> None:
+        """Make earlier weights live again, because of how they do on some requests."""
+        self._incumbent.restore(checkpoint, tested)
         self._note("restored", reason, comparison=comparison)
-        return leaving
 
     # Updates.
 
@@ -239,7 +255,9 @@ class Supervisor:
         better = [pair for pair in compared if pair[0].is_better(_needed(pair[0]))]
         if better:
             comparison, checkpoint = max(better, key=lambda pair: pair[0].gain)
+            memorable = self._incumbent.memorable(self.requests)
             self._restore(checkpoint, fresh, "earlier weights are certainly better on the latest requests", comparison)
+            self._incumbent.remember(memorable, self.requests)
             self._go_on_from(checkpoint)
 
     def finish_update(self, loss: float, seconds: float) -> Decision:
@@ -363,7 +381,6 @@ class Supervisor:
         self.rate.value = numbers["rate"]
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
-        self._doubt = None
 
 
 def _needed(comparison: Comparison) -> float:
