@@ -186,19 +186,22 @@ class Supervisor:
 
     def _resolve(self, doubt: Doubt, verdict: Verdict) -> bool:
         """Believe an alarm, or take back what it led to; whether other weights went live."""
-        returns = verdict == "chance" and doubt.suspended is not None and self._may_serve(doubt.suspended)
-        if returns and doubt.suspended is not None:
-            self._restore(doubt.suspended, list(self._latest), "the alarm was chance: they are ahead again")
-            if not self._path.count:  # an update has taken the training copy back meanwhile
-                self._go_on_from(doubt.suspended)
-        elif verdict == "so":
+        before = self._incumbent.live
+        if verdict == "so":
             self._believe(doubt)
+        elif doubt.suspended is not None and self._may_serve(doubt.suspended):
+            self._bring_back(doubt.suspended)
         self._watch.clear("drift")
         self._doubt = None
-        return returns
+        return self._incumbent.live is not before
 
     def _may_serve(self, checkpoint: Checkpoint) -> bool:
         return self._watch.may_risk or checkpoint is self.archive.initial
+
+    def _bring_back(self, checkpoint: Checkpoint) -> None:
+        self._restore(checkpoint, list(self._latest), "the alarm was chance: they are ahead again")
+        if not self._path.count:  # an update has taken the training copy back meanwhile
+            self._go_on_from(checkpoint)
 
     def _believe(self, doubt: Doubt) -> None:
         """What an alarm says is so: other traffic begins with the requests that raised it, if they were unlike."""
