@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -119,10 +120,19 @@ def run_in_processes(tasks: Sequence[Task], draft: str, files: Mapping[str, Path
 
 def _prepare(draft: str, files: Mapping[str, Path]) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     _worker = _Worker(model, files)
+
+
+def _end_with_parent() -> None:
+    """A run that was killed must not go on, and write its results into those of the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Worker:

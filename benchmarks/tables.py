@@ -1,0 +1,178 @@
+"""
+Fill the tables of docs/laboratory.md from the results that the laboratory wrote.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what NAME is.
+
+    python benchmarks/tables.py          # write
+    python benchmarks/tables.py --check  # fail where a table and its results differ
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "laboratory.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+DOMAINS = {"spider": "text to SQL", "python": "code", "gsm8k": "maths", "general": "general", "finance": "finance"}
+RATES = {f"algorithm_1@{float(rate)}": f"Algorithm 1, {rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3")}
+NAMES = {
+    "static": "static draft",
+    **RATES,
+    "defaults": "**defaults**",
+    "lora": "LoRA, `peft_config={}`",
+    "offline": "offline, three epochs",
+}
+Stream = Mapping[str, Any]
+
+
+@cache
+def streams(name: str) -> Mapping[str, Stream]:
+    """Return the streams of a result, by name."""
+    found: Mapping[str, Stream] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["streams"]
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first cell of the header is empty."""
+    lines = [["", *header], ["---"] * (len(header) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+def rate(value: float | None, form: str = ".3f") -> str:
+    """Return a rate without its leading zero; nothing for none."""
+    return "" if value is None else f"{value:{form}}".replace("0.", ".", 1)
+
+
+def final(stream: Stream, recipe: str) -> float | None:
+    """Return the acceptance over the last quarter."""
+    run = stream["recipes"].get(recipe)
+    return run and float(run["final_acceptance"])
+
+
+def goal(stream: Stream, name: str, recipe: str = "defaults") -> float | None:
+    """Return the figure of a goal; `None` where it has none."""
+    value: float | None = stream["recipes"][recipe]["goals"].get(name)
+    return value
+
+
+def share(stream: Stream) -> str:
+    """Return after how many requests the defaults are where Algorithm 1 at its best ends."""
+    value = goal(stream, "share_to_reach_algorithm_1")
+    return "not reached" if value is None else f"{round(value * stream['requests'])} ({value:.0%})"
+
+
+def domains(found: Mapping[str, Stream]) -> str:
+    """Final acceptance by recipe, and how the defaults do against the goals."""
+    columns = list(found.values())
+    recipes = [recipe for recipe in NAMES if any(recipe in stream["recipes"] for stream in columns)]
+    rows = [[NAMES[recipe], *(_cell(stream, recipe) for stream in columns)] for recipe in recipes]
+    rows.append(["requests until Algorithm 1's best final rate", *map(share, columns)])
+    worst = [rate(goal(stream, "worst_window_above_static"), "+.3f") for stream in columns]
+    rows.append(["worst window of 100 against static", *worst])
+    return table([f"{DOMAINS.get(name, name.partition('-')[0])}" for name in found], rows)
+
+
+def _cell(stream: Stream, recipe: str) -> str:
+    """A final rate, bold where it is the best of all that learn as requests come."""
+    online = [final(stream, one) or 0.0 for one in NAMES if one not in ("static", "offline")]
+    value = final(stream, recipe)
+    best = recipe not in ("static", "offline") and value == max(online)
+    return f"**{rate(value)}**" if best else rate(value)
+
+
+def segments(stream: Stream) -> str:
+    """Acceptance by part of a stream, the worst window, and the change on return."""
+    header = [label for label, _, _ in stream["segments"]] + ["worst window of 100 against static"]
+    returns = stream["kind"] == "return"
+    rows = []
+    for recipe, run in stream["recipes"].items():
+        goals = run["goals"] or {}
+        row = [NAMES[recipe], *map(rate, run["acceptance_by_segment"])]
+        row.append(rate(goals.get("worst_window_above_static"), "+.4f"))
+        rows.append([*row, rate(goals.get("change_on_return"), "+.3f")] if returns else row)
+    return table([*header, "change on return"] if returns else header, rows)
+
+
+def quarters(columns: Mapping[str, Stream]) -> str:
+    """Acceptance by quarter of streams without parts."""
+    recipes = [recipe for recipe in NAMES if all(recipe in stream["recipes"] for stream in columns.values())]
+    runs = ([stream["recipes"][recipe]["acceptance_by_quarter"] for stream in columns.values()] for recipe in recipes)
+    rows = [
+        [NAMES[recipe], *(" ".join(map(rate, run)) for run in row)] for recipe, row in zip(recipes, runs, strict=True)
+    ]
+    return table(list(columns), rows)
+
+
+def seeds(found: Mapping[str, Stream]) -> str:
+    """Final acceptance over seeds: mean, least, most."""
+    families = {"defaults": "**defaults**", "lora": NAMES["lora"]}
+    rows = [[name, *(_spread(stream, family) for stream in found.values())] for family, name in families.items()]
+    return table([DOMAINS[name] for name in found], rows)
+
+
+def _spread(stream: Stream, family: str) -> str:
+    values = [run["final_acceptance"] for name, run in stream["recipes"].items() if name.startswith(f"{family}@")]
+    return f"{rate(statistics.fmean(values))} ({rate(min(values))} to {rate(max(values))})"
+
+
+def variants(found: Mapping[str, Stream]) -> str:
+    """Final acceptance and accepted tokens of variants, each stream by itself."""
+    recipes = {recipe: None for stream in found.values() for recipe in stream["recipes"]}
+    rows = [[f"`{recipe}`", *(_both(stream, recipe) for stream in found.values())] for recipe in recipes]
+    return table([DOMAINS[name] for name in found], rows)
+
+
+def _both(stream: Stream, recipe: str) -> str:
+    run = stream["recipes"].get(recipe)
+    return "" if run is None else f"{rate(run['final_acceptance'])} ({run['final_accepted_per_round']:.2f})"
+
+
+def _quarters() -> str:
+    found = streams("learning_streams")
+    return quarters({name.partition("-")[0]: one for name, one in found.items() if one["kind"] in ("gradual", "mix")})
+
+
+def _segments(result: str, start: str) -> str:
+    return segments(next(stream for name, stream in streams(result).items() if name.startswith(start)))
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "domains": lambda: domains(streams("learning")),
+    "return": lambda: _segments("learning_streams", "return"),
+    "shift": lambda: _segments("learning_streams", "shift"),
+    "quarters": _quarters,
+    "seeds": lambda: seeds(streams("learning_seeds")),
+    "variants": lambda: variants(streams("learning_variants")),
+    "matched pair": lambda: domains(streams("learning_matched_pair")),
+    "embedded pair": lambda: domains(streams("learning_embedded_pair")),
+    "hostile": lambda: _segments("learning_hostile", "shift-gsm8k"),
+}
+
+
+def filled(text: str) -> str:
+    """Return a document with its tables as the results have them."""
+    pattern = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n", text)
+
+
+def main() -> None:
+    """Fill the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if options.check and filled(text) != text:
+        sys.exit(f"{DOCUMENT.name} differs from its results: run python {Path(__file__).name}")
+    DOCUMENT.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
