@@ -213,6 +213,7 @@ def test_weights_that_could_not_come_back_do_so_later(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="no room"):
         world.take(1, 4)
     world.supervisor.failed(RuntimeError("no room"))
+    assert world.copy == 1
     world.refuses_to_publish = False
     world.take(1, 1)
     assert (world.version, world.copy) == (1, 1)
@@ -221,6 +222,7 @@ def test_weights_that_could_not_come_back_do_so_later(monkeypatch: pytest.Monkey
 def test_training_goes_on_from_what_came_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a training copy that an update which failed in between has taken back to the initial weights."""
     world = doubtful(monkeypatch)
+    world.supervisor.begin_update()
     world.supervisor.failed(RuntimeError("no memory"))
     assert world.copy == 0
     world.take(1, 4)

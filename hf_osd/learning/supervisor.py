@@ -88,6 +88,7 @@ class Supervisor:
         self._doubt: Doubt | None = None
         self._drifted: int | None = None  # the request at which the traffic changed last
         self._refusals = 0
+        self._in_update = False
 
     @property
     def acceptance(self) -> float:
@@ -245,6 +246,7 @@ class Supervisor:
         if self._config.gate:
             self._test(fresh)
             self._try_archived(fresh)
+        self._in_update = True
 
     def _test(self, observations: Sequence[Observation]) -> None:
         initial = self._scores.of(self.archive.initial, observations)
@@ -275,7 +277,7 @@ class Supervisor:
             `str`: What was decided; see [`UpdateRecord`].
 
         Raises:
-            LearningError: There are weights that are not finite. The training copy is back at the live weights.
+            LearningError: There are weights that are not finite.
         """
         weights = self.student.weights()
         broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
@@ -291,6 +293,7 @@ class Supervisor:
         self._refusals = self._refusals + 1 if decision == "refused" else 0
         self._note(decision, reason, loss, comparison, mixing, seconds)
         self.rate.follow(decision, mixing)
+        self._in_update = False
         return decision
 
     def _pass_gate(self) -> tuple[Decision, str, Comparison, float]:
@@ -355,8 +358,10 @@ class Supervisor:
         self.journal.add(UpdateRecord(self.requests, decision, reason, loss, rate, gain, uncertainty, mixing, seconds))
 
     def failed(self, error: Exception) -> None:
-        """Note that an update failed, and forget what it did to the training copy."""
-        self.roll_back()
+        """Note a failure; one in an update may have touched the training copy, which goes back to the live weights."""
+        if self._in_update:
+            self.roll_back()
+            self._in_update = False
         self._note("failed", str(error))
 
     # Saving.
