@@ -1,16 +1,20 @@
-"""Observations and snapshots for the tests of the storage, each a function of its number: any can be checked."""
+"""Observations and snapshots for the tests of the storage, each a function of its number, and directories of them."""
 
 import logging
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from pathlib import Path
 
 import torch
 
-from hf_osd.learning.storage import Snapshot
+from hf_osd.learning.storage import Snapshot, StateDirectory
+from hf_osd.learning.storage.shards import list_shards
 from hf_osd.records import Observation
 
 FIELDS = tuple(field.name for field in fields(Observation))
+NEVER = 3600.0  # seconds until a flush that no test waits for
 
 
 def observation(number: int) -> Observation:
@@ -77,6 +81,36 @@ class Learner:
             return None
         self.saved = self.count
         return snapshot(self.count)
+
+
+def nothing() -> None:
+    return None
+
+
+def replay_of(path: Path) -> list[Path]:
+    return [shard.path for shard in list_shards(path / "replay")]
+
+
+def age(path: Path) -> Path:
+    """Make a directory in which the next flush does everything: 15 small shards and 2 snapshots."""
+    learner = Learner()
+    with StateDirectory(path, collect=learner.collect, flush_seconds=NEVER) as state:
+        for number in range(15):
+            state.add(observation(number))
+            learner.count = number // 8 + 1
+            state.flush()
+    assert len(list_shards(path / "replay")) == 15
+    return path
+
+
+def copier(source: Path, target: Path) -> Callable[[], Path]:
+    """Makes a new copy of a directory at each call."""
+
+    def copy() -> Path:
+        shutil.rmtree(target, ignore_errors=True)
+        return Path(shutil.copytree(source, target))
+
+    return copy
 
 
 def flips(size: int, sample: int, seed: int = 0) -> Iterable[Callable[[bytes], bytes]]:

@@ -1,4 +1,4 @@
-"""The laboratory of `benchmarks/learning.py`: recordings, streams, scores, replays, and the figures of the goals."""
+"""The laboratory of `benchmarks/learning.py` from recordings to reports: answers, scores, replays, and runs."""
 
 import copy
 import dataclasses
@@ -23,15 +23,13 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import learning  # noqa: E402
 from laboratory import goals, runs, streams  # noqa: E402
-from laboratory.curves import Curve, change_on_return, share_to_reach, worst_window  # noqa: E402
-from laboratory.recipes import Recipe, choose, load_recipes  # noqa: E402
+from laboratory.recipes import Recipe  # noqa: E402
 from laboratory.recording import RecordingSettings, read, recorded, write  # noqa: E402
 from laboratory.replay import replay  # noqa: E402
 from laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes  # noqa: E402
 from laboratory.scoring import score  # noqa: E402
 
 SETTINGS = RecordingSettings(max_new_tokens=10, top_k_teacher=8, batch_size=3)
-SIZES = streams.Sizes(alone=8, segment=4, gradual=40, mix=30, visit=4, back=3)
 FAST = {"gate": False, "update_every": 4, "batch_size": 2, "steps_per_update": 2, "learning_rate": 1e-2}
 
 
@@ -124,57 +122,6 @@ def test_a_recording_survives_the_disk_and_is_continued(
     assert len(read(tmp_path / "a.parquet")[1]) == 1
 
 
-# Streams.
-
-
-def test_a_shift_goes_through_each_domain_in_order() -> None:
-    """Would catch shuffled requests, repeated ones, and segments that are off by one."""
-    stream = streams.make("shift", {"a": 9, "b": 9}, SIZES)
-    assert stream.requests == (*(("a", i) for i in range(4)), *(("b", i) for i in range(4)))
-    assert stream.segments == (streams.Segment("a", 0, 4), streams.Segment("b", 4, 8))
-
-
-def test_a_return_brings_fresh_requests() -> None:
-    """Would catch a forgetting test that asks what was already learned by heart."""
-    stream = streams.make("return:b,a", {"a": 9, "b": 9}, SIZES)
-    assert stream.requests[-3:] == (("b", 4), ("b", 5), ("b", 6))
-    assert len(set(stream.requests)) == len(stream.requests)
-    assert [(part.label, part.start, part.end) for part in stream.segments] == [("b", 0, 4), ("a", 4, 8), ("b", 8, 11)]
-    assert stream.needed() == {"b": 7, "a": 4}
-
-
-def test_a_gradual_shift_moves_from_the_first_domain_to_the_second() -> None:
-    """Would catch a mixture that does not move, moves backwards, or uses a request twice."""
-    stream = streams.gradual("a", "b", 400)
-    domains = [domain for domain, _ in stream.requests]
-    shares = [domains[start : start + 100].count("b") / 100 for start in range(0, 400, 100)]
-    assert shares == sorted(shares)
-    assert shares[0] < 0.25 < 0.75 < shares[-1]
-    for name in ("a", "b"):
-        assert [index for domain, index in stream.requests if domain == name] == [*range(domains.count(name))]
-    assert stream == streams.gradual("a", "b", 400)
-
-
-def test_a_mix_has_all_domains_from_the_beginning() -> None:
-    """Would catch a mix that is a shift."""
-    stream = streams.make("mix", {"a": 99, "b": 99, "c": 99}, SIZES)
-    assert {domain for domain, _ in stream.requests[:12]} == {"a", "b", "c"}
-    assert len(set(stream.requests)) == SIZES.mix
-
-
-def test_a_domain_alone_is_as_long_as_its_prompts_last() -> None:
-    """Would catch a small domain that cannot be run at all."""
-    assert len(streams.make("a", {"a": 5}, SIZES).requests) == 5
-    assert len(streams.make("a", {"a": 50}, SIZES).requests) == SIZES.alone
-
-
-@pytest.mark.parametrize("spec", ["nothing", "shift:a", "shift:a,z", "gradual:a,b,a", "return:c,a", "a:b"])
-def test_a_stream_that_cannot_be_is_refused(spec: str) -> None:
-    """Would catch a stream that is silently another, or ends in an IndexError after minutes of recording."""
-    with pytest.raises(ValueError, match=spec.partition(":")[0]):
-        streams.make(spec, {"a": 9, "b": 9, "c": 2}, SIZES)
-
-
 # Scores.
 
 
@@ -213,111 +160,6 @@ def test_runs_are_counted_as_rounds_would_accept(target: PreTrainedModel) -> Non
                     break
                 expected += 1
         assert run_lengths(torch.tensor(agreed), 5) == expected
-
-
-# Curves and goals.
-
-
-def test_rates_are_of_tokens_and_not_of_requests() -> None:
-    """Would catch a mean of means, in which a request of one token counts as much as one of a thousand."""
-    curve = Curve([1, 0, 2, 8], [1, 9, 10, 10])
-    assert curve.rate(0, 2) == pytest.approx(0.1)
-    assert curve.windows(3) == [pytest.approx(0.15), pytest.approx(0.8)]
-    assert curve.quarters() == [1.0, 0.0, 0.2, 0.8]
-    assert curve.final() == 0.8
-
-
-def level(*parts: tuple[float, int]) -> Curve:
-    """A curve of so much acceptance for so many requests each."""
-    rates = [rate for rate, count in parts for _ in range(count)]
-    return Curve([10 * rate for rate in rates], [10] * len(rates))
-
-
-def test_a_level_is_reached_once_a_window_has_it_and_it_is_kept() -> None:
-    """Would catch a lucky window that counts, and a level that is reached before anything was measured."""
-    assert share_to_reach(level((0.0, 20), (0.5, 80)), 0.5, width=10) == pytest.approx(0.30)
-    assert share_to_reach(level((0.5, 100)), 0.5, width=10) == pytest.approx(0.10)
-    assert share_to_reach(level((0.9, 10), (0.1, 40), (0.5, 50)), 0.5, width=10) == pytest.approx(0.60)
-    assert share_to_reach(level((0.4, 100)), 0.5, width=10) is None
-
-
-def test_the_worst_window_is_found_wherever_it_is() -> None:
-    """Would catch windows that do not overlap, between which a loss can hide, and the sign the wrong way round."""
-    static, online = level((0.5, 60)), level((0.6, 15), (0.4, 10), (0.9, 35))
-    assert worst_window(online, static, 10) == pytest.approx(-0.1)
-    assert worst_window(online, static, 20) == pytest.approx(0.0)
-    assert worst_window(online, static, 100) == pytest.approx((0.6 * 15 + 0.4 * 10 + 0.9 * 35) / 60 - 0.5)
-
-
-def test_a_return_compares_the_end_of_one_visit_with_the_beginning_of_the_next() -> None:
-    """Would catch forgetting that is hidden by the fast relearning after it, or by the slow start of the stream."""
-    curve = level((0.0, 20), (0.6, 10), (0.9, 30), (0.5, 10), (0.6, 20))
-    assert change_on_return(curve, (0, 30), (60, 90), width=10) == pytest.approx(-0.1)
-
-
-def run_of(name: str, curve: Curve) -> goals.Run:
-    reached = [curve.rate(i, i + 1) * 10 for i in range(len(curve))]
-    result: dict[str, Any] = {"scores": {"agreed": reached, "positions": [10] * len(curve)}}
-    return goals.Run(Recipe(name, name.partition("@")[0]), result)
-
-
-def test_the_baseline_is_algorithm_1_at_its_own_best_rate() -> None:
-    """Would catch a comparison with a learning rate that Algorithm 1 does badly with."""
-    found = [
-        run_of("static", level((0.1, 100))),
-        run_of("algorithm_1@0.1", level((0.2, 100))),
-        run_of("algorithm_1@0.2", level((0.1, 50), (0.4, 50))),
-        run_of("defaults", level((0.1, 10), (0.5, 90))),
-        run_of("offline", level((0.9, 100))),
-    ]
-    figures = goals.figures(streams.alone("a", 100), found)
-    assert set(figures) == {"algorithm_1@0.1", "algorithm_1@0.2", "defaults"}
-    assert figures["defaults"]["final_above_algorithm_1"] == pytest.approx(0.1)
-    assert figures["defaults"]["share_to_reach_algorithm_1"] == pytest.approx(0.29)
-    assert figures["defaults"]["worst_window_above_static"] == pytest.approx(0.36)
-    shifted = goals.figures(streams.shift(["a", "b"], 50), found)["defaults"]
-    assert set(shifted) == {"worst_window_above_static"}
-    back = goals.figures(streams.returning(["a", "b"], 40, 20), found)["defaults"]
-    assert back["change_on_return"] == pytest.approx(0.5 - (0.1 * 10 + 0.5 * 30) / 40)
-    assert back["change_on_return_static"] == pytest.approx(0.0)
-
-
-def test_goals_are_met_in_their_own_direction() -> None:
-    """Would catch a bold figure in a table that misses its goal, and a level never reached that counts as fast."""
-    assert goals.met("share_to_reach_algorithm_1", 0.25)
-    assert goals.met("share_to_reach_algorithm_1", None) is False
-    assert not goals.met("final_above_algorithm_1", 0.079)
-    assert goals.met("worst_window_above_static", -0.004)
-    assert goals.met("change_on_return_static", 0.0) is None
-
-
-# Recipes.
-
-
-def test_the_recipes_that_come_along_are_what_they_say() -> None:
-    """Would catch a typo in a field, and an Algorithm 1 that is not the paper's."""
-    found = {recipe.name: recipe for recipe in load_recipes()}
-    algorithm_1 = [recipe for recipe in found.values() if recipe.family == "algorithm_1"]
-    assert sorted(recipe.config["learning_rate"] for recipe in algorithm_1) == [1e-4, 3e-4, 1e-3, 3e-3]
-    for recipe in algorithm_1:
-        config = recipe.online_config()
-        assert (config.positions, config.beta, config.update_every, config.steps_per_update) == ("rejected", 0.0, 8, 1)
-        assert config.replay_size == config.batch_size == config.update_every
-        assert not config.gate
-    assert not found["static"].online_config().learn
-    assert found["defaults"].config == {}
-    assert found["offline"].epochs == 3
-
-
-def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    """Would catch a misspelt field that is dropped, so that a variant is the default under another name."""
-    path = tmp_path / "recipes.toml"
-    for text in ("[a]\nconfig = { lerning_rate = 1.0 }", "[a]\nconfig = { beta = 7.0 }", "[a]\nconfigs = {}"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="'a'"):
-            load_recipes(path)
-    with pytest.raises(ValueError, match="nothing"):
-        choose(load_recipes(), ["nothing"])
 
 
 # Replays.

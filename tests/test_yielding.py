@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import tiny_model
-from test_background import Live, learner_of, request
+from served import Live, learner_of, request
 
 from hf_osd import ConfigError, OnlineAssistant, OnlineConfig
 from hf_osd.learning.parts import BatchParts
