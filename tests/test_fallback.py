@@ -257,6 +257,8 @@ def test_archived_weights_are_tried_where_no_alarm_is_raised(monkeypatch: pytest
     assert (world.version, world.copy) == (1, 1)  # and learning goes on from there
     assert world.decisions.count("restored") == 1
     assert world.archived() == [0, 1, 2]  # what gave way is remembered
+    assert {int(one.prompt_ids[0]) for one in world.replay.held} <= {3}  # others would hold back what is learned now
+    assert world.supervisor.rate.scale == 1.0
 
 
 def test_what_gives_way_does_not_push_out_what_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:

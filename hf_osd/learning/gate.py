@@ -11,6 +11,8 @@ from .judge import Score
 # Spread of a difference between two drafts on one request, in target passes a token.
 _PRIOR_SPREAD = 0.05
 _PRIOR_VALUES = 2
+# Standard errors of a certain gain, over many requests, and how many more they are over one.
+_CERTAIN, _UNKNOWN = 2.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class Comparison:
     def is_better(self, errors: float) -> bool:
         """Whether the gain is more than so many standard errors above zero."""
         return self.requests > 0 and self.gain > errors * self.uncertainty
+
+    def is_certain(self) -> bool:
+        """Whether there is a gain for certain: more standard errors while the spread of few requests is unknown."""
+        return self.is_better(_CERTAIN + _UNKNOWN / max(self.requests, 1))
 
     def is_worse(self, errors: float) -> bool:
         """Whether it is as far below zero."""

@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Standard errors: weights are published above the first, and new ones taken back below minus the second, or after so
-# many refusals in a row.
-_CERTAIN, _HARMFUL, _REFUSALS = 2.0, 2.5, 12
+# What training led to is taken back where it is worse by so many standard errors, or refused so many times in a row.
+_HARMFUL, _REFUSALS = 2.5, 12
 # Latest requests of an update that test earlier weights and what was learned before they are learned from.
 _FRESH = 32
 _NUMBERS = ("requests", "fresh", "_drifted", "_refusals")
@@ -205,21 +204,26 @@ class Supervisor:
             self._go_on_from(checkpoint)
 
     def _believe(self, doubt: Doubt) -> None:
-        """What an alarm says is so: other traffic begins with the requests that raised it, if they were unlike."""
+        """What an alarm says is so: the traffic has changed, if the requests that raised it were unlike."""
         live, cause = self._incumbent.live, doubt.cause
         self._incumbent.remember(cause.memorable, self.requests)
-        self._latest = deque(doubt.requests, maxlen=_FRESH)
+        self._latest = deque(doubt.requests, maxlen=_FRESH)  # the others are of what was before
         if not cause.is_change:
             return
         now, before = self._incumbent.acceptance(doubt.suspended or live, doubt.requests), fmean(cause.before)
         self.journal.add(Drift(self.requests, now, before))
         logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", before, now)
+        self._incumbent.begin_watch(doubt.requests)
+        if doubt.suspended is not None and live is not self.archive.initial:
+            self._go_on_from(live)
+        self._begin_anew(doubt.requests)
+
+    def _begin_anew(self, requests: Sequence[Observation]) -> None:
+        """Other traffic begins with these requests: what came before tests nothing any more."""
+        self._latest = deque(requests, maxlen=_FRESH)
         self._drifted = self.requests
         self.rate.restart()
-        self._incumbent.begin_watch(doubt.requests)
-        self.replay.turn_page(len(doubt.requests))
-        if doubt.suspended is not None and live is not self.archive.initial:
-            self.student.load_state(live.state)
+        self.replay.turn_page(len(requests))
         self._path.restart()
 
     def _restore(
@@ -257,13 +261,15 @@ class Supervisor:
         tried = self.archive.all() if self._watch.may_risk else [self.archive.initial]
         others = [checkpoint for checkpoint in tried if checkpoint is not self._incumbent.live]
         compared = [(compare(self._scores.of(checkpoint, fresh), live), checkpoint) for checkpoint in others]
-        better = [pair for pair in compared if pair[0].is_better(_needed(pair[0]))]
+        better = [pair for pair in compared if pair[0].is_certain()]
         if better:
             comparison, checkpoint = max(better, key=lambda pair: pair[0].gain)
             memorable = self._incumbent.memorable(self.requests)
             self._restore(checkpoint, fresh, "earlier weights are certainly better on the latest requests", comparison)
             self._incumbent.remember(memorable, self.requests)
             self._go_on_from(checkpoint)
+            if checkpoint is not self.archive.initial:  # its traffic is back
+                self._begin_anew(fresh)
 
     def finish_update(self, loss: float, seconds: float) -> Decision:
         """
@@ -317,7 +323,7 @@ class Supervisor:
     def _decide(self, promise: Comparison, comparison: Comparison, with_initial: Comparison) -> tuple[Decision, str]:
         if not comparison.requests or not promise.requests:
             return "held", "there is nothing to test it on yet"
-        if comparison.gain > 0.0 and promise.is_better(_needed(promise)):
+        if comparison.gain > 0.0 and promise.is_certain():
             if not self._watch.may_risk:
                 return "held", "better on held-out requests, but live weights have lost too much lately"
             return "published", "better on held-out requests"
@@ -389,8 +395,3 @@ class Supervisor:
         self.rate.value = numbers["rate"]
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
-
-
-def _needed(comparison: Comparison) -> float:
-    """Standard errors that make sure of a gain: more while the spread of few requests is unknown."""
-    return _CERTAIN + 4.0 / max(comparison.requests, 1)
