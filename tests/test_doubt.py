@@ -26,11 +26,11 @@ BEFORE = (0.5, 0.6, 0.4, 0.55, 0.45, 0.65, 0.35, 0.5)
 
 
 def suspension() -> Suspension:
-    return Suspension(Cause([observation(0)], BEFORE, True, None), Checkpoint({}, {}), Checkpoint({}, {}))
+    return Suspension(Cause([observation(0)], BEFORE, None), Checkpoint({}, {}), Checkpoint({}, {}))
 
 
 def drop(before: tuple[float, ...] = BEFORE) -> Drop:
-    return Drop(Cause([observation(0)], before, True, None), Checkpoint({}, {}))
+    return Drop(Cause([observation(0)], before, None), Checkpoint({}, {}))
 
 
 def add(doubt: Doubt, live: float, suspended: float = 0.0, length: float = 1.0) -> Verdict | None:
@@ -154,7 +154,7 @@ def test_learning_goes_on_where_there_is_no_change(monkeypatch: pytest.MonkeyPat
     world = published(monkeypatch, table(kind1=(0.5, 0.7), kind2=(0.6, 0.595)))
     while world.version:
         world.take(2, 1)
-    assert world.supervisor._doubt is not None
+    assert world.supervisor._doubt is None
     assert world.supervisor.is_due()
 
 

@@ -1,5 +1,5 @@
 """
-What the next requests say of an alarm: was it chance, or is it so?
+What the next requests say of an alarm by requests that are unlike those before: was it chance, or has traffic changed?
 
 Few requests raise an alarm, since more would cost too much. Other weights go live at once, which is easily undone;
 what cannot be undone, such as turning away from what was learned, waits for the next few requests.
@@ -75,13 +75,11 @@ class Cause:
     Attributes:
         suspects (`Sequence[Observation]`): Requests that raised it.
         before (`Sequence[float]`): Acceptance of the live weights on each request before those.
-        is_change (`bool`): Whether they are unlike: if it is so, the traffic has changed.
         memorable (`Checkpoint`, *optional*): The live weights, if it is worth remembering them in that case.
     """
 
     suspects: Sequence[Observation]
     before: Sequence[float]
-    is_change: bool
     memorable: Checkpoint | None
 
 

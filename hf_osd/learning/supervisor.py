@@ -152,8 +152,7 @@ class Supervisor:
         every = self._config.update_every
         if self._drifted is not None and self.requests - self._drifted < 2 * every:
             every = max(1, every // 2)
-        waits = self._doubt is not None and self._doubt.cause.is_change
-        return self.fresh >= every and len(self.replay) > 0 and not waits
+        return self.fresh >= every and len(self.replay) > 0 and self._doubt is None
 
     # Falling back.
 
@@ -164,6 +163,7 @@ class Supervisor:
         The training copy stays: if this was a hiccup, it soon passes the gate again; if not, it is rolled back.
         """
         suspects, leaving = self._watch.suspects(alarm), self._incumbent.live
+        is_change = alarm == "drift" or self._watch.has_changed or self._doubt is not None
         cause = self._cause(alarm, suspects)
         best = self._incumbent.best_fallback(suspects)
         acceptance = self._incumbent.acceptance(best, suspects)
@@ -171,18 +171,20 @@ class Supervisor:
             self._doubt = Drop(cause, leaving)
             return False
         self._restore(best, suspects, f"{_WHY[alarm]}: acceptance is {acceptance:.2f} with earlier weights")
-        self._doubt = Suspension(cause, best, leaving)
+        if is_change:
+            self._doubt = Suspension(cause, best, leaving)
+        else:  # bad luck, or bad weights: the gate will tell
+            self._latest = deque(suspects, maxlen=_FRESH)
+            self._incumbent.remember(cause.memorable, self.requests)
         return True
 
     def _cause(self, alarm: Alarm, suspects: Sequence[Observation]) -> Cause:
         """What an alarm rests on, and one before it that is in doubt still."""
-        is_change = alarm == "drift" or self._watch.has_changed
         memorable = self._incumbent.memorable(self.requests)
         if self._doubt is None:
-            return Cause(suspects, self._watch.before(alarm), is_change, memorable)
+            return Cause(suspects, self._watch.before(alarm), memorable)
         first = self._doubt.cause
-        before = first.before or self._watch.before(alarm)
-        return Cause(self._doubt.requests, before, is_change or first.is_change, first.memorable or memorable)
+        return Cause(self._doubt.requests, first.before, first.memorable or memorable)
 
     def _resolve(self, doubt: Doubt, verdict: Verdict) -> bool:
         """Believe an alarm, or take back what it led to; whether other weights went live."""
@@ -204,15 +206,12 @@ class Supervisor:
             self._go_on_from(checkpoint)
 
     def _believe(self, doubt: Doubt) -> None:
-        """What an alarm says is so: the traffic has changed, if the requests that raised it were unlike."""
-        live, cause = self._incumbent.live, doubt.cause
-        self._incumbent.remember(cause.memorable, self.requests)
-        self._latest = deque(doubt.requests, maxlen=_FRESH)  # the others are of what was before
-        if not cause.is_change:
-            return
-        now, before = self._incumbent.acceptance(doubt.suspended or live, doubt.requests), fmean(cause.before)
+        """The traffic has changed."""
+        live, before = self._incumbent.live, fmean(doubt.cause.before)
+        now = self._incumbent.acceptance(doubt.suspended or live, doubt.requests)
         self.journal.add(Drift(self.requests, now, before))
         logger.info("The traffic has changed: acceptance was %.2f, is %.2f.", before, now)
+        self._incumbent.remember(doubt.cause.memorable, self.requests)
         self._incumbent.begin_watch(doubt.requests)
         if doubt.suspended is not None and live is not self.archive.initial:
             self._go_on_from(live)
