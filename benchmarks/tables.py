@@ -43,12 +43,12 @@ def streams(name: str) -> Mapping[str, Stream]:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown; the first cell of the header is empty."""
     lines = [["", *header], ["---"] * (len(header) + 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
 
 
 def rate(value: float | None, form: str = ".3f") -> str:
     """Return a rate without its leading zero; nothing for none."""
-    return "" if value is None else f"{value:{form}}".replace("0.", ".", 1)
+    return "" if value is None else re.sub(r"^([+-]?)0\.", r"\1.", f"{value:{form}}")
 
 
 def final(stream: Stream, recipe: str) -> float | None:
@@ -75,7 +75,7 @@ def domains(found: Mapping[str, Stream]) -> str:
     recipes = [recipe for recipe in NAMES if any(recipe in stream["recipes"] for stream in columns)]
     rows = [[NAMES[recipe], *(_cell(stream, recipe) for stream in columns)] for recipe in recipes]
     rows.append(["requests until Algorithm 1's best final rate", *map(share, columns)])
-    worst = [rate(goal(stream, "worst_window_above_static"), "+.3f") for stream in columns]
+    worst = [rate(goal(stream, "worst_window_above_static"), "+.4f") for stream in columns]
     rows.append(["worst window of 100 against static", *worst])
     return table([f"{DOMAINS.get(name, name.partition('-')[0])}" for name in found], rows)
 
@@ -144,6 +144,18 @@ def _segments(result: str, start: str) -> str:
     return segments(next(stream for name, stream in streams(result).items() if name.startswith(start)))
 
 
+def live() -> str:
+    """Acceptance of requests that were served, by window."""
+    found = json.loads((RESULTS / "live_shift.json").read_text(encoding="utf-8"))
+    ends = [found["window"] * (index + 1) for index in range(len(found["recipes"]["static"]["acceptance_by_window"]))]
+    header = [f"{end - found['window'] + 1} to {end}" for end in ends]
+    runs = found["recipes"].items()
+    rows = [
+        [NAMES[name], *map(rate, run["acceptance_by_window"]), str(run["outputs_that_differ"])] for name, run in runs
+    ]
+    return table([*header, "outputs that differ"], rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "domains": lambda: domains(streams("learning")),
     "return": lambda: _segments("learning_streams", "return"),
@@ -153,14 +165,15 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "variants": lambda: variants(streams("learning_variants")),
     "matched pair": lambda: domains(streams("learning_matched_pair")),
     "embedded pair": lambda: domains(streams("learning_embedded_pair")),
+    "live": live,
     "hostile": lambda: _segments("learning_hostile", "shift-gsm8k"),
 }
 
 
 def filled(text: str) -> str:
     """Return a document with its tables as the results have them."""
-    pattern = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(?=\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n", text)
+    pattern = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text)
 
 
 def main() -> None:
