@@ -107,3 +107,16 @@ def prompts(batch: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tenso
         input_ids[row, :padding] = 0
         attention_mask[row, :padding] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class Collector:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        self.values.append(value.clone())
+
+    def end(self):
+        self.ended += 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from calls import LLAMA, NOISY, EndsWith, FavourByLength, both, eos_of, static, tiny_tokenizer
-from fakes import prompts, wrong_draft
+from fakes import Collector, prompts, wrong_draft
 from transformers import LogitsProcessorList, pipeline
 
 import hf_osd
@@ -16,19 +16,6 @@ def test_arguments_by_position():
     expected = LLAMA.generate(ids, config, processors, max_new_tokens=9)
     actual = hf_osd.generate(LLAMA, ids, config, processors, online_assistant=static(NOISY), max_new_tokens=9)
     assert torch.equal(expected, actual)
-
-
-class Collector:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.values, self.ended = [], 0
-
-    def put(self, value):
-        self.values.append(value.clone())
-
-    def end(self):
-        self.ended += 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from fakes import ARCHITECTURES, VOCAB, prompts, tiny_model, wrong_draft
+from fakes import ARCHITECTURES, VOCAB, Collector, prompts, tiny_model, wrong_draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,19 +121,6 @@ def test_greedy_equals_generate_with_processors_eos_and_streamers(seed, batch, l
 def blind(monkeypatch):
     """Make speculators believe that they are on an accelerator."""
     monkeypatch.setattr(MeasuredSpeculator, "_looks", property(lambda _: False, lambda *_: None), raising=False)
-
-
-class Collector:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.values, self.ended = [], 0
-
-    def put(self, value):
-        self.values.append(value.clone())
-
-    def end(self):
-        self.ended += 1
 
 
 def test_on_the_croppable_cache(monkeypatch):

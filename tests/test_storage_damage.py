@@ -9,8 +9,6 @@ from stored import (
     NEVER,
     Learner,
     Warnings,
-    age,
-    copier,
     count_of,
     cuts,
     flips,
@@ -23,18 +21,6 @@ from stored import (
 from hf_osd.errors import StateError
 from hf_osd.learning.storage import StateDirectory, read_state, snapshots, write_state
 from hf_osd.learning.storage.shards import list_shards
-
-
-@pytest.fixture(scope="module")
-def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the next flush does everything: 15 small shards and 2 snapshots."""
-    return age(tmp_path_factory.mktemp("aged") / "state")
-
-
-@pytest.fixture
-def copied(aged: Path, tmp_path: Path) -> Callable[[], Path]:
-    """A new copy of it at each call."""
-    return copier(aged, tmp_path / "state")
 
 
 def test_a_deleted_directory_comes_back(copied: Callable[[], Path]) -> None:

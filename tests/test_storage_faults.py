@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored import NEVER, Learner, Warnings, age, copier, count_of, nothing, numbers, observation, snapshot
+from stored import NEVER, Learner, Warnings, count_of, nothing, numbers, observation, snapshot
 
 from hf_osd.errors import ConfigError, HfOsdError, StateError
 from hf_osd.learning.storage import StateDirectory, files, lock, read_state, snapshots, write_state
@@ -22,18 +22,6 @@ from hf_osd.learning.storage.shards import list_shards, read_observations
 from hf_osd.learning.storage.store import Store
 
 SYSTEM_CALLS = ("open", "write", "fsync", "mkdir", "replace", "rename", "unlink", "rmdir", "chmod", "fdopen")
-
-
-@pytest.fixture(scope="module")
-def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which the next flush does everything: 15 small shards and 2 snapshots."""
-    return age(tmp_path_factory.mktemp("aged") / "state")
-
-
-@pytest.fixture
-def copied(aged: Path, tmp_path: Path) -> Callable[[], Path]:
-    """A new copy of it at each call."""
-    return copier(aged, tmp_path / "state")
 
 
 class Interference:

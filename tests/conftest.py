@@ -1,0 +1,19 @@
+"""Fixtures of more than one file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stored import age, copier
+
+
+@pytest.fixture(scope="module")
+def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the next flush does everything: 15 small shards and 2 snapshots."""
+    return age(tmp_path_factory.mktemp("aged") / "state")
+
+
+@pytest.fixture
+def copied(aged: Path, tmp_path: Path) -> Callable[[], Path]:
+    """A new copy of it at each call."""
+    return copier(aged, tmp_path / "state")
