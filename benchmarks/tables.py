@@ -57,9 +57,9 @@ def final(stream: Stream, recipe: str) -> float | None:
     return run and float(run["final_acceptance"])
 
 
-def goal(stream: Stream, name: str, recipe: str = "defaults") -> float | None:
-    """Return the figure of a goal; `None` where it has none."""
-    value: float | None = stream["recipes"][recipe]["goals"].get(name)
+def goal(stream: Stream, name: str) -> float | None:
+    """Return what a goal came to with the defaults; `None` where it has no figure."""
+    value: float | None = stream["recipes"]["defaults"]["goals"].get(name)
     return value
 
 
@@ -77,7 +77,7 @@ def domains(found: Mapping[str, Stream]) -> str:
     rows.append(["requests until Algorithm 1's best final rate", *map(share, columns)])
     worst = [rate(goal(stream, "worst_window_above_static"), "+.4f") for stream in columns]
     rows.append(["worst window of 100 against static", *worst])
-    return table([f"{DOMAINS.get(name, name.partition('-')[0])}" for name in found], rows)
+    return table([DOMAINS.get(name, name.partition("-")[0]) for name in found], rows)
 
 
 def _cell(stream: Stream, recipe: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_osd.config import OnlineConfig
 from hf_osd.learning.background import OnlineLearner
 from hf_osd.records import Observation
 from hf_osd.serving.weights import LiveWeights
@@ -40,11 +41,15 @@ def replay(draft: PreTrainedModel, requests: Sequence[Observation], recipe: Reci
     return {"scores": columns, "learned": learned, "seconds": round(time.perf_counter() - started, 1)}
 
 
+def _learner(live: PreTrainedModel, weights: LiveWeights, config: OnlineConfig) -> OnlineLearner:
+    return OnlineLearner(live, config, lambda parameters, acceptance: weights.publish(parameters))
+
+
 def _score_then_learn(
     live: PreTrainedModel, weights: LiveWeights, requests: Iterable[Observation], recipe: Recipe
 ) -> tuple[list[Score], dict[str, Any]]:
     config = recipe.online_config()
-    learner = OnlineLearner(live, config, lambda parameters, acceptance: weights.publish(parameters))
+    learner = _learner(live, weights, config)
     scores = []
     try:
         for request in requests:
@@ -71,7 +76,7 @@ def _train_then_score(
         steps_per_update=steps,
         training_arguments={"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": schedule},
     )
-    learner = OnlineLearner(live, config, lambda parameters, acceptance: weights.publish(parameters))
+    learner = _learner(live, weights, config)
     try:
         for request in requests:
             learner.observe(score(live, request)[1])

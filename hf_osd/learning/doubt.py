@@ -25,6 +25,22 @@ _ENOUGH, _MOST = 4, 8
 _LASTING = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """
+    What an alarm rests on.
+
+    Attributes:
+        suspects (`Sequence[Observation]`): Requests that raised it.
+        before (`Sequence[float]`): Acceptance of the live weights on each request before those.
+        memorable (`Checkpoint`, *optional*): The live weights, if it is worth remembering them in that case.
+    """
+
+    suspects: Sequence[Observation]
+    before: Sequence[float]
+    memorable: Checkpoint | None
+
+
 class Doubt:
     """
     An alarm that is not yet believed.
@@ -40,7 +56,7 @@ class Doubt:
 
     suspended: Checkpoint | None = None
 
-    def __init__(self, cause: "Cause", live: Checkpoint) -> None:
+    def __init__(self, cause: Cause, live: Checkpoint) -> None:
         self.cause = cause
         self.live = live
         self.requests = list(cause.suspects)
@@ -65,22 +81,6 @@ class Doubt:
 
     def _weigh(self, live: Score, suspended: Score, length: float) -> Verdict | None:
         raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """
-    What an alarm rests on.
-
-    Attributes:
-        suspects (`Sequence[Observation]`): Requests that raised it.
-        before (`Sequence[float]`): Acceptance of the live weights on each request before those.
-        memorable (`Checkpoint`, *optional*): The live weights, if it is worth remembering them in that case.
-    """
-
-    suspects: Sequence[Observation]
-    before: Sequence[float]
-    memorable: Checkpoint | None
 
 
 class Suspension(Doubt):
