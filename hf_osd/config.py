@@ -1,18 +1,131 @@
-"""Settings of an `OnlineAssistant`, validated when they are made."""
+"""Settings of an `OnlineAssistant`, and the rules that settings are checked by when they are made."""
 
-import math
+import copy
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from reprlib import Repr
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
-_CHOICES = {
-    "draft_length_schedule": ("measured", "heuristic", "constant"),
-    "positions": ("all", "rejected"),
-    "loss": ("jsd", "tv", "lk", "lk_hybrid"),
-}
+Schedule = Literal["measured", "heuristic", "constant"]
+Positions = Literal["all", "rejected"]
+Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
+Unsupported = Literal["warn", "error"]
+
+_SHOWN = 80  # characters of a bad value that a message repeats, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """
+    What a setting may be.
+
+    Attributes:
+        allowed (`str`): In words, to follow "must be".
+        accepts (`Callable[[Any], bool]`): Whether a value is allowed.
+        keep (`Callable[[Any], Any]`, *optional*): Makes of an allowed value what is kept; defaults to itself.
+    """
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+    keep: Callable[[Any], Any] = lambda value: value
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return what is to be kept of a value, or raise a `ConfigError` that names it."""
+        reason = None
+        try:
+            value = _without_numpy(value)
+            if self.accepts(value):
+                return self.keep(value)
+        except Exception as error:  # an object of a stranger may fail at anything it is asked
+            reason = error
+        raise ConfigError(f"{name} must be {self.allowed}, got {shown(value)}") from reason
+
+
+def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
+    """
+    Check the fields of a frozen dataclass, and replace each by what its rule keeps.
+
+    Raises:
+        ConfigError: A value breaks its rule; names the field, the value and what is allowed.
+    """
+    for name, rule in rules.items():
+        object.__setattr__(settings, name, rule.check(name, getattr(settings, name)))
+
+
+def integer(low: int, high: int) -> Rule:
+    """Allow integers in `[low, high]`; a bool is none."""
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return Rule(f"in [{low}, {high}] (an integer)", accepts, int)
+
+
+def number(low: float, high: float) -> Rule:
+    """Allow integers and floats in `[low, high]`, and keep floats; NaN is in no range, and a bool is no number."""
+
+    def accepts(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return Rule(f"in [{low:g}, {high:g}] (a number)", accepts, float)
+
+
+def choice(*known: str) -> Rule:
+    """Allow a few names."""
+    return Rule(f"one of {', '.join(map(repr, known))}", lambda value: isinstance(value, str) and value in known, str)
+
+
+def optional(rule: Rule) -> Rule:
+    """Allow `None` too."""
+    return Rule(
+        f"{rule.allowed} or None",
+        lambda value: value is None or rule.accepts(value),
+        lambda value: None if value is None else rule.keep(value),
+    )
+
+
+def _is_path(value: Any) -> bool:
+    """Whether the file system can hold that name; an empty one, as of an unset variable, would be this folder."""
+    return isinstance(value, str | Path) and bool(str(value).strip()) and b"\0" not in os.fsencode(value)
+
+
+FLAG = Rule("True or False", lambda value: isinstance(value, bool))
+TEXT = Rule("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
+PATH = Rule("a path that is not empty", _is_path)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+
+def _copied(value: Any) -> Any:
+    return copy.deepcopy(dict(value) if isinstance(value, Mapping) else value)
+
+
+def _is_adapter(value: Any) -> bool:
+    return _is_mapping(value) or (hasattr(value, "peft_type") and not isinstance(value, type))
+
+
+def _without_numpy(value: Any) -> Any:
+    """Turn a scalar of numpy into Python's own, which JSON can hold; times are left to be refused."""
+    numpy = sys.modules.get("numpy")  # where nobody has imported it, no value is of it
+    is_scalar = numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in "biuf"
+    return value.item() if is_scalar else value
+
+
+def shown(value: Any) -> str:
+    """Write a value in one line of a message, whatever it is and however long."""
+    brief = Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = _SHOWN
+    try:
+        return " ".join(line.strip() for line in brief.repr(value).splitlines())
+    except Exception:  # Python writes no integer of more than 4,300 digits, and objects may fail too
+        return f"an object of type {type(value).__name__}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +135,7 @@ class OnlineConfig:
 
     Args:
         draft_length (`int`, defaults to 8):
-            Tokens the draft proposes before each pass of the target, at most. 0 turns speculation off.
+            Tokens the draft proposes before each pass of the target, at most; in [0, 1024]. 0 turns speculation off.
         draft_length_schedule (`str`, defaults to `"measured"`):
             `"measured"`: each round proposes as many tokens as promise the most tokens per second, by the measured
             costs of both models and the draft's acceptance so far; none where speculation does not pay.
@@ -38,6 +151,11 @@ class OnlineConfig:
             full.
         learn (`bool`, defaults to `True`):
             Whether the draft learns. `False` serves with a static draft and records nothing.
+        unsupported (`str`, defaults to `"warn"`):
+            What happens to a request that speculation cannot serve losslessly, but plain `generate` can. `"warn"`: it
+            is served by the target's own decoding, with one warning for each cause, and counted in
+            `stats().fallbacks`. `"error"`: it is refused by an `UnsupportedGenerationError` or
+            `UnsupportedModelError`, before any work.
         update_every (`int`, defaults to 8):
             Recorded requests between two updates: the interval `I` of Online Speculative Decoding, Algorithm 1
             (https://arxiv.org/abs/2310.07177).
@@ -45,12 +163,13 @@ class OnlineConfig:
             Where an update runs. `False`: inline, the request that completes the interval waits for it, and results
             are deterministic. `True`: in a thread, while serving goes on.
         duty_cycle (`float`, defaults to 0.1):
-            With `background`, the share of the time that learning may take while requests are in flight, in (0, 1].
-            1.0 learns as fast as it can; while serving is idle, it always does.
+            With `background`, the share of the time that learning may take while requests are in flight, in
+            [1e-6, 1]. 1.0 learns as fast as it can; while serving is idle, it always does.
         record_fraction (`float`, defaults to 1.0):
             Fraction of requests to record, in [0, 1].
         top_k_teacher (`int`, defaults to 32):
-            Log-probabilities of the target to keep at each position; the mass of all others is kept as one number.
+            Log-probabilities of the target to keep at each position, at least 1; the mass of all others is kept as one
+            number.
         replay_size (`int`, defaults to 256):
             Requests that the replay buffer holds; the oldest leaves first. As many again of traffic before the last
             change.
@@ -99,19 +218,25 @@ class OnlineConfig:
             or a crash; see `docs/durability.md`. It holds the token ids of prompts and outputs. Defaults to keeping
             nothing on disk.
         flush_seconds (`float`, defaults to 30.0):
-            With `state_dir`, seconds between two writes; a crash loses no more than that.
+            With `state_dir`, seconds between two writes, in [0.001, 2592000], which is 30 days; a crash loses no more
+            than that.
         max_disk_bytes (`int`, defaults to 268435456):
             With `state_dir`, bound on the recorded requests on disk, 256 MiB.
         time_to_live (`float`, *optional*):
-            With `state_dir`, seconds after which a recorded request is deleted.
+            With `state_dir`, seconds after which a recorded request is deleted, at most 1e9, about 32 years.
         redact (`Callable[[Observation], Observation | None]`, *optional*):
             Applied to each recorded request before it goes to disk, by `state_dir` or `save_pretrained`; `None` drops
             it.
         seed (`int`, defaults to 0):
-            Seed of the replay sampling and of the recording fraction. The global random state is never touched.
+            Seed of the replay sampling and of the recording fraction, in [-2**63, 2**64 - 1]. The global random state
+            is never touched.
+
+    Values are checked when they are set, and mappings and adapters are copied, so that later changes do not matter.
+    Scalars of numpy are taken for Python's own.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is of another type, out of its range or contradicts another one; the message names the
+            setting, its value and what is allowed.
 
     Example:
 
@@ -123,10 +248,11 @@ class OnlineConfig:
     """
 
     draft_length: int = 8
-    draft_length_schedule: Literal["measured", "heuristic", "constant"] = "measured"
+    draft_length_schedule: Schedule = "measured"
     prompt_lookup: bool = True
     confidence_threshold: float = 0.0
     learn: bool = True
+    unsupported: Unsupported = "warn"
     update_every: int = 8
     background: bool = False
     duty_cycle: float = 0.1
@@ -135,8 +261,8 @@ class OnlineConfig:
     replay_size: int = 256
     steps_per_update: int = 8
     batch_size: int = 8
-    positions: Literal["all", "rejected"] = "all"
-    loss: Literal["jsd", "tv", "lk", "lk_hybrid"] = "jsd"
+    positions: Positions = "all"
+    loss: Loss = "jsd"
     beta: float = 0.0
     lmbda: float = 0.0
     gate: bool = True
@@ -160,32 +286,43 @@ class OnlineConfig:
         return self.full_teacher or self.lmbda > 0.0
 
     def __post_init__(self) -> None:
-        for name in ("draft_length", "archive_size"):
-            self._check_int(name, minimum=0)
-        for name in (
-            "update_every",
-            "top_k_teacher",
-            "replay_size",
-            "steps_per_update",
-            "batch_size",
-            "max_disk_bytes",
-        ):
-            self._check_int(name, minimum=1)
-        self._check_int("max_length", minimum=2)
-        for name in ("record_fraction", "beta", "lmbda", "confidence_threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        if not 0.0 < self.duty_cycle <= 1.0:
-            raise ConfigError(f"duty_cycle must be in (0, 1], got {self.duty_cycle!r}")
-        for name in ("learning_rate", "flush_seconds", "time_to_live"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ConfigError(f"{name} must be positive and finite, got {value!r}")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        check_fields(self, RULES)
+        if self.beta != 0.0 and self.loss != "jsd":
+            raise ConfigError(f"beta={self.beta!r} means nothing with loss={self.loss!r}: leave it out")
 
-    def _check_int(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+RULES: dict[str, Rule] = {
+    "draft_length": integer(0, 1024),  # the cache keeps that many columns free
+    "draft_length_schedule": choice(*get_args(Schedule)),
+    "prompt_lookup": FLAG,
+    "confidence_threshold": number(0, 1),
+    "learn": FLAG,
+    "unsupported": choice(*get_args(Unsupported)),
+    "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
+    "background": FLAG,
+    "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
+    "record_fraction": number(0, 1),
+    "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
+    "replay_size": integer(1, 10**6),
+    "steps_per_update": integer(1, 10**6),
+    "batch_size": integer(1, 2**16),
+    "positions": choice(*get_args(Positions)),
+    "loss": choice(*get_args(Loss)),
+    "beta": number(0, 1),
+    "lmbda": number(0, 1),
+    "gate": FLAG,
+    "archive_size": integer(0, 1024),
+    "learning_rate": number(1e-38, 1e38),  # weights are trained in float32
+    "adaptive_learning_rate": FLAG,
+    "max_length": integer(2, 2**24),
+    "full_teacher": FLAG,
+    "training_arguments": Rule("a mapping of names that can be copied", _is_mapping, _copied),
+    "peft_config": optional(Rule("a mapping of names that can be copied, a peft.PeftConfig", _is_adapter, _copied)),
+    "state_dir": optional(PATH),
+    "flush_seconds": number(0.001, 30 * 86400),  # some systems wait for no more than 49 days: threading.TIMEOUT_MAX
+    "max_disk_bytes": integer(1, sys.maxsize),
+    "time_to_live": optional(number(1e-6, 1e9)),  # a microsecond is the shortest datetime.timedelta
+    "redact": optional(Rule("callable", callable)),
+    "seed": integer(-(2**63), 2**64 - 1),  # what torch.Generator takes; random.Random takes any
+}
+"""What each field of [`OnlineConfig`] may be."""
