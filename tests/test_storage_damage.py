@@ -139,16 +139,19 @@ def test_a_foreign_parquet_file_under_a_shards_name(tmp_path: Path) -> None:
     assert numbers(read_state(tmp_path)[1]) == [0]
 
 
-def test_a_newer_format_is_refused(copied: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a state of a later version that is misread, or deleted as damaged."""
-    path = copied()
-    monkeypatch.setattr(snapshots, "FORMAT", 2)
-    write_state(path, snapshot(5), [])
+@pytest.mark.parametrize(("version", "what_to_do"), [(1, "delete it"), (3, "update hf_osd")])
+def test_another_format_is_refused(
+    version: int, what_to_do: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a state of another version that is misread, or deleted as damaged."""
+    path = tmp_path / "state"
+    monkeypatch.setattr(snapshots, "FORMAT", version)
+    write_state(path, snapshot(5), [observation(0)])
     monkeypatch.undo()
     before = sorted(path.rglob("*"))
-    with pytest.raises(StateError, match="format 2"):
+    with pytest.raises(StateError, match=f"format {version}, written by hf_osd .*: {what_to_do}, or use another"):
         StateDirectory(path, collect=nothing)
-    with pytest.raises(StateError, match="update hf_osd"):
+    with pytest.raises(StateError, match=what_to_do):
         read_state(path)
     assert sorted(path.rglob("*")) == before
     shutil.rmtree(path / "snapshots")

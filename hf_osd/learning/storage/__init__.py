@@ -6,6 +6,6 @@ A learner's state on disk: observations as Parquet, snapshots as safetensors and
 
 from .directory import StateDirectory
 from .snapshots import Snapshot
-from .store import read_state, write_state
+from .store import read_groups, read_state, write_state
 
-__all__ = ["Snapshot", "StateDirectory", "read_state", "write_state"]
+__all__ = ["Snapshot", "StateDirectory", "read_groups", "read_state", "write_state"]

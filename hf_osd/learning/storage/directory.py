@@ -55,8 +55,9 @@ class StateDirectory:
 
     Raises:
         ConfigError: `flush_seconds`, `max_bytes` or `time_to_live` is not positive.
-        StateError: The path is a file, cannot be written to, is in use by another process or assistant, or is of a
-            newer format.
+        StateError: The path is the current folder or a file, cannot be written to, is in use by another process or
+            assistant, is of another format, or has a link, or something else that does not belong there, in a place
+            of its own.
 
     Example:
 
@@ -134,7 +135,7 @@ class StateDirectory:
             first. The last ones may be newer than the snapshot.
 
         Raises:
-            StateError: The directory cannot be read, or a snapshot in it is of a newer format.
+            StateError: The directory cannot be read, or a snapshot in it is of another format.
         """
         return self._writer.load(limit)
 
@@ -149,6 +150,15 @@ class StateDirectory:
         if self._writer.stopped:
             raise ClosedError("flush() after close()")
         self._writer.flush()
+
+    def save(self, snapshot: Snapshot) -> None:
+        """
+        Write a snapshot at the next flush, which is now unless the disk refuses; never raises for that.
+
+        Args:
+            snapshot (`Snapshot`): Its tensors must not change afterwards.
+        """
+        self._writer.save(snapshot)
 
     def close(self) -> None:
         """Write everything, and let others have the directory. Idempotent; logs what it cannot write."""
@@ -198,6 +208,13 @@ class _Writer:
     def load(self, limit: int | None) -> tuple[Snapshot | None, list[Observation]]:
         with self._writing:
             return self._store.read(limit)
+
+    def save(self, snapshot: Snapshot) -> None:
+        with self._writing:
+            self._unsaved = snapshot
+        with self._changed:
+            self._urgent = True
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Let the thread write the rest and end, and wait for it."""

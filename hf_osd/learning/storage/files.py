@@ -6,12 +6,13 @@ removes. Private to the user: files 0600, folders 0700. Not covered: disks that 
 macOS, `fsync` does not empty the disk's own cache, so there a power cut (not a kill) can cost more.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,18 @@ def make_private(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file, or leave the old one; on disk when this returns."""
+    """Write a whole file, or leave the old one; on disk when this returns. A link gives way and is not followed."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    discard(temporary)
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        _try_to_remove([temporary])
+        discard(temporary)
         raise
     sync_folder(path.parent)
 
@@ -67,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder whose name means that it is whole: under that name it is there or gone, never in part."""
     leaving = folder.with_name(f"{TEMPORARY}{folder.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
+    discard(leaving)
     folder.rename(leaving)
     shutil.rmtree(leaving)
 
@@ -75,18 +77,18 @@ def remove_folder(folder: Path) -> None:
 def clean(folder: Path) -> None:
     """Remove what a crash left unfinished."""
     if folder.is_dir():
-        _try_to_remove(path for path in folder.iterdir() if path.name.startswith(TEMPORARY))
+        for path in folder.iterdir():
+            if path.name.startswith(TEMPORARY):
+                discard(path)
 
 
-def _try_to_remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        try:
-            path.unlink(missing_ok=True)
-        except OSError:  # it is in nobody's way, and the next start tries again
-            continue
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link itself; if it stays, the next start tries again."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
@@ -109,9 +111,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DamagedError: It is not as it was written.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe may wait for ever
+            raise DamagedError(f"{path} is not a file")
         values = json.loads(path.read_bytes())
         sealed = values.pop(_SEAL)
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedError):
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} cannot be read: {error!r}") from error

@@ -7,11 +7,16 @@ the documentation and has not been run.
 
 import contextlib
 import os
+import stat
 import sys
 import weakref
 from pathlib import Path
 
 from ...errors import StateError
+from .places import LOCK, check_lock
+
+_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_DIGITS = 20  # of the number of a process, at most
 
 _held: "weakref.WeakSet[DirectoryLock]" = weakref.WeakSet()
 
@@ -23,15 +28,18 @@ class DirectoryLock:
     A forked child does not hold it: the parent's death alone must free the directory.
 
     Args:
-        directory (`Path`): Where the file `.lock` is made. It holds the number of the process, for messages only.
+        directory (`Path`):
+            Where the file `.lock` is made. It holds the number of the process, for messages only, unless there is a
+            file of somebody else.
 
     Raises:
-        StateError: Another process, or another object of this one, holds it; or the file system has no locks.
+        StateError: Another process, or another object of this one, holds it; `.lock` is a link or no file; or the file
+            system has no locks.
         OSError: The file cannot be made.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / ".lock"
+        self._path = directory / LOCK
         self._descriptor: int | None = self._acquire()
         _held.add(self)
 
@@ -51,7 +59,7 @@ class DirectoryLock:
         if self._descriptor is None:
             raise StateError(f"{self._path.parent} is no longer held by this process")
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(self._descriptor), self._path.stat()):
+            if os.path.samestat(os.fstat(self._descriptor), self._path.lstat()):
                 return
         self._descriptor, old = self._acquire(), self._descriptor
         os.close(old)
@@ -63,12 +71,12 @@ class DirectoryLock:
             os.close(descriptor)
 
     def _acquire(self) -> int:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        check_lock(self._path.parent)
+        descriptor = os.open(self._path, _FLAGS, 0o600)
         try:
             self._lock(descriptor)
             with contextlib.suppress(OSError):  # a full disk: the lock holds without a number
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
+                _sign(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -78,20 +86,32 @@ class DirectoryLock:
         try:
             _lock(descriptor)
         except (BlockingIOError, PermissionError) as error:
+            holder = _holder(descriptor) or "unknown"
             raise StateError(
-                f"{self._path.parent} is in use by process {self._holder()}: close the assistant that has it, or give "
-                "this one a state directory of its own"
+                f"{self._path.parent} is in use by process {holder}: close the assistant that has it, or give this "
+                "one a state directory of its own"
             ) from error
         except OSError as error:
             raise StateError(
                 f"{self._path.parent} cannot be locked ({error}): use a directory on a local disk"
             ) from error
 
-    def _holder(self) -> str:
-        try:
-            return self._path.read_text(encoding="utf-8", errors="replace")[:20] or "unknown"
-        except OSError:
-            return "unknown"
+
+def _sign(descriptor: int) -> None:
+    """Write the number of the process, unless that would change the file of somebody else."""
+    found = os.fstat(descriptor)
+    is_ours = not found.st_size or _holder(descriptor) is not None
+    if is_ours and found.st_nlink == 1 and stat.S_ISREG(found.st_mode):
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.write(descriptor, str(os.getpid()).encode())
+
+
+def _holder(descriptor: int) -> str | None:
+    """The number that a lock file holds; `None` where it holds anything else."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    content = os.read(descriptor, _DIGITS + 1)
+    return content.decode() if content.isdigit() and len(content) <= _DIGITS else None
 
 
 if sys.platform == "win32":

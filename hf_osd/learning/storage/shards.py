@@ -25,7 +25,7 @@ from .rows import SCHEMA, from_table
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"replay-(\d{12})-(\d{12})-([0-9a-f]{16})\.parquet")
+NAME = re.compile(r"replay-(\d{12})-(\d{12})-([0-9a-f]{16})\.parquet")
 _FLOATS = ["teacher_log_probs.list.element.list.element", "teacher_tail.list.element"]
 
 
@@ -55,8 +55,8 @@ def list_shards(folder: Path) -> list[Shard]:
     """Shards of a folder by the number of their first row; other files are none of our business."""
     if not folder.is_dir():
         return []
-    matches = ((path, _NAME.fullmatch(path.name)) for path in folder.iterdir())
-    return sorted(Shard(int(m[1]), int(m[2]), m[3], path) for path, m in matches if m)
+    matches = ((path, NAME.fullmatch(path.name)) for path in folder.iterdir())
+    return sorted(Shard(int(m[1]), int(m[2]), m[3], path) for path, m in matches if m and path.is_file())
 
 
 def write_shard(folder: Path, table: pa.Table) -> Shard:

@@ -8,8 +8,7 @@ the size and SHA-256 of each of them, and its own. Only what the manifest says i
 import json
 import logging
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +25,7 @@ from .files import (
     DamagedError,
     clean,
     digest,
+    discard,
     make_private,
     read_sealed,
     remove_folder,
@@ -37,9 +37,10 @@ from .files import (
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # goes up with every change that this code could not read; the manifest's own form stays for ever
+# Goes up with every change of what a snapshot must hold; the manifest's own form stays for ever.
+FORMAT = 2  # since it says which draft it is of
 _KEEP = 2
-_NAME = re.compile(r"snapshot-(\d{6,})")
+NAME = re.compile(r"snapshot-(\d{6,})")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")
 _MANIFEST, _NUMBERS, _TENSORS = "manifest.json", "numbers.json", ".safetensors"
 
@@ -62,10 +63,14 @@ class Snapshot:
 
 def list_snapshots(folder: Path) -> list[tuple[int, Path]]:
     """Numbers and paths of the snapshots in a folder, oldest first; other files are none of our business."""
-    if not folder.is_dir():
-        return []
-    matches = ((path, _NAME.fullmatch(path.name)) for path in folder.iterdir())
-    return sorted((int(match[1]), path) for path, match in matches if match and path.is_dir())
+    return sorted((number, path) for number, path in _numbered(folder) if path.is_dir())
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    """All that has the name of a snapshot."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := NAME.fullmatch(path.name):
+            yield int(match[1]), path
 
 
 class SnapshotFolder:
@@ -90,14 +95,14 @@ class SnapshotFolder:
         """
         make_private(self._folder)
         self.prune()  # first: where nothing can leave, nothing may come
-        number = max((number for number, _ in list_snapshots(self._folder)), default=0) + 1
+        number = max((number for number, _ in _numbered(self._folder)), default=0) + 1
         final = self._folder / f"snapshot-{number:06d}"
         temporary = final.with_name(f"{TEMPORARY}{final.name}")
         try:
             _fill(temporary, snapshot)
             temporary.rename(final)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
             raise
         sync_folder(self._folder)
         self.prune()
@@ -111,7 +116,7 @@ class SnapshotFolder:
 def _fill(folder: Path, snapshot: Snapshot) -> None:
     """Write all files of a snapshot into a new folder, the manifest last, and bring them to disk."""
     numbers = json.dumps(dict(snapshot.numbers)).encode()
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(folder)
     folder.mkdir(mode=0o700)
     for group, tensors in snapshot.tensors.items():
         if not _GROUP.fullmatch(group):
@@ -147,31 +152,33 @@ def _version() -> str:
         return "unknown"
 
 
-def read_newest_snapshot(folder: Path) -> Snapshot | None:
+def read_newest_snapshot(folder: Path, only: Collection[str] | None = None) -> Snapshot | None:
     """
     The newest snapshot that is as it was written; `None` without one. Damaged ones are skipped with a warning.
 
     Args:
         folder (`Path`): Of the snapshots; it need not exist.
+        only (`Collection[str]`, *optional*): Groups of tensors to read, if they are there. Defaults to all.
 
     Raises:
-        StateError: A snapshot is of a newer format.
+        StateError: A snapshot is of another format.
     """
     for _, path in reversed(list_snapshots(folder)):
         try:
-            return _read(path)
+            return _read(path, only)
         except DamagedError as error:
             logger.warning("Skipped a damaged snapshot: %s", error)
     return None
 
 
-def _read(folder: Path) -> Snapshot:
+def _read(folder: Path, only: Collection[str] | None = None) -> Snapshot:
     files = _read_manifest(folder)["files"]
+    groups = [name.removesuffix(_TENSORS) for name in files if name.endswith(_TENSORS)]
+    groups = groups if only is None else [group for group in groups if group in only]
     try:
-        for name, expected in files.items():
-            _check_file(folder / name, expected)
+        for name in (_NUMBERS, *(f"{group}{_TENSORS}" for group in groups)):
+            _check_file(folder / name, files[name])
         numbers = dict(json.loads((folder / _NUMBERS).read_bytes()))
-        groups = [name.removesuffix(_TENSORS) for name in files if name.endswith(_TENSORS)]
         return Snapshot({group: _load_group(folder / f"{group}{_TENSORS}") for group in groups}, numbers)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise DamagedError(f"{folder} cannot be read: {error}") from error
@@ -190,10 +197,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     written = manifest.get("format")
     if not isinstance(written, int) or _NUMBERS not in manifest.get("files", ()):
         raise DamagedError(f"{folder / _MANIFEST} is not the manifest of a snapshot")
-    if written > FORMAT:
+    if written != FORMAT:
+        other = "update hf_osd" if written > FORMAT else "delete it"
         raise StateError(
             f"{folder} is of format {written}, written by hf_osd {manifest.get('hf_osd_version')}, and this version "
-            f"reads up to {FORMAT}: update hf_osd, or use another state directory"
+            f"reads format {FORMAT} alone: {other}, or use another state directory"
         )
     return manifest
 
@@ -203,12 +211,12 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise DamagedError(f"{path} is not as it was written")
 
 
-def refuse_newer(folder: Path) -> None:
+def refuse_other_formats(folder: Path) -> None:
     """
     Check that this code can read the snapshots in a folder, damaged ones aside.
 
     Raises:
-        StateError: A snapshot is of a newer format.
+        StateError: A snapshot is of another format.
     """
     for _, path in list_snapshots(folder):
         try:

@@ -8,26 +8,35 @@ DIRECTORY/
   snapshots/snapshot-*/     the learner; see `snapshots.py`
 ```
 
+`places.py` makes sure that nothing else is in these places.
+
 The observations that a learner has seen are written before its snapshot. So a crash between the two leaves
 observations that the snapshot has not counted, never a snapshot that knows more than there is.
 """
 
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ...errors import StateError
 from ...records import Observation
-from .files import TEMPORARY, clean, make_private
+from .files import clean, make_private
 from .lock import DirectoryLock
+from .places import (
+    REPLAY,
+    SNAPSHOTS,
+    check_content,
+    check_folders,
+    check_is_folder,
+    make_directory,
+    warn_of_others,
+)
 from .replay_log import ReplayLog
 from .rows import Row, to_row
 from .shards import read_observations
-from .snapshots import Snapshot, SnapshotFolder, read_newest_snapshot, refuse_newer
-
-_REPLAY, _SNAPSHOTS = "replay", "snapshots"
+from .snapshots import Snapshot, SnapshotFolder, read_newest_snapshot, refuse_other_formats
 
 
 class Store:
@@ -40,21 +49,23 @@ class Store:
         time_to_live (`float`, *optional*): Seconds until an observation no longer counts.
 
     Raises:
-        StateError: The directory is a file, cannot be written to, is in use, or is of a newer format.
+        StateError: The directory is the current one or a file, cannot be written to, is in use, is of another format,
+            or has a link, or something else that does not belong there, in a place of its own.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None = None, time_to_live: float | None = None) -> None:
         self.directory = directory
         with _explained(directory):
-            _check_is_folder(directory)
-            _check_writable(directory)
+            make_directory(directory)
             self._lock = DirectoryLock(directory)
         try:
             with _explained(directory):
-                refuse_newer(directory / _SNAPSHOTS)
+                check_content(directory)
+                warn_of_others(directory)
+                refuse_other_formats(directory / SNAPSHOTS)
                 clean(directory)
-                self._replay = ReplayLog(directory / _REPLAY, max_bytes, time_to_live)
-                self._snapshots = SnapshotFolder(directory / _SNAPSHOTS)
+                self._replay = ReplayLog(directory / REPLAY, max_bytes, time_to_live)
+                self._snapshots = SnapshotFolder(directory / SNAPSHOTS)
         except BaseException:
             self._lock.release()
             raise
@@ -69,11 +80,12 @@ class Store:
         Make sure, before anything is written, that the directory is there and ours.
 
         Raises:
-            StateError: Another process has taken it since it was deleted.
+            StateError: Another process has taken it since it was deleted, or there is a link in a place of its own.
             OSError: It cannot be made again.
         """
         make_private(self.directory)
         self._lock.renew()
+        check_folders(self.directory)
 
     def append(self, rows: Sequence[Row]) -> int:
         """Write a shard; return how many of the first rows are on disk now."""
@@ -94,7 +106,7 @@ class Store:
 
     def read(self, limit: int | None = None) -> tuple[Snapshot | None, list[Observation]]:
         """Return what [`read_state`] returns, without what has outlived its time."""
-        return read_newest_snapshot(self.directory / _SNAPSHOTS), self._replay.read(limit)
+        return read_newest_snapshot(self.directory / SNAPSHOTS), self._replay.read(limit)
 
     @property
     def next_number(self) -> int:
@@ -118,7 +130,7 @@ def write_state(directory: str | Path, snapshot: Snapshot, observations: Iterabl
         observations (`Iterable[Observation]`): Oldest first. They count as recorded now.
 
     Raises:
-        StateError: The directory is a file, cannot be written to, is in use, or is of a newer format.
+        StateError: As [`Store`] says.
         ValueError: An observation's shapes contradict each other.
     """
     rows = [to_row(observation) for observation in observations]
@@ -147,12 +159,33 @@ def read_state(directory: str | Path, limit: int | None = None) -> tuple[Snapsho
         first.
 
     Raises:
-        StateError: The directory is a file, cannot be read, or is of a newer format.
+        StateError: The directory is a file, cannot be read, or is of another format.
     """
     directory = Path(directory)
     with _explained(directory):
-        _check_is_folder(directory)
-        return read_newest_snapshot(directory / _SNAPSHOTS), read_observations(directory / _REPLAY, limit)
+        check_is_folder(directory)
+        return read_newest_snapshot(directory / SNAPSHOTS), read_observations(directory / REPLAY, limit)
+
+
+def read_groups(directory: str | Path, groups: Collection[str]) -> Mapping[str, Mapping[str, torch.Tensor]] | None:
+    """
+    Read some groups of tensors of the newest intact snapshot as [`read_state`] does, and nothing else.
+
+    Args:
+        directory (`str` or `Path`): As for `read_state`.
+        groups (`Collection[str]`): Their names.
+
+    Returns:
+        `Mapping[str, Mapping[str, torch.Tensor]]`, *optional*: Those that are there; `None` without a snapshot.
+
+    Raises:
+        StateError: As `read_state`.
+    """
+    directory = Path(directory)
+    with _explained(directory):
+        check_is_folder(directory)
+        found = read_newest_snapshot(directory / SNAPSHOTS, groups)
+        return None if found is None else found.tensors
 
 
 @contextmanager
@@ -163,16 +196,3 @@ def _explained(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:  # of safetensors and Arrow too, which have their own
         raise StateError(f"the state directory {directory} cannot be used: {error}") from error
-
-
-def _check_is_folder(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError("it is a file")
-
-
-def _check_writable(directory: Path) -> None:
-    """Raise `OSError` now rather than at every write to come."""
-    make_private(directory)
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
-    os.close(descriptor)
-    Path(name).unlink(missing_ok=True)  # whoever holds the directory may have cleaned it
