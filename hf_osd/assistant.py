@@ -20,6 +20,8 @@ from .drafts.compatibility import check_pair, check_tokenizers
 from .errors import ClosedError
 from .learning.background import OnlineLearner
 from .learning.journal import Journal
+from .learning.resuming import STATE_FOLDER
+from .learning.storage.files import write_file
 from .records import Observation
 from .reporting import write_report
 from .serving.engine import Engine
@@ -28,8 +30,6 @@ from .serving.recording import Recorder
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights
 from .stats import OnlineStats
-
-STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
 
 
 class Request:
@@ -138,8 +138,12 @@ class OnlineAssistant:
         if config is None and (state / "config.json").is_file():
             config = _load_config(state / "config.json")
         assistant = cls(model, target, config, tokenizer=tokenizer)
-        if state.is_dir() and not assistant._learner.has_state:  # what a state directory holds is newer
-            assistant._learner.load(state)
+        try:
+            if state.is_dir() and not assistant._learner.has_state:  # what a state directory holds is newer
+                assistant._learner.load(state)
+        except BaseException:
+            assistant.close()
+            raise
         return assistant
 
     @property
@@ -243,14 +247,14 @@ class OnlineAssistant:
             directory (`str` or `Path`): Folder to write; made if missing.
         """
         directory = Path(directory)
-        with self.weights:
-            self.draft.save_pretrained(directory)
+        state = directory / STATE_FOLDER
+        with self._learner.at_rest():
+            with self.weights:
+                self.draft.save_pretrained(directory)
+            self._learner.save(state)
+        write_file(state / "config.json", json.dumps(_saved_config(self.config), indent=2).encode() + b"\n")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
-        state = directory / STATE_FOLDER
-        state.mkdir(parents=True, exist_ok=True)
-        (state / "config.json").write_text(json.dumps(_saved_config(self.config), indent=2) + "\n")
-        self._learner.save(state)
 
     def close(self) -> None:
         """Stop learning. The draft stays as it is. Closing twice is fine."""

@@ -146,7 +146,7 @@ def test_the_state_of_another_draft_is_refused(tmp_path: Path) -> None:
         before = {name: weight.clone() for name, weight in other.state_dict().items()}
         publish = Mock()
         fresh = OnlineLearner(other, OnlineConfig(), publish)
-        with pytest.raises(LearningError, match=r"has shape .*, the draft has"):
+        with pytest.raises(LearningError, match="holds the state of another draft"):
             fresh.load(tmp_path)
         publish.assert_not_called()
         assert same_weights(before, other.state_dict())

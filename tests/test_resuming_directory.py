@@ -164,7 +164,7 @@ def test_a_directory_of_another_draft_is_let_go(tmp_path: Path) -> None:
     _, learner = made(state_dir=tmp_path)
     observe(learner, traffic(4))
     learner.close()
-    with pytest.raises(LearningError, match="has shape"):
+    with pytest.raises(LearningError, match="holds the state of another draft"):
         OnlineLearner(llama(hidden_size=16), OnlineConfig(state_dir=tmp_path), lambda weights, acceptance: None)
     made(state_dir=tmp_path)[1].close()
 

@@ -151,6 +151,10 @@ class OnlineLearner:
         """Stop the thread after the step in progress. Idempotent; the state can still be saved."""
         self._stop()
 
+    def at_rest(self) -> AbstractContextManager[None]:
+        """Hold off updates, so that the draft and what is saved of it are of one moment; waits for one in progress."""
+        return self._loop.at_rest()
+
     def save(self, directory: Path) -> None:
         """
         Write weights, optimiser, replay buffer and counters, as safetensors and JSON.
@@ -167,7 +171,7 @@ class OnlineLearner:
         Go on from a saved state: the same requests then give the same weights as without the restart.
 
         Args:
-            directory (`Path`): As `save` wrote it, for a draft of the same shape.
+            directory (`Path`): As `save` wrote it, for this draft.
 
         Raises:
             LearningError: The state is missing, damaged or of another draft, or this learner has already been asked

@@ -16,6 +16,7 @@ import torch
 from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
+from . import identity
 from .journal import Journal
 from .moments import by_parameter, flat_moments
 from .replay import ReplayBuffer
@@ -83,6 +84,7 @@ class TrainingLoop:
         # Inline, a request in flight may be one that waits for this very update.
         self.duty = DutyCycle(config.duty_cycle if config.background else 1.0)
         self.disk: StateDirectory | None = None
+        self.initial: identity.Sample = identity.sample(draft.named_parameters())  # of before it learned anything
         self._stream = TrainingStream(draft.device if config.background else torch.device("cpu"))
         self._draft, self._target, self._publish = draft, target, publish
         self._student = student
@@ -90,7 +92,7 @@ class TrainingLoop:
         self._trainer: OnlineGKDTrainer | None = None
         self._restored: Snapshot | None = None
         self._changed = threading.Condition()
-        self._updating = threading.Lock()  # held by the thread while it works; `save` and `load` wait for it
+        self._updating = threading.RLock()  # held by the thread while it works; `save` and `load` wait for it
         self._thread: threading.Thread | None = None
         self._waiting: deque[Observation] = deque(maxlen=_MOST_WAITING)
         self._recorded = self._taken = self._handled = 0
@@ -354,9 +356,12 @@ class TrainingLoop:
         groups, supervisor = self._supervisor.state()
         moments, numbers = self._moments()
         counters = {name: getattr(self, name) for name in _COUNTERS}
-        return Snapshot(
-            {**groups, "optimizer": moments}, {"counters": counters, "supervisor": supervisor, "optimizer": numbers}
-        )
+        groups |= {"optimizer": moments, **identity.groups(self.initial, groups["live"])}
+        return Snapshot(groups, {"counters": counters, "supervisor": supervisor, "optimizer": numbers})
+
+    def blank(self) -> Snapshot:
+        """Return a state that says nothing but which draft it belongs to."""
+        return Snapshot(identity.groups(self.initial, dict(self._draft.named_parameters())))
 
     def _moments(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """What the optimiser knows."""

@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..errors import LearningError
+from ..errors import LearningError, StateError
 from ..records import Observation
 from .collation import teaches
-from .storage import Snapshot, StateDirectory, read_state, write_state
+from .identity import INITIAL, LIVE, Sample, difference, sample
+from .storage import Snapshot, StateDirectory, read_groups, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .loop import TrainingLoop
+
+STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
 
 
 def save(loop: "TrainingLoop", directory: Path) -> None:
@@ -30,7 +31,7 @@ def save(loop: "TrainingLoop", directory: Path) -> None:
         StateError: The directory cannot be written to.
     """
     with loop.at_rest():
-        snapshot = loop.snapshot() or Snapshot()
+        snapshot = loop.snapshot() or loop.blank()
         replay, observations = loop.replay.state_dict(), loop.replay.observations()
     redact = loop.config.redact
     if redact is not None:
@@ -51,7 +52,8 @@ def load(loop: "TrainingLoop", draft: "PreTrainedModel", directory: Path) -> Non
     snapshot, observations = read_state(directory)
     if snapshot is None:
         raise LearningError(f"{directory} does not hold the state of a learner")
-    resume(loop, draft, snapshot, observations)
+    check_draft(draft, snapshot.tensors, directory)
+    resume(loop, snapshot, observations)
 
 
 def keep_on_disk(loop: "TrainingLoop", draft: "PreTrainedModel") -> None:
@@ -64,8 +66,10 @@ def keep_on_disk(loop: "TrainingLoop", draft: "PreTrainedModel") -> None:
     """
     config = loop.config
     assert config.state_dir is not None
+    directory = Path(config.state_dir)
+    check_draft(draft, read_groups(directory, (INITIAL, LIVE)), directory)  # before anything of it may leave
     disk = StateDirectory(
-        config.state_dir,
+        directory,
         collect=loop.collect,
         flush_seconds=config.flush_seconds,
         max_bytes=config.max_disk_bytes,
@@ -73,31 +77,79 @@ def keep_on_disk(loop: "TrainingLoop", draft: "PreTrainedModel") -> None:
         redact=config.redact,
     )
     try:
-        resume(loop, draft, *disk.load(config.replay_size))
+        snapshot, observations = disk.load(config.replay_size)
+        check_draft(draft, None if snapshot is None else snapshot.tensors, directory)
+        resume(loop, snapshot, observations)
+        if snapshot is None:  # requests that come before the first update are of this draft too
+            disk.save(loop.blank())
     except BaseException:
         disk.close()
         raise
     loop.disk = disk
 
 
-def resume(
-    loop: "TrainingLoop", draft: "PreTrainedModel", snapshot: Snapshot | None, observations: list[Observation]
-) -> None:
+def check_draft(draft: "PreTrainedModel", state: Mapping[str, Sample] | None, directory: Path) -> None:
     """
-    Go on from a state.
+    Refuse the state of another draft.
+
+    A draft is that of a state if its weights are those that the state's draft began with, or those that were live
+    there. So is a draft that was saved at another moment, if the state beside it began with the same weights.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): As it was loaded.
+        state (`Mapping[str, Mapping[str, torch.Tensor]]`, *optional*): Groups of a snapshot, if there is one.
+        directory (`Path`): Where it lies, for the message.
 
     Raises:
-        LearningError: It is not that of a learner of this draft, or requests have been seen already.
+        LearningError: It is the state of another draft, or says nothing of its draft.
+    """
+    if state is None:
+        return
+    if not state.keys() >= {INITIAL, LIVE}:
+        raise LearningError(f"{directory} does not hold the state of a learner: it does not say of which draft it is")
+    own = sample(draft.named_parameters())
+    if _is_of(own, state):
+        return
+    saved = _saved_with(draft)
+    if saved is None or not _is_of(own, saved) or difference(saved[INITIAL], state[INITIAL]) is not None:
+        raise LearningError(
+            f"{directory} holds the state of another draft: {difference(own, state[INITIAL])} is not as it was there, "
+            "neither at the beginning nor at the end. Load that draft, use another state directory, or delete this one"
+        )
+
+
+def _is_of(own: Sample, state: Mapping[str, Sample]) -> bool:
+    return any(difference(own, state[group]) is None for group in (INITIAL, LIVE))
+
+
+def _saved_with(draft: "PreTrainedModel") -> Mapping[str, Sample] | None:
+    """What the state beside a draft says of it, if `save_pretrained` has put one there."""
+    if not draft.name_or_path:
+        return None
+    try:
+        state = read_groups(Path(draft.name_or_path) / STATE_FOLDER, (INITIAL, LIVE))
+    except StateError:
+        return None
+    return state if state is not None and state.keys() >= {INITIAL, LIVE} else None
+
+
+def resume(loop: "TrainingLoop", snapshot: Snapshot | None, observations: list[Observation]) -> None:
+    """
+    Go on from a state of this draft.
+
+    Raises:
+        LearningError: It is not that of a learner, or requests have been seen already.
     """
     if loop.has_begun:
         raise LearningError("a state has to be loaded before the first request")
     numbers = snapshot.numbers if snapshot is not None else {}
     try:
         if snapshot is not None and "counters" in numbers:
-            _check_draft(draft, snapshot.tensors["live"])
             _check_complete(snapshot)
             loop.resume(snapshot)
         _refill(loop, numbers.get("replay"), observations)
+        if snapshot is not None:
+            loop.initial = snapshot.tensors[INITIAL]
     except (KeyError, TypeError, ValueError) as error:
         raise LearningError(f"this is not the state of a learner: {error!r}") from error
 
@@ -113,15 +165,8 @@ def _refill(loop: "TrainingLoop", saved: Mapping[str, Any] | None, observations:
 
 def _check_complete(snapshot: Snapshot) -> None:
     """Raise `KeyError` now rather than in the thread."""
-    for name in ("student", "average", "archive-0", "optimizer"):
+    for name in ("live", "student", "average", "archive-0", "optimizer"):
         snapshot.tensors[name]
     for name in ("live", "rate", "path", "watch", "acceptance", "archived", "remembered"):
         snapshot.numbers["supervisor"][name]
     snapshot.numbers["optimizer"]
-
-
-def _check_draft(draft: "PreTrainedModel", live: Mapping[str, torch.Tensor]) -> None:
-    shapes = {name: tuple(weight.shape) for name, weight in draft.named_parameters()}
-    for name, weight in live.items():
-        if shapes.get(name) != tuple(weight.shape):
-            raise LearningError(f"{name} has shape {tuple(weight.shape)}, the draft has {shapes.get(name)}")
