@@ -40,7 +40,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", path], check=True)
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 def fill(path: Path) -> Path:
