@@ -1,21 +1,146 @@
 """The one place that leans on what transformers does not promise, each with the version and the way out."""
 
+import copy
 import inspect
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerationMixin
+from transformers.generation.utils import (
+    GENERATION_MODES_MAPPING,
+    MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+    GenerationMixin,
+)
+
+from .errors import UnsupportedGenerationError
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""Names of the cache among model inputs: from transformers 5.24 on, up to 5.23, and Mamba's up to 5.23."""
+
+_CACHE_NAME = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
+"""Model inputs that `generate` hands to the first pass only: images, sounds, and what was made of them (5.17)."""
+
+
+def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str, Any]:
+    """Return a cache as a keyword argument of a function with these parameters, some of which may be unnamed."""
+    return {next((name for name in CACHE_NAMES if name in parameters), _CACHE_NAME): cache}
+
+
+def cache_of(values: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among model inputs or outputs, whatever it is called there."""
+    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
+
+
+def text_length(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int:
+    """
+    Return how many tokens the caller's attention mask covers, those in a cache included.
+
+    `generate` drops a mask of ones, and notes its length privately (5.23); before, the position ids show it.
+    """
+    for name in ("attention_mask", "position_ids"):
+        if isinstance(model_kwargs.get(name), torch.Tensor):
+            return int(model_kwargs[name].shape[-1])
+    return int(getattr(generation_config, "_mask_length", input_ids.shape[1]))
+
+
+def decode_plainly(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> Any:
+    """
+    Go on with a request as `generate` would have without a custom callable (5.17): by a private method of its mixin.
+
+    Speculative modes of transformers' own are lossless, so sampling or choosing token by token stands for them.
+
+    Raises:
+        UnsupportedGenerationError: The mode is one that transformers loads from the Hub, before it prepares anything.
+    """
+    mode = generation_config.get_generation_mode()
+    if mode is GenerationMode.ASSISTED_GENERATION:
+        mode = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+    method = getattr(type(model), GENERATION_MODES_MAPPING[mode], None)
+    if method is None:
+        raise UnsupportedGenerationError(f"{mode.value} does not go with custom_generate: call model.generate alone")
+    if "streamer" in inspect.signature(method).parameters:
+        model_kwargs["streamer"] = streamer
+    return method(
+        model,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        synced_gpus=synced_gpus,
+        **model_kwargs,
+    )
+
+
+def plain_logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: Mapping[str, Any],
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Decode a few tokens greedily by the very calls that `generate` makes.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        input_ids (`torch.LongTensor` of shape `(batch, prompt)`): As `generate` prepared it.
+        generation_config (`GenerationConfig`): Likewise; not changed.
+        model_kwargs (`Mapping[str, Any]`): Likewise; its cache is left alone.
+        count (`int`): Tokens to decode.
+
+    Returns:
+        `tuple(torch.LongTensor, torch.FloatTensor)`: All tokens, `(batch, prompt + count)`, and the raw logits that
+        each new one was chosen from, `(batch, count, vocab)`, float32.
+    """
+    config = copy.copy(generation_config)
+    config.do_sample = config.output_attentions = config.output_hidden_states = config.output_scores = False
+    config.num_beams, config.return_dict_in_generate, config.output_logits = 1, True, True
+    config.prompt_lookup_num_tokens = config.prefill_chunk_size = None
+    fresh = DynamicCache(config=model.config.get_text_config(decoder=True))
+    inputs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
+    output = decode_plainly(
+        model,
+        input_ids,
+        logits_processor=LogitsProcessorList(),
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + count)]),
+        generation_config=config,
+        **{**inputs, "use_cache": True, _CACHE_NAME: fresh},
+    )
+    return output.sequences, torch.stack(output.logits, dim=1)
 
 
 def dropped_streamer() -> BaseStreamer | None:
     """
     Find the streamer of the `generate` call that is running a custom decoding callable.
 
-    transformers (5.17 to 5.23) hands the prompt to `streamer`, but drops `streamer` before it calls a callable given
+    transformers (5.17 to 5.24) hands the prompt to `streamer`, but drops `streamer` before it calls a callable given
     as `custom_generate` (`_extract_generation_mode_kwargs`), so that nothing would be streamed and nobody told. This
     can go once transformers passes it on.
     """
@@ -27,6 +152,54 @@ def dropped_streamer() -> BaseStreamer | None:
             return streamer if isinstance(streamer, BaseStreamer) or hasattr(streamer, "put") else None
         frame = frame.f_back
     return None
+
+
+def pad_token_of(generation_config: GenerationConfig) -> int | None:
+    """Return the pad token that `generate` settled on, which it keeps privately (5.17)."""
+    pad = generation_config._pad_token_tensor
+    return None if pad is None else int(pad)
+
+
+def is_callers_own(cache: Cache) -> bool:
+    """Whether a cache came from the caller, not from `generate`, which marks it privately (5.17)."""
+    return bool(getattr(cache, "_is_user_defined", False))
+
+
+def has_recurrent_state(model: PreTrainedModel) -> bool:
+    """Whether transformers says, privately (5.17), that a model keeps a state that cannot be rolled back."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """Return how the text part of a model attends: a private field of its configuration (5.17)."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def execution_device(model: Any) -> torch.device:
+    """
+    Return where the forward of a model runs.
+
+    accelerate (1.10) keeps offloaded weights on the meta device, and notes privately where it brings them to work.
+    """
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        for hook in _hooks(module):
+            place = getattr(hook, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    return torch.device("cpu")
+
+
+def is_offloaded(model: Any) -> bool:
+    """Whether accelerate (1.10) brings weights of a model that are kept elsewhere."""
+    return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
+
+
+def _hooks(module: Any) -> Sequence[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
 
 
 class _WindowLayer(DynamicSlidingWindowLayer):

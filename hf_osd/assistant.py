@@ -7,20 +7,24 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from ._compat import is_offloaded
 from .config import OnlineConfig
-from .drafts.compatibility import check_pair, check_tokenizers
-from .errors import ClosedError
+from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
+from .drafts.wrapping import unwrap
+from .errors import ClosedError, UnsupportedError
 from .learning.background import OnlineLearner
 from .learning.journal import Journal
 from .learning.resuming import STATE_FOLDER
+from .learning.sharing import shared_with
 from .learning.storage.files import write_file
 from .records import Observation
 from .reporting import write_report
@@ -30,6 +34,8 @@ from .serving.recording import Recorder
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights
 from .stats import OnlineStats
+
+logger = logging.get_logger(__name__)
 
 
 class Request:
@@ -74,8 +80,10 @@ class OnlineAssistant:
             Saved beside the draft by [`save_pretrained`]; not needed otherwise.
 
     Raises:
-        UnsupportedModelError: The two do not share a vocabulary, or the draft has no weights, or is not a causal
-            language model.
+        UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself. With
+            `OnlineConfig(unsupported="error")` also where it cannot work for the target: another vocabulary, a
+            recurrent state, an encoder. By default such a draft is left out, with a warning, and requests are served
+            by the target's own decoding.
 
     Example:
 
@@ -95,19 +103,46 @@ class OnlineAssistant:
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or OnlineConfig()
-        check_pair(target, draft)
-        self.draft = draft
+        self._given = draft
+        check_target(target)
+        self.draft = draft = unwrap(draft)
+        check_draft(target, draft)
         self.tokenizer = tokenizer
-        self.weights = LiveWeights(draft)
         self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
-        self._learner = OnlineLearner(
-            draft, self.config, self._publish, target=target if self.config.needs_target else None
-        )
         self._lock = threading.Lock()
         self._random = random.Random(self.config.seed)
         self._totals: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
         self._closed = False
+        self._misfit: UnsupportedError | None = None
+        try:
+            check_pair(target, draft)
+        except UnsupportedError as error:
+            self._leave_out(error)
+        frozen = shared_with(draft, target)
+        self.weights = LiveWeights(draft, frozen)
+        learns = self.config.learn and self._misfit is None and self._can_learn()
+        self._learner = OnlineLearner(
+            draft,
+            self.config if learns else replace(self.config, learn=False),
+            self._publish,
+            target=target if self.config.needs_target else None,
+            frozen=frozen,
+            vocab_size=target.config.get_text_config(decoder=True).vocab_size,
+        )
+
+    def _can_learn(self) -> bool:
+        if not is_offloaded(self.draft):
+            return True
+        logger.warning("The draft serves but does not learn: its weights are offloaded, and kept out of reach.")
+        return False
+
+    def _leave_out(self, error: UnsupportedError) -> None:
+        if self.config.unsupported == "error":
+            raise error
+        logger.warning("%s. Until then the target decodes alone.", error)
+        self._misfit = error
 
     @classmethod
     def from_pretrained(
@@ -133,11 +168,14 @@ class OnlineAssistant:
         kwargs.setdefault("device_map", target.device)
         model = AutoModelForCausalLM.from_pretrained(draft, **kwargs)
         tokenizer = _load_tokenizer(str(draft))
-        check_tokenizers(_load_tokenizer(target.config._name_or_path), tokenizer)
         state = Path(draft) / STATE_FOLDER
         if config is None and (state / "config.json").is_file():
             config = _load_config(state / "config.json")
         assistant = cls(model, target, config, tokenizer=tokenizer)
+        try:
+            check_tokenizers(_load_tokenizer(target.config._name_or_path), tokenizer)
+        except UnsupportedError as error:
+            assistant._leave_out(error)
         try:
             if state.is_dir() and not assistant._learner.has_state:  # what a state directory holds is newer
                 assistant._learner.load(state)
@@ -151,20 +189,56 @@ class OnlineAssistant:
         """The target, or `None` once nobody else uses it."""
         return self._target()
 
+    def check_open(self) -> None:
+        """Raise `ClosedError` after [`close`]."""
+        if self._closed:
+            raise ClosedError("this OnlineAssistant is closed: make a new one")
+
+    def check_usable(self, target: PreTrainedModel) -> None:
+        """Raise `UnsupportedModelError` where the draft cannot draft for a target, whatever the request."""
+        if self._misfit is not None:
+            raise self._misfit.with_traceback(None)  # it is raised for every request
+        if self.target is not target:
+            check_draft(target, self.draft)
+            check_pair(target, self.draft)
+
+    def fall_back(self, error: UnsupportedError, rows: int, *, without: str = "speculation") -> None:
+        """
+        Count prompts that are served without the draft or without speculation, and say why, once for each reason.
+
+        Args:
+            error (`UnsupportedError`): What is in the way.
+            rows (`int`): Prompts.
+            without (`str`, defaults to `"speculation"`): What they are served without. `"the draft"` leaves the
+                lookup.
+
+        Raises:
+            UnsupportedError: The error itself, with `OnlineConfig(unsupported="error")`.
+        """
+        if self.config.unsupported == "error":
+            raise error
+        with self._lock:
+            first = not self._reasons[error.cause]
+            self._reasons[error.cause] += rows
+            if without == "speculation":  # nobody else counts these
+                self._totals["requests"] += rows
+        if first:
+            logger.warning("Served without %s, and so will be others for the same reason: %s.", without, error)
+
     @contextmanager
-    def request(self, rows: int) -> Iterator[Request]:
+    def request(self, rows: int, records: bool = True) -> Iterator[Request]:
         """
         Open one call of `generate`. On leaving it without an error, its observations go to the learner.
 
         Args:
             rows (`int`): Prompts in the batch.
+            records (`bool`, defaults to `True`): Whether the request may be learned from.
 
         Raises:
             ClosedError: The assistant is closed.
         """
-        if self._closed:
-            raise ClosedError("this OnlineAssistant is closed: make a new one")
-        request = Request(self, self._choose_rows(rows))
+        self.check_open()
+        request = Request(self, self._choose_rows(rows) if records else [False] * rows)
         with self._learner.serving():
             yield request
         for observation in request.observations:
@@ -175,7 +249,7 @@ class OnlineAssistant:
         self.experience.expect(acceptance)
 
     def _choose_rows(self, rows: int) -> list[bool]:
-        fraction = self.config.record_fraction if self.config.learn else 0.0
+        fraction = self.config.record_fraction if self._learner.learns else 0.0
         with self._lock:
             return [self._random.random() < fraction for _ in range(rows)]
 
@@ -200,6 +274,8 @@ class OnlineAssistant:
         """Return the counters as they are now."""
         with self._lock:
             counted: dict[str, Any] = dict(self._totals)
+            reasons = {reason: count for reason, count in self._reasons.items() if count}
+        counted |= {"fallbacks": sum(reasons.values()), "fallback_reasons": reasons}
         counted |= {"updates": self._learner.updates, "failed_updates": self._learner.failures}
         counted |= {"learned_steps": self._learner.steps, "learned_positions": self._learner.positions}
         return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
@@ -233,8 +309,7 @@ class OnlineAssistant:
             LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.
             ClosedError: The assistant is closed.
         """
-        if self._closed:
-            raise ClosedError("this OnlineAssistant is closed: make a new one")
+        self.check_open()
         self._learner.update()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -250,7 +325,7 @@ class OnlineAssistant:
         state = directory / STATE_FOLDER
         with self._learner.at_rest():
             with self.weights:
-                self.draft.save_pretrained(directory)
+                self._given.save_pretrained(directory)
             self._learner.save(state)
         write_file(state / "config.json", json.dumps(_saved_config(self.config), indent=2).encode() + b"\n")
         if self.tokenizer is not None:
@@ -319,17 +394,15 @@ def resolve_assistant(
         TypeError: Something else was passed.
     """
     if isinstance(assistant, OnlineAssistant):
-        if assistant.target is not target:
-            check_pair(target, assistant.draft)
         return assistant
-    if not isinstance(assistant, PreTrainedModel | str | Path):
+    if not isinstance(assistant, torch.nn.Module | str | Path):
         raise TypeError(
             "online_assistant must be an OnlineAssistant, a draft model, or a Hub id or path of one, got "
             f"{type(assistant).__name__}"
         )
     with _kept_lock:
         kept = _kept.setdefault(target, {})
-        if isinstance(assistant, PreTrainedModel):
+        if isinstance(assistant, torch.nn.Module):
             if id(assistant) not in kept:  # the id stays taken, since what is kept holds the draft
                 kept[id(assistant)] = OnlineAssistant(assistant, target)
             return kept[id(assistant)]

@@ -13,11 +13,30 @@ class InputError(HfOsdError, ValueError):
     """The inputs of `generate` cannot be decoded: wrong shape, wrong device, nothing to do."""
 
 
-class UnsupportedGenerationError(HfOsdError, ValueError):
+class UnsupportedError(HfOsdError, ValueError):
+    """
+    Speculation cannot serve this losslessly. Where plain `generate` can, the request is served by it instead, and this
+    error is raised only with `OnlineConfig(unsupported="error")`.
+
+    Args:
+        message (`str`): What cannot be served, and what to do about it.
+        cause (`str`, *optional*): A short name of the reason, the same for every request of its kind. Defaults to the
+            message.
+
+    Attributes:
+        cause (`str`): As given.
+    """
+
+    def __init__(self, message: str, cause: str | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause or message
+
+
+class UnsupportedGenerationError(UnsupportedError):
     """`generate` was asked for a mode that has no lossless speculative form here, such as beam search."""
 
 
-class UnsupportedModelError(HfOsdError, ValueError):
+class UnsupportedModelError(UnsupportedError):
     """A target or draft cannot be served: its cache cannot roll back, its vocabulary differs, it has no weights."""
 
 

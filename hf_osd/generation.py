@@ -1,7 +1,5 @@
 """The entry points: `generate`, and the callable that transformers' `custom_generate` takes."""
 
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,33 +11,15 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.cache_utils import Cache
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ._compat import dropped_streamer
-from .assistant import OnlineAssistant, Request, resolve_assistant
-from .errors import InputError, UnsupportedGenerationError
-from .serving.decoder import Decoder, make_decoder
-from .serving.drafting import OnlineAssistedGenerator
-from .serving.engine import Engine, History
-from .serving.inputs import (
-    check_cache,
-    check_config,
-    check_length,
-    check_processors,
-    check_settings,
-    check_target,
-    padding_of,
-)
-from .serving.lookup import LOOKUP_LENGTH
-from .serving.processing import on_device
-from .serving.randomness import Randomness
-from .serving.sequences import Sequences
-from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
-from .serving.stopping import StopCheck
-from .serving.stopwatch import Stopwatch
+from .assistant import OnlineAssistant, resolve_assistant
+from .decoding import Call, Output, decode
+from .drafts.compatibility import check_target
+from .errors import InputError, UnsupportedError, UnsupportedGenerationError
+from .serving.randomness import seeded
+from .serving.support import CALL_ARGUMENTS, MODELS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
 
@@ -55,16 +35,18 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
     **kwargs: Any,
-) -> GenerateDecoderOnlyOutput | torch.Tensor:
+) -> Output:
     """
     Generate exactly what `model.generate` would, faster, with a draft that learns from the traffic.
 
     Greedy output equals the target's own token for token; sampled output has the target's distribution. Accepts
-    everything that `model.generate` does; modes without a lossless speculative form are refused before any work.
+    everything that `model.generate` does. What has no lossless speculative form is served by `model.generate` itself,
+    with one warning for each reason, and counted in [`OnlineStats`]; see `docs/support.md`, and
+    `OnlineConfig(unsupported="error")`.
 
     Args:
         model (`PreTrainedModel`):
-            The target: a decoder-only language model.
+            The target: a language model.
         inputs (`torch.LongTensor` of shape `(batch, prompt)`, *optional*):
             The prompts, left-padded; also accepted as `input_ids`, together with `attention_mask`.
         generation_config (`GenerationConfig`, *optional*):
@@ -92,9 +74,11 @@ def generate(
         `return_dict_in_generate=True`. Behind a row's end, `scores` and `logits` are zero.
 
     Raises:
-        UnsupportedGenerationError: Beam search, contrastive search, guidance and the like.
-        UnsupportedModelError: The target or the draft cannot be served.
-        InputError: No prompt, or padding that is not on the left.
+        InputError: No prompt, padding that is not on the left, a cache that does not fit its prompt, or arguments that
+            contradict `online_assistant`.
+        UnsupportedModelError: The target or the draft is nothing that generates, or the draft is the target itself.
+        UnsupportedGenerationError, UnsupportedModelError: With `OnlineConfig(unsupported="error")`, whatever is not
+            served by speculation.
 
     Example:
 
@@ -104,27 +88,58 @@ def generate(
     ```
     """
     check_target(model)
-    base = generation_config if generation_config is not None else model.generation_config
-    check_settings(lambda name: kwargs[name] if name in kwargs else getattr(base, name, None))
-    for name in ("custom_generate", "assistant_model", "synced_gpus", "inputs_embeds", "negative_prompt_ids"):
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise UnsupportedGenerationError(f"{name} cannot be combined with online_assistant: leave it out")
+    for name in ("custom_generate", "assistant_model"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"{name} and online_assistant both say how to decode: leave one of them out")
     assistant = resolve_assistant(online_assistant, model)
+    assistant.check_open()
     given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     kwargs |= {name: value for name, value in given.items() if value is not None}
-    kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
-
-    def decode(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        return _decode(target, input_ids, assistant=assistant, streamer=streamer, generator=generator, **prepared)
-
     with eval_mode(model):
-        call: Any = model.generate
-        output: GenerateDecoderOnlyOutput | torch.Tensor = call(
-            inputs, generation_config, custom_generate=decode, **kwargs
-        )
+        try:
+            _check_call(model, generation_config, kwargs)
+        except UnsupportedError as error:
+            assistant.fall_back(error, _rows(inputs, kwargs))
+            kwargs |= {} if streamer is None else {"streamer": streamer}
+            kwargs |= {} if tokenizer is None else {"tokenizer": tokenizer}
+            return _call(model, inputs, generator, generation_config=generation_config, **kwargs)
+        kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
+
+        def decode_prepared(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Output:
+            call = _prepared(target, input_ids, generator=generator, streamer=streamer, **prepared)
+            return decode(call, assistant, put_prompt=True)
+
+        kwargs |= {"generation_config": generation_config, "custom_generate": decode_prepared}
+        return _call(model, inputs, None, **kwargs)
+
+
+def _call(
+    model: PreTrainedModel, inputs: torch.Tensor | None, generator: torch.Generator | None, **kwargs: Any
+) -> Output:
+    """Call the target's own `generate`, of which some name their first argument otherwise."""
+    call: Any = model.generate
+    with seeded(generator):
+        output: Output = call(*([] if inputs is None else [inputs]), **kwargs)
     return output
+
+
+def _check_call(model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+    """Raise what speculation cannot do, as far as the call itself says; the rest is for `decode`."""
+    configs = [one for one in (config, model.generation_config) if one is not None]
+
+    def setting(name: str) -> Any:
+        values = [kwargs[name]] if name in kwargs else [getattr(one, name, None) for one in configs]
+        return next((value for value in values if value is not None), None)
+
+    check_limits((*SETTINGS, *MODELS), Asked(model, setting))
+    for name, mode in CALL_ARGUMENTS.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise UnsupportedGenerationError(f"{name} asks for {mode}, which is not speculated on", mode)
+
+
+def _rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
+    given = (inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "input_features", "input_values")))
+    return next((len(value) for value in given if isinstance(value, torch.Tensor) and value.ndim), 1)
 
 
 def _with_stop_strings(
@@ -155,7 +170,7 @@ def online_decoding(
     generator: torch.Generator | None = None,
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
-) -> GenerateDecoderOnlyOutput | torch.Tensor:
+) -> Output:
     """
     The decoding loop as transformers' `custom_generate` takes it.
 
@@ -171,15 +186,11 @@ def online_decoding(
     Raises:
         InputError: `online_assistant` is missing; otherwise see [`generate`].
     """
-    check_target(model)
     if online_assistant is None:
         raise InputError("custom_generate=online_decoding needs online_assistant=...: an OnlineAssistant or a draft")
-    if model_kwargs.pop("synced_gpus", False):
-        raise UnsupportedGenerationError("synced_gpus=True (generation over several ranks) is not supported")
-    return _decode(
+    call = _prepared(
         model,
         input_ids,
-        assistant=resolve_assistant(online_assistant, model),
         logits_processor=logits_processor,
         stopping_criteria=stopping_criteria,
         generation_config=generation_config,
@@ -187,133 +198,27 @@ def online_decoding(
         streamer=streamer if streamer is not None else dropped_streamer(),
         **model_kwargs,
     )
+    return decode(call, resolve_assistant(online_assistant, model))
 
 
-@torch.no_grad()
-def _decode(
+def _prepared(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     *,
-    assistant: OnlineAssistant,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    generator: torch.Generator | None = None,
-    streamer: BaseStreamer | None = None,
+    generator: torch.Generator | None,
+    streamer: BaseStreamer | None,
     **model_kwargs: Any,
-) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    """One request: check, set up, decode, hand over what was learned, return."""
-    config = generation_config
-    check_config(config)
-    check_processors(logits_processor)
-    padding = padding_of(input_ids, model_kwargs)
-    sequences = _sequences(input_ids.to(model.device), padding, config, stopping_criteria, assistant)
-    check_length(model, sequences.limit - min(padding))
-    config.max_length = sequences.limit  # of this call's own copy
-    randomness = Randomness(generator) if config.do_sample else None
-    started = time.perf_counter()
-    with eval_mode(model, assistant.draft), assistant.request(len(padding)) as request:
-        processors = on_device(logits_processor, assistant.draft.device, input_ids.device)
-        vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        drafter = _drafter(assistant, request, sequences, config, processors, vocab_size, randomness)
-        keep = bool(config.return_dict_in_generate)
-        engine = Engine(
-            sequences=sequences,
-            target=_target(model, sequences, model_kwargs.get("past_key_values")),
-            speculator=_speculator(assistant, drafter, sequences),
-            watch=Stopwatch(model.device, assistant.draft.device),
-            processors=on_device(logits_processor, model.device, input_ids.device),
-            stop_check=StopCheck(stopping_criteria),
-            randomness=randomness,
-            streamer=streamer,
-            scores=History(sequences.batch) if keep and config.output_scores else None,
-            logits=History(sequences.batch) if keep and config.output_logits else None,
-        )
-        engine.run()
-        engine.speculator.finish(sequences.lengths)
-        request.finish(engine, time.perf_counter() - started)
-    output = _output(engine, config, input_ids.device)
-    drafter.release()
-    engine.target.release()
-    return output
-
-
-def _sequences(
-    input_ids: torch.Tensor,
-    padding: Sequence[int],
-    config: GenerationConfig,
-    stopping_criteria: StoppingCriteriaList,
-    assistant: OnlineAssistant,
-) -> Sequences:
-    eos: list[int] = []
-    for criterion in stopping_criteria:
-        if type(criterion) is EosTokenCriteria:
-            eos.extend(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
-    pad = config._pad_token_tensor
-    # The caller's own criterion takes the place of the config's; plain decoding takes a token before it asks.
-    lengths = [criterion.max_length for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
-    return Sequences(
-        input_ids,
-        padding,
-        max_length=max(min(lengths, default=config.max_length), input_ids.shape[1] + 1),
-        slack=max(assistant.config.draft_length, LOOKUP_LENGTH),
-        pad_token_id=int(pad) if pad is not None else 0,
-        eos_token_ids=eos,
-        pads=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria),
+) -> Call:
+    return Call(
+        model=model,
+        input_ids=input_ids,
+        processors=logits_processor,
+        criteria=stopping_criteria,
+        config=generation_config,
+        model_kwargs=model_kwargs,
+        generator=generator,
+        streamer=streamer,
     )
-
-
-def _drafter(
-    assistant: OnlineAssistant,
-    request: Request,
-    sequences: Sequences,
-    config: GenerationConfig,
-    processors: LogitsProcessorList,
-    vocab_size: int,
-    randomness: Randomness | None,
-) -> OnlineAssistedGenerator:
-    return OnlineAssistedGenerator(
-        sequences.ids[:, : sequences.prompt_length],
-        assistant.draft,
-        config,
-        {},
-        logits_processor=processors,
-        draft_length=assistant.config.draft_length,
-        draft_length_schedule=assistant.config.draft_length_schedule,
-        confidence_threshold=assistant.config.confidence_threshold,
-        padding=sequences.padding,
-        vocab_size=vocab_size,
-        randomness=randomness,
-        recorder=request.recorder,
-        weights=assistant.weights,
-    )
-
-
-def _speculator(assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences) -> Speculator:
-    config = assistant.config
-    if config.draft_length_schedule != "measured" or config.draft_length == 0:
-        return DraftSpeculator(drafter)
-    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup)
-
-
-def _target(model: PreTrainedModel, sequences: Sequences, cache: Cache | None) -> Decoder:
-    """A cache of the caller's is gone on from and filled; the empty one that transformers prepares is not needed."""
-    if cache is None or not getattr(cache, "_is_user_defined", False):
-        return make_decoder(model, sequences.padding, sequences.ids.shape[1])
-    check_cache(cache, sequences.padding)
-    return make_decoder(model, sequences.padding, sequences.ids.shape[1], cache)
-
-
-def _output(
-    engine: Engine, config: GenerationConfig, device: torch.device
-) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    sequences = engine.sequences
-    end = max(sequences.ends)
-    ids = sequences.padded(end).to(device)
-    if not config.return_dict_in_generate:
-        return ids
-    recorded: dict[str, Any] = {
-        "scores": engine.scores.columns(sequences.lengths) if engine.scores is not None else None,
-        "logits": engine.logits.columns(sequences.lengths) if engine.logits is not None else None,
-    }
-    return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=engine.target.export(), **recorded)  # type: ignore[arg-type]

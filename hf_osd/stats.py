@@ -1,6 +1,9 @@
 """What an assistant has done so far, in numbers."""
 
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +13,8 @@ class OnlineStats:
 
     Attributes:
         requests (`int`): Prompts served; a batch counts each of its rows.
+        fallbacks (`int`): Prompts of those that were served without the draft, or without speculation at all.
+        fallback_reasons (`Mapping[str, int]`): The same by reason.
         generated_tokens (`int`): Tokens generated.
         target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
         proposed_tokens (`int`): Tokens that the draft chose.
@@ -20,13 +25,19 @@ class OnlineStats:
         accepted_lookup_tokens (`int`): Those that the target accepted.
         updates (`int`): Times that new weights were published.
         failed_updates (`int`): Updates that were given up; serving went on with the old weights.
-        decode_seconds (`float`): Wall time of decoding, summed over calls.
+        decode_seconds (`float`): Wall time of speculative decoding, summed over calls.
+        draft_seconds (`float`): Part of it that the draft took.
+        verify_seconds (`float`): Part of it that the target took.
+        accept_seconds (`float`): Part of it that comparing the two took.
+        record_seconds (`float`): Part of it that recording took.
         learn_seconds (`float`): Wall time of training, without pauses.
         learned_steps (`int`): Steps of the optimiser.
         learned_positions (`int`): Positions that these learned from, counted once a step.
     """
 
     requests: int = 0
+    fallbacks: int = 0
+    fallback_reasons: Mapping[str, int] = field(default_factory=dict)
     generated_tokens: int = 0
     target_passes: int = 0
     proposed_tokens: int = 0
@@ -62,8 +73,13 @@ class OnlineStats:
         """
         if not isinstance(earlier, OnlineStats):
             return NotImplemented
-        counters = (field.name for field in fields(self))
-        return OnlineStats(**{name: getattr(self, name) - getattr(earlier, name) for name in counters})
+        counters = (counter.name for counter in fields(self) if counter.name != "fallback_reasons")
+        reasons = Counter(self.fallback_reasons)
+        reasons.subtract(earlier.fallback_reasons)
+        return OnlineStats(
+            **{name: getattr(self, name) - getattr(earlier, name) for name in counters},
+            fallback_reasons={reason: count for reason, count in reasons.items() if count},
+        )
 
     @property
     def acceptance_rate(self) -> float:
@@ -80,7 +96,7 @@ class OnlineStats:
         """Generated tokens by second of decoding."""
         return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all fields and rates, ready for JSON."""
         rates = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second")
         return {**asdict(self), **{name: getattr(self, name) for name in rates}}

@@ -23,10 +23,11 @@ def static(draft, target=LLAMA, **settings):
 
 
 def both(target, draft, inputs, **kwargs):
-    """Plain and speculative output of the same call."""
+    """Plain and speculative output of the same call; the draft may be an assistant already."""
     kwargs = {"max_new_tokens": 24, "do_sample": False, **kwargs}
     expected = target.generate(**inputs, **copy.deepcopy(kwargs))
-    actual = hf_osd.generate(target, **inputs, online_assistant=static(draft, target), **copy.deepcopy(kwargs))
+    assistant = draft if isinstance(draft, OnlineAssistant) else static(draft, target)
+    actual = hf_osd.generate(target, **inputs, online_assistant=assistant, **copy.deepcopy(kwargs))
     return expected, actual
 
 

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-from fakes import ARCHITECTURES, prompts, tiny_model
+from fakes import prompts, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_osd import UnsupportedModelError
 from hf_osd.serving.cache import RaggedCache
-from hf_osd.serving.decoder import (
-    CroppableDecoder,
-    RaggedDecoder,
-    attention_span,
-    holds_ragged_cache,
-    make_decoder,
-)
+from hf_osd.serving.decoder import CroppableDecoder, RaggedDecoder
 
 LLAMA = tiny_model("llama")
 WIDTH = 14
@@ -97,23 +90,3 @@ def test_croppable(kind):
             logits = decoder.feed(ids, [end], 1)
             torch.testing.assert_close(logits, plain_logits(model, ids, [0], [end], 1), atol=1e-5, rtol=1e-5)
             decoder.rollback([back])
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_full_attention_is_held(kind):
-    """Catches a probe that sends ordinary models to the slow, single-row cache."""
-    assert holds_ragged_cache(tiny_model(kind, seed=7))
-    assert holds_ragged_cache(tiny_model(kind, seed=7, dtype=torch.bfloat16))
-
-
-def test_choice_of_cache():
-    """Catches models on a cache that gives them wrong logits."""
-    assert not holds_ragged_cache(tiny_model("bloom"))  # builds its positions from a 2D mask
-    mistral = tiny_model("mistral")
-    assert attention_span(mistral) == 8
-    assert isinstance(make_decoder(mistral, [0, 0], 8), RaggedDecoder)  # within the window, it is full attention
-    assert isinstance(make_decoder(mistral, [0], 9), CroppableDecoder)
-    with pytest.raises(UnsupportedModelError, match="batch of 2"):
-        make_decoder(mistral, [0, 0], 9)
-    with pytest.raises(UnsupportedModelError, match="roll back"):
-        make_decoder(tiny_model("mamba", dtype=torch.float32), [0], 9)

@@ -13,11 +13,12 @@ ONLY_TRL_IMPORTER = "learning.distillation"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {
-    "cli": 10,
-    "bench": 9,  # shares the demo's models, prompts and check of outputs
-    "demo": 8,
-    "hub": 8,
-    "generation": 7,
+    "cli": 11,
+    "bench": 10,  # shares the demo's models, prompts and check of outputs
+    "demo": 9,
+    "hub": 9,
+    "generation": 8,
+    "decoding": 7,
     "metrics": 7,
     "monitoring": 7,
     "assistant": 6,

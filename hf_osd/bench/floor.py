@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..demo.contenders import timed
-from ..serving.decoder import attention_span, context_length, holds_ragged_cache
+from ..serving.choice import attention_span, holds_ragged_cache
+from ..serving.decoder import context_length
 from .shapes import Shape
 
 _CAPACITY_STEP = 256  # positions: requests of similar length share buffers

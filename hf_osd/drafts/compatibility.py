@@ -1,48 +1,76 @@
 """Whether a draft fits a target. A misfit could not change the output, only waste work, so it is refused early."""
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat import has_recurrent_state, is_offloaded
 from ..errors import UnsupportedModelError
+from .wrapping import _advice
 
 # Vocabularies are padded to round sizes for speed, differently in each size of a family (Qwen2.5: 152,064 in 7B,
 # 151,936 in 0.5B). Beyond that, two sizes mean two tokenizers.
 MAX_PADDING = 1024
 
 
-def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def check_target(target: Any) -> None:
+    """Raise `UnsupportedModelError` for what does not generate, such as a model inside of another framework's."""
+    if not hasattr(target, "config") or not hasattr(target, "generate"):
+        raise UnsupportedModelError(
+            f"the target must be a transformers model that generates, got {type(target).__name__}{_advice(target)}"
+        )
+
+
+def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """
-    Refuse a draft that cannot work for a target.
+    Refuse what cannot be meant as a draft.
 
     Args:
         target (`PreTrainedModel`): The target.
         draft (`PreTrainedModel`): The draft.
 
     Raises:
-        UnsupportedModelError: The draft is not a causal language model, has no weights, is the target itself, or has
-            another vocabulary.
+        UnsupportedModelError: The draft is not a language model, has no weights, or is the target itself.
     """
     if not isinstance(draft, PreTrainedModel) or not draft.can_generate():
         raise UnsupportedModelError(f"the draft must be a model that generates, got {type(draft).__name__}")
-    if draft.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one"
-        )
-    if getattr(draft, "_is_stateful", False):
-        raise UnsupportedModelError(
-            f"the draft {type(draft).__name__} keeps a recurrent state, which cannot roll back"
-        )
     if draft is target:
         raise UnsupportedModelError("the draft is the target itself: pass a smaller model, or a copy")
-    if any(parameter.is_meta for parameter in draft.parameters()):
+    if any(parameter.is_meta for parameter in draft.parameters()) and not is_offloaded(draft):
         raise UnsupportedModelError(
             "the draft is on the meta device, where it has no weights: load it with from_pretrained, or move it with "
             "to_empty() and load a state dict"
+        )
+
+
+def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+    """
+    Say that a draft cannot work for a target.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        draft (`PreTrainedModel`): The draft.
+
+    Raises:
+        UnsupportedModelError: The draft is an encoder-decoder model, keeps a recurrent state, or has another
+            vocabulary.
+    """
+    if draft.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one",
+            "draft: encoder-decoder",
+        )
+    if has_recurrent_state(draft):
+        raise UnsupportedModelError(
+            f"the draft {type(draft).__name__} keeps a recurrent state, which cannot roll back",
+            "draft: state that cannot roll back",
         )
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
     if abs(sizes[0] - sizes[1]) > MAX_PADDING:
         raise UnsupportedModelError(
             f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: their tokenizers differ, "
-            "which is not supported yet; pick a draft of the same model family"
+            "which is not supported yet; pick a draft of the same model family",
+            "draft: another tokenizer",
         )
 
 
@@ -68,5 +96,7 @@ def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTo
             else "few tokens in common"
         )
         raise UnsupportedModelError(
-            f"target and draft use different tokenizers ({detail}), which is not supported yet"
+            f"target and draft use different tokenizers ({detail}), which is not supported yet; pick a draft of the "
+            "same model family",
+            "draft: another tokenizer",
         )

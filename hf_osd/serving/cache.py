@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .._compat import execution_device
+
 
 class RaggedLayer(CacheLayerMixin):
     """
@@ -123,7 +125,7 @@ class RaggedCache(Cache):
     def of(cls, model: PreTrainedModel, batch: int, capacity: int) -> "RaggedCache":
         """Make a cache for a model."""
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        return cls(batch, capacity, layers, model.device, model.dtype)
+        return cls(batch, capacity, layers, execution_device(model), model.dtype)
 
     def stage(self, positions: torch.Tensor, span: int) -> torch.Tensor:
         """

@@ -1,7 +1,6 @@
 """A causal language model together with its cache, for one batch: feed tokens, read logits, roll back."""
 
 import inspect
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -11,14 +10,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import show_windows_only
+from .._compat import attention_implementation, cache_argument, cache_of, execution_device, show_windows_only
 from ..errors import UnsupportedModelError
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back
+from .preparation import Preparation
 from .transfer import upload
 
-RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
 PREFILL_CHUNK = 1024  # columns in one forward: a 4D mask over a whole long prompt would not fit into memory
 
 
@@ -34,14 +33,24 @@ class Decoder(ABC):
         model (`PreTrainedModel`): The model, in eval mode.
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns of the buffer that may ever be fed.
+        preparation (`Preparation`, *optional*): The inputs of the first pass, where they are more than tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, padding: Sequence[int], width: int, preparation: Preparation | None = None
+    ) -> None:
         self.model = model
         self.padding = list(padding)
         self.context = context_length(model)
         self.cached = list(padding)  # first column of each row that is not in the cache
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._preparation = preparation if preparation is not None and not preparation.is_plain else None
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._first = True
+
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """Whether the next pass gets more than tokens, so that nothing may be proposed behind the prompt yet."""
+        return self._first and self._preparation is not None
 
     @abstractmethod
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
@@ -69,27 +78,34 @@ class Decoder(ABC):
         """Leave what later calls can use. The decoder must not be used afterwards."""
 
     def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
-        if self._keeps_logits:
+        return self._run(keep, **inputs)[0]
+
+    def _run(self, keep: int, **inputs: Any) -> tuple[torch.Tensor, Cache | None]:
+        if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
-        logits: torch.Tensor = self.model(use_cache=True, return_dict=True, **inputs).logits[:, -keep:]
-        return logits.to(torch.float32)  # as transformers does before any processor
+        output: Any = self.model(**{**inputs, "use_cache": True, "return_dict": True})
+        self._first = False
+        return output.logits[:, -keep:].to(torch.float32), cache_of(output)  # float32 before any processor, as there
 
 
 class RaggedDecoder(Decoder):
     """Any batch, any acceptance pattern, on a [`RaggedCache`]."""
 
-    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int) -> None:
-        super().__init__(model, padding, width)
-        self._device = model.device
+    def __init__(
+        self, model: PreTrainedModel, padding: Sequence[int], width: int, preparation: Preparation | None = None
+    ) -> None:
+        super().__init__(model, padding, width, preparation)
+        self._device = execution_device(model)
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
         self._padding = upload(self.padding, self._device)[:, None]  # (batch, 1)
         self._last_position = min(self.cache.capacity, self.context) - 1
-        self._additive_mask = model.config._attn_implementation == "eager"
+        self._additive_mask = attention_implementation(model) == "eager"
+        self._positions = self._preparation if self._preparation and self._preparation.positions is not None else None
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
         """Feed a long prompt in chunks, and the rest at once; see [`Decoder.feed`]."""
-        while self._lag(ends) > PREFILL_CHUNK + keep:
+        while not self.reads_prompt_alone and self._lag(ends) > PREFILL_CHUNK + keep:
             chunk = zip(self.cached, ends, strict=True)
             self._feed(ids, [max(cached, min(cached + PREFILL_CHUNK, end - keep)) for cached, end in chunk], 1)
         return self._feed(ids, ends, keep)
@@ -101,7 +117,7 @@ class RaggedDecoder(Decoder):
         """One forward over a rectangle of columns that ends at every row's own end."""
         q = max(keep, self._lag(ends))
         graphs, width = self._kept.graphs, captured_width(q)
-        if graphs is not None and width is not None:
+        if graphs is not None and width is not None and self._preparation is None:
             span = captured_span(self._span(ends), self.cache.capacity)
             forward = partial(self._forward, span=span)
             logits = graphs.run(self.model, span, forward, *self._columns(ids, ends, width))[:, -keep:]
@@ -109,7 +125,7 @@ class RaggedDecoder(Decoder):
             first = ends[0] - q - self.padding[0]
             positions = self.cache.stage_run(first, q)
             # transformers knows what a prompt sees, and that one token sees all: faster paths than with a mask.
-            is_known = (q == 1 or first == 0) and not self._additive_mask
+            is_known = (q == 1 or first == 0) and not self._additive_mask and self._positions is None
             mask = None if is_known else self.cache.mask_of(positions)
             logits = self._call(ids[:, ends[0] - q : ends[0]], positions, mask, keep)
         else:
@@ -138,12 +154,16 @@ class RaggedDecoder(Decoder):
     def _call(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int
     ) -> torch.Tensor:
+        extras = self._preparation.extras_of(tokens.shape[1]) if self._preparation and self._first else {}
+        if self._positions is not None:
+            positions = self._positions.positions_at(positions + self._padding)
         return self._logits(
             keep,
             input_ids=tokens,
             position_ids=positions,
             attention_mask=None if mask is None else self._as_model_mask(mask),
-            past_key_values=self.cache,
+            **cache_argument(self._parameters, self.cache),
+            **extras,
         )
 
     def _as_model_mask(self, mask: torch.Tensor) -> torch.Tensor:
@@ -177,21 +197,37 @@ class RaggedDecoder(Decoder):
 
 class CroppableDecoder(Decoder):
     """
-    One row, on transformers' own dynamic cache: sliding windows, hybrid and other layers that the ragged cache cannot
-    hold, and caches that the caller hands over to be continued. See [`make_decoder`].
+    One row, on transformers' own dynamic cache: sliding windows and other layers that the ragged cache cannot hold,
+    soft prompts, and caches that the caller hands over to be continued. See
+    [`~hf_osd.serving.choice.choose_decoder`].
 
     Args:
-        model, padding, width: See [`Decoder`].
+        model, padding, width, preparation: See [`Decoder`].
         cache (`Cache`, *optional*): A cache to go on from, updated in place; defaults to an empty one.
+        is_prefix (`bool`, defaults to `True`): Whether the buffer holds the text of the cache as well, or only what
+            comes after it.
     """
 
-    def __init__(self, model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None) -> None:
-        super().__init__(model, padding, width)
-        self.cache = cache if cache is not None else DynamicCache(config=model.config)
-        self.cached = [self.padding[0] + self.cache.get_seq_length()]
-        self.cache.activate_past_recording()
-        show_windows_only(self.cache)
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        padding: Sequence[int],
+        width: int,
+        preparation: Preparation | None = None,
+        cache: Cache | None = None,
+        is_prefix: bool = True,
+    ) -> None:
+        super().__init__(model, padding, width, preparation)
+        held = cache.get_seq_length() if cache is not None else 0
+        self.cached = [self.padding[0] + (held if is_prefix else 0)]
+        self._adopt(cache if cache is not None else DynamicCache(config=model.config.get_text_config(decoder=True)))
+        self._ahead = held - (self.cached[0] - self.padding[0])  # cached tokens that are no columns of the buffer
+        self._zero = (self.padding[0] - self._ahead, torch.zeros(1, 1, dtype=torch.long))  # a column, its position
+
+    def _adopt(self, cache: Cache) -> None:
+        self.cache = cache
+        cache.activate_past_recording()
+        show_windows_only(cache)
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
         """Feed the row's new columns, without its padding; see [`Decoder.feed`]."""
@@ -199,16 +235,49 @@ class CroppableDecoder(Decoder):
         if end - start < keep:
             self.rollback([end - keep])
             (start,) = self.cached
-        inputs: dict[str, Any] = {"input_ids": ids[:, start:end], "past_key_values": self.cache}
-        if self._takes_positions:
-            inputs["position_ids"] = torch.arange(start, end, device=ids.device)[None] - self.padding[0]
-        logits = self._logits(keep, **inputs)
-        if self.cache.get_seq_length() != end - self.padding[0]:
+        prepares = self.reads_prompt_alone
+        inputs = self._prepared(ids, start, end) if prepares else self._plain(ids, start, end)
+        logits, cache = self._run(keep, **inputs)
+        if prepares:
+            self._note_first_pass(inputs, cache, end)
+        if self.cache.get_seq_length() - self._ahead != end - self.padding[0]:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be served: it does not keep its tokens in the cache it is given"
             )
         self.cached = [end]
         return logits
+
+    def _plain(self, ids: torch.Tensor, start: int, end: int) -> dict[str, Any]:
+        inputs = {"input_ids": ids[:, start:end], **cache_argument(self._parameters, self.cache)}
+        if "position_ids" in self._parameters:
+            column, position = self._zero
+            distances = torch.arange(start - column, end - column, device=ids.device)
+            inputs["position_ids"] = position.to(ids.device) + distances
+        return inputs
+
+    def _prepared(self, ids: torch.Tensor, start: int, end: int) -> dict[str, Any]:
+        """Let the model's own code make the inputs, as `generate` does for its first pass."""
+        assert self._preparation is not None
+        kept = {name: value for name, value in self._preparation.model_kwargs.items() if name != "attention_mask"}
+        own: Any = self.model.prepare_inputs_for_generation
+        inputs: dict[str, Any] = own(
+            ids[:, self.padding[0] : end],
+            next_sequence_length=end - start,
+            is_first_iteration=True,
+            **cache_argument((), self.cache),
+            **kept,
+        )
+        return inputs
+
+    def _note_first_pass(self, inputs: dict[str, Any], cache: Cache | None, end: int) -> None:
+        """A soft prompt may have brought a cache of its own, or tokens before the text; positions go on behind it."""
+        if cache is not None and cache is not self.cache:
+            self._adopt(cache)
+        self._ahead = self.cache.get_seq_length() - (end - self.padding[0])
+        last = inputs.get("position_ids")
+        if last is None:
+            last = torch.full((1, 1), self.cache.get_seq_length() - 1)
+        self._zero = (end - 1, last[..., -1:])
 
     def rollback(self, ends: Sequence[int]) -> None:
         """Crop the cache. Called after every round, since it also bounds windowed layers; see [`Decoder.rollback`]."""
@@ -227,103 +296,3 @@ def context_length(model: PreTrainedModel) -> int:
     """Return how many positions a model was built for; unlimited where its configuration does not say."""
     config = model.config.get_text_config(decoder=True)
     return int(getattr(config, "max_position_embeddings", None) or 2**62)
-
-
-def make_decoder(
-    model: PreTrainedModel, padding: Sequence[int], width: int, cache: Cache | None = None, role: str = "target"
-) -> Decoder:
-    """
-    Choose the decoder for a model.
-
-    Args:
-        model (`PreTrainedModel`): A decoder-only model.
-        padding (`Sequence[int]`): Padding columns of each row.
-        width (`int`): Columns that may ever be fed.
-        cache (`Cache`, *optional*): A filled cache to go on from.
-        role (`str`, defaults to `"target"`): What to call the model in errors.
-
-    Raises:
-        UnsupportedModelError: Neither cache can hold the model, or not at this batch size.
-    """
-    if cache is None and width - min(padding) <= attention_span(model) and holds_ragged_cache(model):
-        return RaggedDecoder(model, padding, width)
-    if not _is_croppable(model):
-        raise UnsupportedModelError(
-            f"the {role} {type(model).__name__} cannot be served: its cache cannot roll back rejected tokens"
-        )
-    if len(padding) != 1:
-        raise UnsupportedModelError(
-            f"the {role} {type(model).__name__} cannot decode in a batch of {len(padding)} (its cache does not hold "
-            "rows of different lengths): pass one prompt at a time"
-        )
-    return CroppableDecoder(model, padding, width, cache)
-
-
-def attention_span(model: PreTrainedModel) -> int:
-    """
-    Return how many tokens every layer can look back over.
-
-    Within the narrowest window, a windowed layer and a full one are the same, so the ragged cache holds both.
-    """
-    config = model.config.get_text_config(decoder=True)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        window = None
-    else:
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    chunk = getattr(config, "attention_chunk_size", None)
-    local = getattr(config, "window_size", None)  # GPT-Neo's, whose layers apply it by column, not by position
-    return min(window or 2**62, chunk or 2**62, local if isinstance(local, int) else 2**62)
-
-
-_ragged_models: "weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]]" = weakref.WeakKeyDictionary()
-
-
-def holds_ragged_cache(model: PreTrainedModel) -> bool:
-    """
-    Say whether a model gives the right logits on a ragged cache.
-
-    What a model does with 4D masks, position ids and a cache of ours is its own code, so it is tried rather than
-    looked up: two rows of different lengths, fed in two parts with a rollback between them, must give the logits of
-    plain forwards, and so must a single row. Done once per model and attention implementation; costs a few forwards of
-    a few tokens.
-    """
-    implementation = str(model.config._attn_implementation)
-    known = _ragged_models.setdefault(model, {})
-    if implementation not in known:
-        known[implementation] = (
-            implementation in RAGGED_ATTENTION and not _has_other_layers(model) and _matches_plain_forward(model)
-        )
-    return known[implementation]
-
-
-def _has_other_layers(model: PreTrainedModel) -> bool:
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
-    attention = {"full_attention", "sliding_attention", "chunked_attention"}
-    return bool(set(kinds) - attention) or bool(getattr(model, "_is_stateful", False))
-
-
-@torch.no_grad()
-def _matches_plain_forward(model: PreTrainedModel) -> bool:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = (torch.arange(14).reshape(2, 7) * 7919 + 1) % vocabulary
-    ids = ids.to(model.device)
-    try:
-        decoder = RaggedDecoder(model, [0, 2], 7)
-        decoder.feed(ids, [4, 6], keep=1)  # the second row advances by more than it will keep
-        decoder.rollback([3, 5])
-        ragged = decoder.feed(ids, [6, 7], keep=2)
-        plain = torch.stack([model(ids[:1, :6]).logits[0, -2:], model(ids[1:, 2:7]).logits[0, -2:]]).float()
-        alone = RaggedDecoder(model, [0], 7)
-        alone.feed(ids[:1], [5], keep=1)
-        ragged = torch.cat([ragged, alone.feed(ids[:1], [6], keep=1).expand(2, 1, -1)], dim=1)
-        plain = torch.cat([plain, plain[:1, -1:].expand(2, 1, -1)], dim=1)
-    except Exception:  # any architecture may refuse in any way; it is served by the other cache then
-        return False
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
-    return bool((ragged - plain).abs().max() <= tolerance * plain.std())
-
-
-def _is_croppable(model: PreTrainedModel) -> bool:
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
-        return False
-    return bool(getattr(DynamicCache(config=model.config), "is_croppable", True))

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
+from .._compat import execution_device
 from ..records import Proposal
-from .decoder import Decoder, context_length, make_decoder
+from .choice import choose_draft_decoder
+from .decoder import Decoder, context_length
 from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
@@ -68,6 +71,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         recorder (`Recorder`, *optional*): Where mismatches go.
         weights (`AbstractContextManager`, *optional*): Held while the draft's weights are read, so that an update is
             never seen half done.
+        make_decoder (`Callable[[], Decoder]`, *optional*): Makes the draft's decoder, when it is first needed.
+            Defaults to choosing one then.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         randomness: Randomness | None = None,
         recorder: Recorder | None = None,
         weights: AbstractContextManager[Any] | None = None,
+        make_decoder: Callable[[], Decoder] | None = None,
     ) -> None:
         attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
         prompt: Any = input_ids  # torch.LongTensor to its parent, which no tensor is to a type checker
@@ -94,6 +100,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         if draft_length is not None:
             self.num_assistant_tokens = draft_length
         self.counts = Counts()
+        self.device = execution_device(assistant_model)
         self._processors = list(logits_processor or [])
         self._do_sample = bool(generation_config.do_sample)
         self._randomness = randomness or (Randomness() if self._do_sample else None)
@@ -102,16 +109,18 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         # Behind an eos, processors that look at the text must not be asked to go on.
         self._may_stop_early = confidence_threshold > 0.0 or not is_context_free(self._processors)
         eos = generation_config.eos_token_id
-        self._eos = None if eos is None else torch.tensor(eos, device=assistant_model.device)
+        self._eos = None if eos is None else torch.tensor(eos, device=self.device)
         self._recorder = recorder
         self._weights = weights or nullcontext()
         self._known_tokens = assistant_model.config.get_text_config(decoder=True).vocab_size
         self._vocab_size = vocab_size or self._known_tokens
         self._context = context_length(assistant_model)
         self._padding = list(padding) if padding is not None else [0] * len(input_ids)
-        self._width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
+        width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
+        self._choose_decoder = partial(choose_draft_decoder, assistant_model, input_ids, self._padding, width)
+        self._make_decoder = make_decoder
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
-        self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=assistant_model.device))
+        self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=self.device))
         self._last: Proposal | None = None
         self._starts: list[int] = []  # where the last proposal of each row began
 
@@ -119,6 +128,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """Return how many tokens the draft's context still takes behind the longest row."""
         return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
 
+    @torch.no_grad()
     def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None = None) -> Proposal:
         """
         Propose `k` tokens for every row.
@@ -138,10 +148,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """
         if k == 0:
             return self.skip()
-        ids = ids.to(self.assistant_model.device)
+        ids = ids.to(self.device)
         with self._weights:  # also over the choice of the decoder, which may try the draft out
             if self._decoder is None:
-                self._decoder = make_decoder(self.assistant_model, self._padding, self._width, role="draft")
+                self._decoder = (self._make_decoder or self._choose_decoder())()
             self._decoder.rollback([end - 1 for end in ends])
             steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule())
         tokens = torch.stack([token for token, _ in steps], dim=1)
@@ -180,7 +190,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """Go on while a row's product of probabilities exceeds the threshold, and something may follow."""
         if not self._may_stop_early:
             return None
-        reach = torch.ones(len(self._padding), device=self.assistant_model.device)
+        reach = torch.ones(len(self._padding), device=self.device)
 
         def goes_on(probabilities: torch.Tensor, ended: torch.Tensor | None) -> bool:
             reach.mul_(probabilities)
@@ -310,7 +320,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             `tuple[torch.LongTensor, torch.FloatTensor]`: The tokens with the proposal, `(1, length + k)`, and scores
             `(1, k, vocab)` whose softmax is what the proposal was sampled from; `None` where k is 0, or when greedy.
         """
-        input_ids = input_ids.to(self.assistant_model.device)
+        input_ids = input_ids.to(self.device)
         length = input_ids.shape[1]
         k = max(min(int(self.num_assistant_tokens), self.main_model_max_length - length - 1, self.room([length])), 0)
         ids = torch.cat([input_ids, input_ids.new_zeros(1, k)], dim=1)

@@ -101,6 +101,8 @@ class Engine:
 
     def _room(self) -> int:
         """A row takes one token more than it accepts, so proposing its whole budget would waste the last one."""
+        if self.target.reads_prompt_alone:
+            return 0
         ends, padding = self.sequences.ends, self.sequences.padding
         longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
         return max(min(self.sequences.budget - 1, self.target.context - longest), 0)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._compat import attention_implementation
+
 logger = logging.getLogger(__name__)
 
 _WIDTHS = (1, 2, 4, 6, 8, 12, 17)  # tokens fed at once that are captured: others are rounded up to them
@@ -140,7 +142,7 @@ def fingerprint(model: PreTrainedModel) -> int:
         (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), _adapters(module))
         for module in model.modules()
     ]
-    return hash((tuple(places), tuple(modules), str(model.config._attn_implementation)))
+    return hash((tuple(places), tuple(modules), attention_implementation(model)))
 
 
 def _adapters(module: torch.nn.Module) -> str | None:

@@ -4,10 +4,13 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedModel
 
+from .._compat import execution_device
 from .cache import RaggedCache
 from .graphs import ForwardGraphs, can_capture, fingerprint
+from .transfer import autocast_dtype
 
 _CAPACITY_STEP = 256  # positions: calls of similar length share a cache
 _KEPT = 2  # caches kept for a model while nobody uses them
@@ -20,11 +23,13 @@ class KeptCache:
 
     Attributes:
         cache (`RaggedCache`): Holds whatever the last call left. What a row has not written is masked.
+        autocast (`torch.dtype`, *optional*): The autocast under which it is used: that decides the dtype of the keys.
         graphs (`ForwardGraphs`, *optional*): `None` where forwards are not captured.
         model_state (`int`): See [`~hf_osd.serving.graphs.fingerprint`].
     """
 
     cache: RaggedCache
+    autocast: torch.dtype | None = None
     graphs: ForwardGraphs | None = field(default=None)
     model_state: int = 0
 
@@ -44,19 +49,20 @@ def borrow(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache:
         capacity (`int`): Positions that a row needs, at least.
     """
     capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
-    kept = _take(model, batch, capacity) or KeptCache(RaggedCache.of(model, batch, capacity))
-    if can_capture(model):
+    autocast = autocast_dtype(execution_device(model))
+    kept = _take(model, batch, capacity, autocast) or KeptCache(RaggedCache.of(model, batch, capacity), autocast)
+    if can_capture(model) and autocast is None:  # autocast frees its copies of the weights, which a graph would read
         state = fingerprint(model)
         if kept.graphs is None or kept.model_state != state:
             kept.graphs, kept.model_state = ForwardGraphs(), state
     return kept
 
 
-def _take(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache | None:
-    wanted = (batch, capacity, model.device, model.dtype)
+def _take(model: PreTrainedModel, batch: int, capacity: int, autocast: torch.dtype | None) -> KeptCache | None:
+    wanted = (batch, capacity, execution_device(model), model.dtype)
     with _lock:
         idle = _idle.setdefault(model, [])
-        found = next((kept for kept in idle if kept.cache.shape == wanted), None)
+        found = next((kept for kept in idle if kept.cache.shape == wanted and kept.autocast == autocast), None)
         if found is not None:
             idle.remove(found)
         return found

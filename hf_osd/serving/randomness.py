@@ -1,6 +1,30 @@
 """Where the randomness of one `generate` call comes from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    device = generator.device if generator is not None else torch.device("cpu")
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+@contextmanager
+def seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """
+    Let code that knows only torch's global state draw from a generator.
+
+    Args:
+        generator (`torch.Generator`, *optional*): The user's; without one, the global state is used as it is.
+    """
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(_draw_seed(generator))
+        yield
 
 
 class Randomness:
@@ -18,8 +42,7 @@ class Randomness:
         self._by_device: dict[torch.device, torch.Generator] = {}
         if generator is not None:
             self._by_device[generator.device] = generator
-        device = generator.device if generator is not None else torch.device("cpu")
-        self._seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        self._seed = _draw_seed(generator)
 
     def on(self, device: torch.device) -> torch.Generator:
         """Return the generator of a device."""

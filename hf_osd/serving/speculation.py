@@ -97,7 +97,7 @@ class MeasuredSpeculator(Speculator):
         super().__init__(drafter)
         self._experience = experience
         self._lengths = MeasuredLength(experience, sequences.batch)
-        self._looks = drafter.assistant_model.device.type == "cpu"
+        self._looks = drafter.device.type == "cpu"
         prompts = [sequences.text(row)[0].tolist() for row in range(sequences.batch)] if lookup else []
         self._lookup = Lookup(prompts, experience.outputs) if lookup else None
         self._guesses: dict[int, Guess] = {}

@@ -1,4 +1,4 @@
-"""From host to device without making the host wait."""
+"""Where forwards run and in which precision, and how integers get there without making the host wait."""
 
 from collections.abc import Sequence
 
@@ -9,3 +9,9 @@ def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """Return integers as a tensor on a device; a copy from pageable memory would wait for the queue to drain."""
     tensor = torch.tensor(values, dtype=torch.long)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast computes in on a device here and now; `None` where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -1,0 +1,266 @@
+"""One request, once transformers has prepared it: check, set up, decode, hand over what was learned, return."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from ._compat import (
+    cache_argument,
+    cache_of,
+    decode_plainly,
+    execution_device,
+    is_callers_own,
+    pad_token_of,
+    text_length,
+)
+from .assistant import OnlineAssistant, Request
+from .errors import UnsupportedError, UnsupportedGenerationError
+from .serving.choice import choose_decoder, choose_draft_decoder
+from .serving.decoder import Decoder
+from .serving.drafting import OnlineAssistedGenerator
+from .serving.engine import Engine, History
+from .serving.inputs import holds_cached_text, padding_of
+from .serving.lookup import LOOKUP_LENGTH
+from .serving.preparation import is_given, prepare
+from .serving.probe import Trial
+from .serving.processing import on_device
+from .serving.randomness import Randomness, seeded
+from .serving.sequences import Sequences
+from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
+from .serving.stopping import StopCheck
+from .serving.stopwatch import Stopwatch
+from .serving.support import CALL_ARGUMENTS, MODELS, REQUESTS, SETTINGS, Asked, check_limits
+from .serving.weights import eval_mode
+
+Output = GenerateDecoderOnlyOutput | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """
+    What transformers prepared for a decoding method.
+
+    Attributes:
+        model (`PreTrainedModel`): The target.
+        input_ids (`torch.LongTensor` of shape `(batch, prompt)`): The prompts.
+        processors (`LogitsProcessorList`): Applied to the target's logits, and to the draft's.
+        criteria (`StoppingCriteriaList`): What ends a row.
+        config (`GenerationConfig`): This call's own copy.
+        model_kwargs (`dict[str, Any]`): Inputs of the model.
+        generator (`torch.Generator`, *optional*): Source of randomness.
+        streamer (`BaseStreamer`, *optional*): Gets tokens as soon as they are final.
+    """
+
+    model: PreTrainedModel
+    input_ids: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
+    generator: torch.Generator | None = None
+    streamer: BaseStreamer | None = None
+
+    def setting(self, name: str) -> Any:
+        """Return the value of a generation setting, `None` where it is not set."""
+        return getattr(self.config, name, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """
+    How a request will be decoded.
+
+    Attributes:
+        sequences (`Sequences`): Its rows.
+        make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; no draft, no proposals of one.
+        has_extras (`bool`): Whether the target sees more than the tokens that are recorded.
+    """
+
+    sequences: Sequences
+    make_target: Callable[[], Decoder]
+    make_draft: Callable[[], Decoder] | None
+    has_extras: bool
+
+
+@torch.no_grad()
+def decode(call: Call, assistant: OnlineAssistant, put_prompt: bool = False) -> Output:
+    """
+    Decode one request, by speculation where that is lossless, else as `generate` itself would.
+
+    Args:
+        call (`Call`): The request.
+        assistant (`OnlineAssistant`): The draft.
+        put_prompt (`bool`, defaults to `False`): Whether the streamer has still to be given the prompt.
+
+    Raises:
+        InputError: Padding that is not on the left, or a cache that does not fit.
+        UnsupportedError: With `OnlineConfig(unsupported="error")`, what is not speculated on.
+    """
+    assistant.check_open()
+    with eval_mode(call.model, assistant.draft):
+        try:
+            setup = _set_up(call, assistant)
+        except UnsupportedError as error:
+            assistant.fall_back(error, len(call.input_ids))
+            setup = None
+        if put_prompt and call.streamer is not None:
+            call.streamer.put(call.input_ids.cpu())
+        return _plain(call) if setup is None else _speculate(call, setup, assistant)
+
+
+def _plain(call: Call) -> Output:
+    with seeded(call.generator):
+        output: Output = decode_plainly(
+            call.model,
+            call.input_ids,
+            logits_processor=call.processors,
+            stopping_criteria=call.criteria,
+            generation_config=call.config,
+            streamer=call.streamer,
+            **call.model_kwargs,
+        )
+    return output
+
+
+def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
+    """Everything that may be refused, before anything is fed, streamed or allocated."""
+    model, config, inputs = call.model, call.config, call.model_kwargs
+    check_limits((*SETTINGS, *MODELS), Asked(model, call.setting))
+    for name, mode in CALL_ARGUMENTS.items():
+        if is_given(inputs.get(name)):
+            raise UnsupportedGenerationError(f"{name} asks for {mode}, which is not speculated on", mode)
+    padding = padding_of(call.input_ids, inputs.get("attention_mask"))
+    cache, rows, width = _callers_cache(inputs), *call.input_ids.shape
+    is_prefix = holds_cached_text(cache, rows, width, text_length(call.input_ids, config, inputs))
+    sequences = _sequences(call, padding, assistant.config.draft_length)
+    length = sequences.limit - min(padding)
+    preparation = prepare(model, call.input_ids, inputs, padding)
+    check_limits(REQUESTS, Asked(model, call.setting, call.processors, preparation, cache, padding, length))
+    assistant.check_usable(model)
+    trial = Trial(sequences.ids[:, :width], padding, preparation, config)
+    columns = sequences.ids.shape[1]
+    make_target = choose_decoder(model, trial, columns, cache=cache, is_prefix=is_prefix)
+    return Setup(sequences, make_target, _draft_decoder(assistant, sequences), bool(preparation.kind))
+
+
+def _callers_cache(inputs: dict[str, Any]) -> Any:
+    """The empty cache that transformers prepares is not needed; one of the caller's is gone on from and filled."""
+    cache = cache_of(inputs)
+    return cache if cache is not None and is_callers_own(cache) else None
+
+
+def _sequences(call: Call, padding: Sequence[int], draft_length: int) -> Sequences:
+    eos: list[int] = []
+    for criterion in call.criteria:
+        if type(criterion) is EosTokenCriteria:
+            eos.extend(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
+    pad = pad_token_of(call.config)
+    # The caller's own criterion takes the place of the config's; plain decoding takes a token before it asks.
+    lengths = [criterion.max_length for criterion in call.criteria if type(criterion) is MaxLengthCriteria]
+    return Sequences(
+        call.input_ids.to(execution_device(call.model)),
+        padding,
+        max_length=max(min(lengths, default=call.config.max_length), call.input_ids.shape[1] + 1),
+        slack=max(draft_length, LOOKUP_LENGTH),
+        pad_token_id=pad if pad is not None else 0,
+        eos_token_ids=eos,
+        pads=any(hasattr(criterion, "eos_token_id") for criterion in call.criteria),
+    )
+
+
+def _draft_decoder(assistant: OnlineAssistant, sequences: Sequences) -> Callable[[], Decoder] | None:
+    """A draft that does not fit this batch leaves it to the lookup in the text."""
+    if assistant.config.draft_length == 0:
+        return None
+    try:
+        with assistant.weights:  # trying it out reads them
+            prompts = sequences.ids[:, : sequences.prompt_length]
+            return choose_draft_decoder(assistant.draft, prompts, sequences.padding, sequences.limit)
+    except UnsupportedError as error:
+        assistant.fall_back(error, sequences.batch, without="the draft")
+        return None
+
+
+def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
+    config, sequences = call.config, setup.sequences
+    config.max_length = sequences.limit
+    started = time.perf_counter()
+    records = not (setup.has_extras and assistant.config.needs_target)  # learning would run the target on tokens alone
+    with assistant.request(sequences.batch, records) as request:
+        engine = _engine(call, setup, assistant, request)
+        engine.run()
+        engine.speculator.finish(sequences.lengths)
+        request.finish(engine, time.perf_counter() - started)
+    output = _output(engine, config, call.input_ids.device)
+    engine.speculator.drafter.release()
+    engine.target.release()
+    return output
+
+
+def _engine(call: Call, setup: Setup, assistant: OnlineAssistant, request: Request) -> Engine:
+    config, sequences, built_for = call.config, setup.sequences, call.input_ids.device
+    device = sequences.ids.device
+    randomness = Randomness(call.generator) if config.do_sample else None
+    drafter = _drafter(call, setup, assistant, request, randomness)
+    keep = bool(config.return_dict_in_generate)
+    return Engine(
+        sequences=sequences,
+        target=setup.make_target(),
+        speculator=_speculator(assistant, drafter, sequences),
+        watch=Stopwatch(device, drafter.device),
+        processors=on_device(call.processors, device, built_for),
+        stop_check=StopCheck(call.criteria),
+        randomness=randomness,
+        streamer=call.streamer,
+        scores=History(sequences.batch) if keep and config.output_scores else None,
+        logits=History(sequences.batch) if keep and config.output_logits else None,
+    )
+
+
+def _drafter(
+    call: Call, setup: Setup, assistant: OnlineAssistant, request: Request, randomness: Randomness | None
+) -> OnlineAssistedGenerator:
+    sequences, settings = setup.sequences, assistant.config
+    return OnlineAssistedGenerator(
+        sequences.ids[:, : sequences.prompt_length],
+        assistant.draft,
+        call.config,
+        {},
+        logits_processor=on_device(call.processors, execution_device(assistant.draft), call.input_ids.device),
+        draft_length=settings.draft_length if setup.make_draft is not None else 0,
+        draft_length_schedule=settings.draft_length_schedule,
+        confidence_threshold=settings.confidence_threshold,
+        padding=sequences.padding,
+        vocab_size=call.model.config.get_text_config(decoder=True).vocab_size,
+        randomness=randomness,
+        recorder=request.recorder,
+        weights=assistant.weights,
+        make_decoder=setup.make_draft,
+    )
+
+
+def _speculator(assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences) -> Speculator:
+    config = assistant.config
+    if config.draft_length_schedule != "measured" or config.draft_length == 0:
+        return DraftSpeculator(drafter)
+    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup)
+
+
+def _output(engine: Engine, config: GenerationConfig, device: torch.device) -> Output:
+    sequences = engine.sequences
+    ids = sequences.padded(max(sequences.ends)).to(device)
+    if not config.return_dict_in_generate:
+        return ids
+    recorded: dict[str, Any] = {
+        "scores": engine.scores.columns(sequences.lengths) if engine.scores is not None else None,
+        "logits": engine.logits.columns(sequences.lengths) if engine.logits is not None else None,
+    }
+    recorded |= cache_argument((), engine.target.export())
+    return GenerateDecoderOnlyOutput(sequences=ids, **recorded)  # type: ignore[arg-type]

@@ -1,0 +1,136 @@
+"""Which cache a model decodes on, for one request: decided before any work, by what it is and what was tried."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .._compat import attention_implementation, execution_device, has_recurrent_state
+from ..errors import UnsupportedModelError
+from .decoder import CroppableDecoder, Decoder, RaggedDecoder
+from .probe import Finding, Trial, probe
+from .weights import describe
+
+RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
+_UNLIMITED = 2**62
+
+
+def choose_decoder(
+    model: PreTrainedModel,
+    trial: Trial,
+    width: int,
+    *,
+    role: str = "target",
+    cache: Cache | None = None,
+    is_prefix: bool = True,
+) -> Callable[[], Decoder]:
+    """
+    Choose the decoder for a model and a request.
+
+    Args:
+        model (`PreTrainedModel`): A decoder-only model.
+        trial (`Trial`): The request.
+        width (`int`): Columns that may ever be fed.
+        role (`str`, defaults to `"target"`): What to call the model in errors.
+        cache (`Cache`, *optional*): A filled cache to go on from.
+        is_prefix (`bool`, defaults to `True`): Whether the text of that cache is part of the prompt.
+
+    Returns:
+        `Callable[[], Decoder]`: Makes the decoder; nothing has been fed or allocated yet.
+
+    Raises:
+        UnsupportedModelError: Neither cache gives the model's own logits at this batch size and length.
+    """
+    padding, preparation = trial.padding, trial.preparation
+    length, name = width - min(padding), f"the {role} {describe(model)}"
+    if not _can_roll_back(model):
+        raise UnsupportedModelError(
+            f"{name} keeps a state that cannot roll back rejected tokens", f"{role}: state that cannot roll back"
+        )
+    finding = Finding(False, "its cache does not hold rows of different lengths")
+    feeds_tokens = preparation is None or preparation.feeds_tokens
+    if cache is None and feeds_tokens and length <= attention_span(model) and _may_be_ragged(model):
+        finding = probe(model, "ragged", partial(RaggedDecoder, model), trial)
+        if finding.suits:
+            return partial(RaggedDecoder, model, padding, width, preparation)
+    if len(padding) > 1:
+        raise UnsupportedModelError(
+            f"{name} cannot decode up to {length} tokens in a batch of {len(padding)}, since {finding.why}: pass one "
+            "prompt at a time",
+            f"{role}: batches of this model or length",
+        )
+    if length > _index_span(model):
+        raise UnsupportedModelError(
+            f"{name} looks at {_index_span(model)} tokens of its choice, and text of up to {length} makes its logits "
+            "depend on how many tokens are fed at once",
+            f"{role}: sparse attention with an index",
+        )
+    finding = probe(model, "dynamic", partial(CroppableDecoder, model), trial)
+    if not finding.suits:
+        raise UnsupportedModelError(
+            f"{name} cannot check several tokens at once: {finding.why}", f"{role}: checking several tokens at once"
+        )
+    return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
+
+
+def choose_draft_decoder(
+    model: PreTrainedModel, prompts: torch.Tensor, padding: Sequence[int], width: int
+) -> Callable[[], Decoder]:
+    """
+    Choose the decoder of a draft; see [`choose_decoder`].
+
+    Args:
+        model (`PreTrainedModel`): The draft.
+        prompts (`torch.LongTensor` of shape `(batch, prompt)`): On any device. May hold tokens that the draft lacks.
+        padding (`Sequence[int]`): Padding columns of each row.
+        width (`int`): Columns that may ever be fed.
+    """
+    known = model.config.get_text_config(decoder=True).vocab_size
+    prompts = prompts.to(execution_device(model)).clamp(max=known - 1)
+    return choose_decoder(model, Trial(prompts, padding), width, role="draft")
+
+
+def attention_span(model: PreTrainedModel) -> int:
+    """
+    Return how many tokens every layer can look back over.
+
+    Within the narrowest window, a windowed layer and a full one are the same, so the ragged cache holds both.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        window = None
+    else:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    local = getattr(config, "window_size", None)  # GPT-Neo's, whose layers apply it by column, not by position
+    spans: list[Any] = [window, chunk, local if isinstance(local, int) else None, _index_span(model)]
+    return min(span or _UNLIMITED for span in spans)
+
+
+def _index_span(model: PreTrainedModel) -> int:
+    """Return how many tokens an index selects (DeepSeek Sparse Attention, arXiv 2512.02556); of fewer, all."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "index_topk", None) or _UNLIMITED
+
+
+def _may_be_ragged(model: PreTrainedModel) -> bool:
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    attention = {"full_attention", "sliding_attention", "chunked_attention"}
+    return attention_implementation(model) in RAGGED_ATTENTION and not set(kinds) - attention
+
+
+def _can_roll_back(model: PreTrainedModel) -> bool:
+    if model.config.is_encoder_decoder or has_recurrent_state(model):
+        return False
+    return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
+
+
+def holds_ragged_cache(model: PreTrainedModel) -> bool:
+    """Say whether a model decodes on the ragged cache, one row and several; tries it out, once for each."""
+    prompts = torch.arange(1, 8, device=execution_device(model)).expand(2, -1)
+    trials = (Trial(prompts[:rows], [0] * rows) for rows in (1, 2))
+    make = partial(RaggedDecoder, model)
+    return _may_be_ragged(model) and all(probe(model, "ragged", make, trial).suits for trial in trials)

@@ -1,0 +1,220 @@
+"""
+Whether a decoder gives the logits that `generate` would: tried, not looked up.
+
+What a model does in its forward, in its own `generate` and in the preparation of its inputs is its own code, and hooks
+and adapters are other people's. So a few tokens are decoded by the very calls that `generate` makes, one token after
+another behind a cache, and the decoder is fed the same tokens in pieces, with a rollback. Done once for a model in the
+state that it is in; costs a dozen forwards of a few tokens.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .._compat import attention_implementation, plain_logits
+from .preparation import Preparation, prepare
+from .transfer import autocast_dtype
+from .weights import describe
+
+logger = logging.get_logger(__name__)
+
+_NEW = 5  # tokens decoded by a trial
+_PROMPT = 3  # columns of a trial's prompts; with the new tokens, 8 columns: within the windows of real models
+_SETTINGS = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_return_sequences": 1} | {
+    "stop_strings": None,  # over what a model's own generation config says
+    "cache_implementation": None,
+}
+_TOLERANCE = 1e-3  # of the logits' standard deviation, between honest ways to compute them in float32
+_ROUGH_TOLERANCE = 0.1  # the same in half precision, and for drafts, whose logits need not be the target's own
+
+
+class Feeds(Protocol):
+    """What is tried of a decoder."""
+
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """See [`~hf_osd.serving.decoder.Decoder.feed`]."""
+        ...
+
+    def rollback(self, ends: Sequence[int]) -> None:
+        """See [`~hf_osd.serving.decoder.Decoder.rollback`]."""
+        ...
+
+    def release(self) -> None:
+        """See [`~hf_osd.serving.decoder.Decoder.release`]."""
+        ...
+
+
+MakeDecoder = Callable[[Sequence[int], int, Preparation], Feeds]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """
+    The request that a decoder is tried for.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(batch, prompt)`): Its prompts.
+        padding (`Sequence[int]`): Padding columns of each row.
+        preparation (`Preparation`, *optional*): The inputs of its first pass; `None` for a draft.
+        generation_config (`Any`): As `generate` prepared it; `None` for a draft.
+    """
+
+    input_ids: torch.Tensor
+    padding: Sequence[int]
+    preparation: Preparation | None = None
+    generation_config: Any = None
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the first pass gets more than tokens, so that only the request itself can be tried."""
+        return self.preparation is not None and bool(self.preparation.extras)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Whether a decoder suits a model, and if not, why."""
+
+    suits: bool
+    why: str = ""
+
+
+@dataclass(slots=True)
+class _Failures:
+    """A trial that fails with an exception says nothing of the model: it is tried again, at growing intervals."""
+
+    count: int = 0
+    waiting: int = 0  # requests until the next trial
+    why: str = ""
+
+
+_findings: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, Finding | _Failures]]" = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, kind: str, make: MakeDecoder, trial: Trial) -> Finding:
+    """
+    Say whether a decoder gives a model's own logits for requests like this one.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        kind (`str`): Name of the decoder.
+        make (`Callable`): Makes one from padding, columns and preparation.
+        trial (`Trial`): The request. Its rows and its first-pass inputs are tried; of text alone, a few tokens.
+    """
+    known = _findings.setdefault(model, {})
+    key = _key(model, kind, trial)
+    found = known.get(key)
+    if isinstance(found, Finding):
+        return found
+    failures = found or _Failures()
+    if failures.waiting:
+        failures.waiting -= 1
+        return Finding(False, failures.why)
+    try:
+        known[key] = result = _try(model, make, trial)
+    except Exception as error:  # any architecture may refuse in any way, and any machine be out of memory
+        known[key] = failures
+        result = _note_failure(model, kind, failures, error)
+    return result
+
+
+def _note_failure(model: PreTrainedModel, kind: str, failures: _Failures, error: Exception) -> Finding:
+    failures.count += 1
+    failures.waiting = 2 ** (failures.count - 1) - 1
+    failures.why = f"its check failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    log = logger.info if failures.count > 1 else logger.warning
+    log("%s does not go on the %s cache for now, %s", describe(model), kind, failures.why)
+    return Finding(False, failures.why)
+
+
+def _key(model: PreTrainedModel, kind: str, trial: Trial) -> tuple[Any, ...]:
+    extras = trial.preparation.kind if trial.preparation is not None else None
+    return kind, len(trial.padding) > 1, extras, autocast_dtype(trial.input_ids.device), _state(model)
+
+
+def _state(model: PreTrainedModel) -> int:
+    """Return a number that changes where the model's code may do something else than before."""
+    preparation = model.prepare_inputs_for_generation
+    owner: Any = getattr(preparation, "__self__", model)  # a PEFT model puts its own in the place of its base's
+    adapters = (str(getattr(owner, "active_adapter", "")), str(getattr(owner, "peft_type", "")))
+    named = (getattr(preparation, "__qualname__", ""), *adapters, attention_implementation(model), str(model.dtype))
+    return hash((tuple(map(_module_state, model.modules())), named, str(model.device)))
+
+
+def _module_state(module: torch.nn.Module) -> tuple[Any, ...]:
+    weight = module._parameters.get("weight")  # quantisation in place changes its type
+    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+    return id(type(module)), id(type(weight)), hooks, "forward" in module.__dict__
+
+
+def _try(model: PreTrainedModel, make: MakeDecoder, trial: Trial) -> Finding:
+    found: list[Finding] = []
+    if trial.has_extras:
+        assert trial.preparation is not None
+        return _compare(model, make, trial, trial.input_ids, trial.generation_config, trial.preparation.model_kwargs)
+
+    def decode(target: Any, input_ids: torch.Tensor, generation_config: Any, **prepared: Any) -> torch.Tensor:
+        for unused in ("logits_processor", "stopping_criteria"):
+            prepared.pop(unused, None)
+        found.append(_compare(target, make, trial, input_ids, generation_config, prepared))
+        return input_ids
+
+    call: Any = model.generate
+    call(**_short_prompts(trial), custom_generate=decode, **_SETTINGS)
+    return found[0]
+
+
+def _short_prompts(trial: Trial) -> dict[str, torch.Tensor]:
+    """Prompts of two lengths, made of the request's own tokens: any others might stand for images."""
+    rows = []
+    for row, pad in enumerate(trial.padding):
+        text = trial.input_ids[row, pad:]
+        rows.append(text[torch.arange(_PROMPT, device=text.device).mul(7919).add(row) % len(text)])
+    mask = torch.ones(len(rows), _PROMPT, dtype=torch.long, device=trial.input_ids.device)
+    mask[1::2, 0] = 0
+    return {"input_ids": torch.stack(rows), "attention_mask": mask}
+
+
+def _compare(
+    model: PreTrainedModel,
+    make: MakeDecoder,
+    trial: Trial,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+) -> Finding:
+    text, expected = plain_logits(model, input_ids, generation_config, model_kwargs, _NEW)
+    width = input_ids.shape[1]
+    padding = list(trial.padding) if trial.has_extras else [row % 2 for row in range(len(input_ids))]
+    decoder = make(padding, width + _NEW, prepare(model, input_ids, model_kwargs, padding))
+    difference = _largest_difference(decoder, text, width, expected)
+    allowed = _tolerance(model, trial) * float(expected.std())
+    if difference > allowed:
+        return Finding(False, f"its logits depend on how many tokens it is fed at once, by up to {difference:.2g}")
+    decoder.release()
+    return Finding(True)
+
+
+def _tolerance(model: PreTrainedModel, trial: Trial) -> float:
+    exact = model.dtype in (torch.float32, torch.float64) and autocast_dtype(trial.input_ids.device) is None
+    return _TOLERANCE if exact and trial.preparation is not None else _ROUGH_TOLERANCE
+
+
+def _largest_difference(decoder: Feeds, text: torch.Tensor, width: int, expected: torch.Tensor) -> float:
+    """Feed the prompt, several tokens of which some are taken back, one behind a cache, and several again."""
+    rows = len(text)
+    uneven = [width + 3 - row % 2 for row in range(rows)]
+    steps = [([width] * rows, 1), (uneven, 2), ([width + 2] * rows, 1), ([width + 4] * rows, 2)]
+    worst = 0.0
+    for ends, keep in steps:
+        logits = decoder.feed(text, ends, keep)
+        for row, end in enumerate(ends):
+            ours, theirs = logits[row], expected[row, end - width + 1 - keep : end - width + 1]
+            worst = max(worst, float((ours - theirs).abs().max().nan_to_num(nan=torch.inf)))
+        decoder.rollback([min(end, width + 1) for end in ends])
+    return worst

@@ -1,0 +1,187 @@
+"""
+What plain `generate` can do and speculation here cannot do losslessly: the one table of it.
+
+Whatever a row of the table finds is served by the target's own decoding, unless `OnlineConfig(unsupported="error")`.
+What depends on trying the models is found by [`~hf_osd.serving.choice.choose_decoder`]; what is wrong in itself, by
+`inputs.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import logits_process as lp
+
+from .._compat import has_recurrent_state
+from ..errors import UnsupportedError, UnsupportedGenerationError, UnsupportedModelError
+from .preparation import Preparation
+from .weights import describe
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """
+    What a call of `generate` asks for, as far as it is known by now.
+
+    Attributes:
+        model (`PreTrainedModel`): The target.
+        setting (`Callable[[str], Any]`): Value of a generation setting by its name, `None` where unset.
+        processors (`Sequence[LogitsProcessor]`): Applied to the logits.
+        preparation (`Preparation`, *optional*): The inputs of the first pass.
+        cache (`Cache`, *optional*): The caller's own.
+        padding (`Sequence[int]`): Padding columns of each row.
+        length (`int`): Tokens that the longest row may reach, without padding.
+    """
+
+    model: PreTrainedModel
+    setting: Callable[[str], Any]
+    processors: Sequence[Any] = ()
+    preparation: Preparation | None = None
+    cache: Cache | None = None
+    padding: Sequence[int] = field(default_factory=list)
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """
+    One row of the table.
+
+    Attributes:
+        cause (`str`): Its name in [`OnlineStats.fallback_reasons`].
+        found (`Callable[[Asked], str | None]`): Says what is in the way, where it is.
+        error (`type`): What it is raised as.
+    """
+
+    cause: str
+    found: Callable[[Asked], str | None]
+    error: type[UnsupportedError] = UnsupportedGenerationError
+
+
+def check_limits(limits: Sequence[Limit], asked: Asked) -> None:
+    """Raise the error of the first limit that a call meets, if any; it names the offender."""
+    for limit in limits:
+        why = limit.found(asked)
+        if why is not None:
+            raise limit.error(why, limit.cause)
+
+
+def _setting(name: str, mode: str, asks: Callable[[Any], bool] = bool) -> Limit:
+    def found(asked: Asked) -> str | None:
+        value = asked.setting(name)
+        if not asks(value):
+            return None
+        shown = f"{name}={value!r}" if isinstance(value, bool | int | float | str) else name
+        return f"{shown} asks for {mode}, which has no lossless speculative form here"
+
+    return Limit(mode, found)
+
+
+def _encoder_decoder(asked: Asked) -> str | None:
+    if not asked.model.config.is_encoder_decoder:
+        return None
+    return f"{describe(asked.model)} is an encoder-decoder model; only decoder-only targets are speculated for"
+
+
+def _recurrent(asked: Asked) -> str | None:
+    if not has_recurrent_state(asked.model):
+        return None
+    return f"{describe(asked.model)} keeps a recurrent state, which cannot roll back rejected tokens"
+
+
+def _rotary_switch(asked: Asked) -> str | None:
+    """
+    Find a target whose rotary frequencies change in the middle of the text.
+
+    They then depend on how far any row has been fed, proposals included. transformers itself recomputes its cache at
+    that point for some models.
+    """
+    config = asked.model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind not in ("dynamic", "longrope"):
+        return None
+    switch = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    switch = switch or config.max_position_embeddings
+    if asked.length <= switch:
+        return None
+    return (
+        f"{describe(asked.model)} changes its {kind} position embeddings at {switch} tokens, and the text may reach "
+        f"{asked.length}: lower max_new_tokens"
+    )
+
+
+# These keep state from one token to the next, which a rejected proposal would corrupt.
+_STATEFUL_PROCESSORS: tuple[type, ...] = (
+    lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    lp.SynthIDTextWatermarkLogitsProcessor,
+)
+
+
+def _stateful_processor(asked: Asked) -> str | None:
+    names = [type(one).__name__ for one in asked.processors if isinstance(one, _STATEFUL_PROCESSORS)]
+    return f"{names[0]} keeps state from token to token, which rejected proposals would corrupt" if names else None
+
+
+def _model_inputs(asked: Asked) -> str | None:
+    names = asked.preparation.unknown_extras() if asked.preparation is not None else []
+    return f"the model inputs {', '.join(names)} may matter to every pass, not only to the first" if names else None
+
+
+def _cache_kind(asked: Asked) -> str | None:
+    if asked.cache is None or type(asked.cache) is DynamicCache:
+        return None
+    return f"past_key_values is a {type(asked.cache).__name__}; only a DynamicCache can roll back rejected tokens"
+
+
+def _cache_with_padding(asked: Asked) -> str | None:
+    if asked.cache is None or not asked.cache.get_seq_length() or not any(asked.padding):
+        return None
+    return "a filled past_key_values together with padding: the cache does not say which of its tokens are padding"
+
+
+SETTINGS: tuple[Limit, ...] = (
+    _setting("num_beams", "beam search", lambda value: (value or 1) > 1),
+    _setting("num_beam_groups", "group beam search", lambda value: (value or 1) > 1),
+    _setting("constraints", "constrained beam search"),
+    _setting("force_words_ids", "constrained beam search"),
+    _setting("penalty_alpha", "contrastive search"),
+    _setting("dola_layers", "DoLa decoding"),
+    _setting("prompt_lookup_num_tokens", "transformers' own prompt lookup"),
+    _setting("assistant_early_exit", "early-exit speculation"),
+    _setting("use_mtp", "multi-token prediction"),
+    _setting("guidance_scale", "classifier-free guidance", lambda value: value not in (None, 1, 1.0)),
+    _setting("token_healing", "token healing"),
+    _setting(
+        "cache_implementation",
+        "a cache of another kind",
+        lambda value: any(kind in (value or "") for kind in ("quantized", "offloaded", "paged")),
+    ),
+    _setting("output_attentions", "returning attentions"),
+    _setting("output_hidden_states", "returning hidden states"),
+)
+"""What is known from the call alone."""
+
+MODELS: tuple[Limit, ...] = (
+    Limit("encoder-decoder target", _encoder_decoder, UnsupportedModelError),
+    Limit("target with a recurrent state", _recurrent, UnsupportedModelError),
+)
+"""What is known of the target before transformers prepares anything."""
+
+REQUESTS: tuple[Limit, ...] = (
+    Limit("position embeddings that change with the length", _rotary_switch),
+    Limit("stateful logits processor", _stateful_processor),
+    Limit("model inputs of every pass", _model_inputs),
+    Limit("cache of another kind", _cache_kind),
+    Limit("filled cache with padding", _cache_with_padding),
+)
+"""What is known once transformers has prepared the request."""
+
+CALL_ARGUMENTS: Mapping[str, str] = {
+    "inputs_embeds": "embeddings instead of tokens",
+    "synced_gpus": "generation over several ranks",
+    "negative_prompt_ids": "classifier-free guidance",
+}
+"""Arguments of `generate` beside its settings, and what they ask for."""

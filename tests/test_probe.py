@@ -1,0 +1,122 @@
+"""The probe: what no decoder here can reproduce is found by trying, and what fails is tried again."""
+
+import pytest
+import torch
+from calls import both, static
+from fakes import prompts, tiny_model, wrong_draft
+from torch import nn
+
+from hf_osd.serving import probe as probing
+from hf_osd.serving.choice import choose_decoder
+from hf_osd.serving.decoder import RaggedDecoder
+from hf_osd.serving.probe import Trial, probe
+
+
+def found(model, rows=1, make=None):
+    trial = Trial(prompts(1)["input_ids"].expand(rows, -1), [0] * rows)
+    return probe(model, "ragged", make or (lambda *a: RaggedDecoder(model, *a)), trial)
+
+
+class Rounded(nn.Module):
+    """A layer in eight bits, whose scale is that of all tokens fed at once, as dynamic quantisation does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        scale = x.abs().max() / 3
+        return self.inner((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_that_depend_on_how_many_tokens_are_fed(rows):
+    """Catches dynamically quantised targets, served with the logits of a pass over other tokens."""
+    target = tiny_model("llama")
+    assert found(target, rows).suits
+    for layer in target.model.layers:
+        layer.mlp.down_proj = Rounded(layer.mlp.down_proj)
+    result = found(target, rows)
+    assert not result.suits
+    assert "fed at once" in result.why
+    assistant = static(wrong_draft(target, "noisy"), target)
+    expected, actual = both(target, assistant, prompts(rows))
+    assert torch.equal(expected, actual)
+    assert assistant.stats().fallbacks == rows
+
+
+def test_a_hook_added_later_is_noticed():
+    """Catches a verdict that outlives what it was about: the model's hooks change after its first request."""
+    target = tiny_model("llama")
+    assert found(target).suits
+
+    def only_single_tokens(module, args, output):
+        return output * 3.0 if output.shape[1] == 1 else output
+
+    handle = target.model.layers[0].mlp.register_forward_hook(only_single_tokens)
+    assert not found(target).suits
+    handle.remove()
+    assert found(target).suits
+
+
+def test_preparation_of_its_own():
+    """Catches models that change their inputs before every pass: a plain forward does not show it."""
+    target = tiny_model("llama")
+    original = target.prepare_inputs_for_generation
+
+    def shifted(*args, **kwargs):
+        made = original(*args, **kwargs)
+        return made | {"input_ids": (made["input_ids"] + 1) % 61}
+
+    target.prepare_inputs_for_generation = shifted
+    assert not found(target).suits
+    assistant = static(wrong_draft(target, "noisy"), target)
+    expected, actual = both(target, assistant, prompts(2))
+    assert torch.equal(expected, actual)
+    assert assistant.stats().fallbacks == 2
+
+
+def test_an_exception_is_no_verdict():
+    """Catches one moment without memory that sends a model to plain decoding for ever, and one that is never tried."""
+    target, calls = tiny_model("llama"), []
+
+    def make(*args):
+        calls.append(args)
+        if len(calls) < 4:
+            raise torch.OutOfMemoryError("no memory here")
+        return RaggedDecoder(target, *args)
+
+    results = [found(target, make=make) for _ in range(12)]
+    assert "no memory here" in results[0].why
+    assert [result.suits for result in results] == [False] * 7 + [True] * 5  # tried at requests 1, 2, 4 and 8
+    assert len(calls) == 4
+
+
+def test_a_trial_costs_nothing_later(monkeypatch):
+    """Catches a probe that is run for every request."""
+    target, tried = tiny_model("llama"), []
+    original = probing._try
+    monkeypatch.setattr(probing, "_try", lambda *args: tried.append(args) or original(*args))
+    for seed in range(3):
+        for rows in (1, 2, 3):
+            inputs = prompts(rows, seed=seed)
+            choose_decoder(target, Trial(inputs["input_ids"], [0] * rows), 20)
+    assert len(tried) == 2  # one row, and several
+
+
+def test_autocast_is_tried_apart():
+    """Catches a verdict of full precision that is used under autocast."""
+    target, keys = tiny_model("llama", dtype=torch.float32), set()
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert found(target).suits
+            keys |= set(probing._findings[target])
+    assert len(keys) == 2
+
+
+def test_a_generation_config_of_the_models_own():
+    """Catches a trial that fails on settings which the request itself overrides, so that nothing is speculated on."""
+    target = tiny_model("llama")
+    target.generation_config.update(num_return_sequences=3, do_sample=True, stop_strings=["x"], max_length=4)
+    assert found(target).suits
+    assert found(target, 2).suits
