@@ -50,6 +50,7 @@ _GAUGES = {
     "tokens_per_target_pass": "Tokens that a pass of the target yields, since the start.",
     "recent_acceptance_ratio": f"Positions of the last {_RECENT} judged requests where the draft chose as the target.",
 }
+_FALLBACKS = "Prompts served without the draft, or without speculation, by reason."
 _UPDATES = "Updates of the draft, by what the gate decided."
 _DRIFTS = "Changes of the traffic that were noticed."
 
@@ -74,8 +75,8 @@ def register(
     Show an assistant's counters to Prometheus, for as long as the assistant lives; monitoring does not keep it alive.
 
     Counters are those of [`OnlineStats`], named `hf_osd_requests_total`, `hf_osd_accepted_tokens_total`,
-    `hf_osd_learn_seconds_total` and so on, with `hf_osd_updates_total` by `decision` and `hf_osd_drifts_total`; gauges
-    are `hf_osd_recent_acceptance_ratio`, over the last 100 judged requests, and `hf_osd_tokens_per_target_pass`.
+    `hf_osd_learn_seconds_total` and so on, with `hf_osd_fallbacks_total` by `reason`, `hf_osd_updates_total` by
+    `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 judged requests, and `hf_osd_tokens_per_target_pass`.
 
     Args:
         assistant (`OnlineAssistant`): What to show. May be registered in several registries.
@@ -98,7 +99,7 @@ def register(
     registry = _resolve(registry)
     labels = {name: str(value) for name, value in (labels or {}).items()}
     for name in labels:
-        if not _LABEL.fullmatch(name) or name == "decision":
+        if not _LABEL.fullmatch(name) or name in ("decision", "reason"):
             raise ConfigError(f"labels: {name!r} is no name of a label, or is taken")
     with _lock:
         collector = _collectors.get(registry)
@@ -206,6 +207,7 @@ class _Families:
         self.all: dict[str, Family] = {
             name: CounterMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _COUNTERS.items()
         }
+        self.all["fallbacks"] = CounterMetricFamily("hf_osd_fallbacks", _FALLBACKS, labels=[*labels, "reason"])
         self.all["updates"] = CounterMetricFamily("hf_osd_updates", _UPDATES, labels=[*labels, "decision"])
         self.all["drifts"] = CounterMetricFamily("hf_osd_drifts", _DRIFTS, labels=labels)
         self.all |= {name: GaugeMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _GAUGES.items()}
@@ -227,6 +229,8 @@ class _Families:
     def _add_stats(self, values: list[str], stats: Any) -> None:
         for name in (*_COUNTERS, "tokens_per_target_pass"):
             self.all[name].add_metric(values, getattr(stats, name))
+        for reason, count in stats.fallback_reasons.items():
+            self.all["fallbacks"].add_metric([*values, reason], count)
 
 
 _lock = threading.Lock()

@@ -35,7 +35,7 @@ _STYLES = {
 class Stats(Protocol):
     """What a report takes from [`OnlineStats`]."""
 
-    def to_dict(self) -> Mapping[str, float]:
+    def to_dict(self) -> Mapping[str, Any]:
         """Return all counters and rates."""
         ...
 
@@ -46,7 +46,7 @@ def write_report(
     """
     Write `report.json` and `report.png`, over those of an earlier report in the same folder.
 
-    The picture shows acceptance by request, the updates by what the gate decided, the gain that it measured with its
+    The picture shows how many prompts were served without speculation and why, acceptance by request, the updates by what the gate decided, the gain that it measured with its
     standard error, the learning rate, and when the traffic changed. The files hold counts, rates and reasons; no
     prompt, no output, no token.
 
@@ -76,7 +76,7 @@ def write_report(
     if plot and find_spec("matplotlib") is None:
         logger.warning('There is no report.png, which needs matplotlib: pip install "hf-osd[plot]", or plot=False.')
     elif plot:
-        written.append(_write_plot(journal, directory / "report.png", window))
+        written.append(_write_plot(journal, directory / "report.png", window, _fallbacks(stats)))
     return written
 
 
@@ -145,10 +145,21 @@ def _write_json(document: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def _write_plot(journal: Journal, path: Path, window: int) -> Path:
+def _fallbacks(stats: Stats) -> str:
+    """Say in a line how many prompts fell back, and why, most frequent first."""
+    counted: Mapping[str, Any] = stats.to_dict()
+    reasons = sorted(counted.get("fallback_reasons", {}).items(), key=lambda item: -item[1])
+    if not reasons:
+        return ""
+    named = ", ".join(f"{reason} ({count})" for reason, count in reasons)
+    return f"{counted['fallbacks']} of {counted['requests']} prompts without draft or speculation: {named}"
+
+
+def _write_plot(journal: Journal, path: Path, window: int, title: str) -> Path:
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     figure = Figure(figsize=(10, 9), layout="constrained")
+    figure.suptitle(title, fontsize="small", wrap=True)
     panels = figure.subplots(4, 1, sharex=True, height_ratios=(4, 1.6, 2, 1.6))
     _draw_acceptance(panels[0], journal, window)
     _draw_decisions(panels[1], journal.updates)

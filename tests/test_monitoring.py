@@ -178,3 +178,15 @@ def test_nothing_is_written_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert learn().learned_steps > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fallbacks_by_reason():
+    """Catches requests without speculation that nobody sees, and a label of the caller's of the same name."""
+    registry = CollectorRegistry()
+    assistant = Assistant(requests=5, fallbacks=3, fallback_reasons={"beam search": 2, "draft: another tokenizer": 1})
+    register(assistant, registry)
+    found = samples(registry)
+    assert found["hf_osd_fallbacks_total|reason=beam search"] == 2
+    assert found["hf_osd_fallbacks_total|reason=draft: another tokenizer"] == 1
+    with pytest.raises(ConfigError, match="reason"):
+        register(assistant, CollectorRegistry(), labels={"reason": "x"})

@@ -100,3 +100,15 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="is a file"):
         write_report(journal(), STATS, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_fell_back_and_why(tmp_path):
+    """Catches a report of a run that hardly speculated, and does not say so."""
+    reasons = {"beam search": 1, "stateful logits processor": 4}
+    stats = OnlineStats(requests=9, fallbacks=5, fallback_reasons=reasons)
+    assert to_json(Journal(), stats)["stats"]["fallback_reasons"] == reasons
+    line = "5 of 9 prompts without draft or speculation: stateful logits processor (4), beam search (1)"
+    assert reporting._fallbacks(stats) == line
+    assert reporting._fallbacks(OnlineStats()) == ""
+    titled = write_report(Journal(), stats, tmp_path)[1].read_bytes()
+    assert len(titled) > len(write_report(Journal(), OnlineStats(), tmp_path)[1].read_bytes())
