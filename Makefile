@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 ARGS ?=
 
@@ -10,12 +11,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-matrix test-with check format bench clean
 
 help:
 	@echo "make demo    watch a draft learn from live requests, next to plain and to static decoding"
 	@echo "make test    run the tests          make check   lint, formatting and types"
 	@echo "make bench   the benchmark          make format  apply the formatting"
+	@echo "make test-matrix  the tests with the oldest and the newest versions that are supported"
 
 demo: $(STAMP)
 	$(BIN)/hf-osd demo $(ARGS)
@@ -23,6 +25,15 @@ demo: $(STAMP)
 # One thread a worker: the models are so small that more threads only wait for one another.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+# Each set of versions has an environment of its own; what the tests found goes into benchmarks/results/matrix.json.
+test-matrix:
+	$(MAKE) test-with VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt SET=oldest
+	$(MAKE) test-with VENV=.venv-newest CONSTRAINTS=constraints-newest.txt SET=newest
+
+test-with: $(STAMP)
+	-OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --junitxml=runs/matrix/$(SET).xml $(ARGS)
+	$(BIN)/python -m benchmarks.matrix $(SET) runs/matrix/$(SET).xml
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -37,16 +48,16 @@ bench: $(STAMP)
 	$(BIN)/hf-osd bench $(ARGS)
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest dist .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp is written last, so an installation that failed is tried again by the next command.
 # torch comes first: the rest then builds on the pinned version instead of choosing one.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, " \
 		"this is %s: try make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo "Installing into $(VENV): once, a few minutes ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
