@@ -57,4 +57,4 @@ class LearningError(HfOsdError, RuntimeError):
 
 
 class StateError(HfOsdError, OSError):
-    """A state directory cannot be used: it is a file, not writable, in use, or of a newer format."""
+    """A state directory cannot be used: it is a file, not writable, in use, or of another format."""
