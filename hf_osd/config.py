@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import Repr
+from textwrap import shorten
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -17,6 +18,7 @@ Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
 Unsupported = Literal["warn", "error"]
 
 _SHOWN = 80  # characters of a bad value that a message repeats, at most
+_LONGEST_REASON = 300  # characters of another package's message, which may list hundreds of classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,11 @@ def shown(value: Any) -> str:
         return " ".join(line.strip() for line in brief.repr(value).splitlines())
     except Exception:  # Python writes no integer of more than 4,300 digits, and objects may fail too
         return f"an object of type {type(value).__name__}"
+
+
+def reason_of(error: BaseException) -> str:
+    """Write another package's error in one line of a message, however long it is."""
+    return shorten(str(error), _LONGEST_REASON) or type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)

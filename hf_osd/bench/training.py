@@ -1,6 +1,5 @@
 """A pair of models trained by the benchmark itself, from prompts and their responses, in a few minutes of a GPU."""
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..demo.prompts import INSTRUCTION, is_held_out, stdlib_functions
+from ..config import shown
+from ..demo.prompts import INSTRUCTION, checked_text, is_held_out, stdlib_functions
+from ..demo.rows import json_lines
 from ..errors import PromptSourceError
 from .session import Steps
 
@@ -48,27 +49,25 @@ def load_rows(sources: Sequence[str]) -> list[tuple[str, str]]:
             the standard library, but for those that the default stream serves, if there is none.
 
     Raises:
-        PromptSourceError: A file cannot be read, or lacks a column.
+        PromptSourceError: A file cannot be read, lacks a column, or holds nothing.
     """
     if not sources:
         functions = stdlib_functions(keep=lambda docstring: not is_held_out(docstring))
         return [(INSTRUCTION + docstring, source) for docstring, source in functions]
-    return [row for source in sources for row in _read(Path(source))]
+    if rows := [row for source in sources for row in _read(Path(source))]:
+        return rows
+    raise PromptSourceError(f"{', '.join(sources)}: no prompts and responses in it")
 
 
 def _read(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptSourceError(f"{path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            yield str(row["prompt"]), str(row["response"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+    for where, row in json_lines(path):
+        texts = [row.get(name) if isinstance(row, dict) else None for name in ("prompt", "response")]
+        prompt, response = (checked_text(text, where) if isinstance(text, str) else None for text in texts)
+        if prompt is None or response is None:
             raise PromptSourceError(
-                f"{path}, line {number}: expected an object with 'prompt' and 'response' ({error!r})"
-            ) from error
+                f"{where}: expected an object with 'prompt' and 'response', two texts, got {shown(row)}"
+            )
+        yield prompt, response
 
 
 def pack(rows: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -2,26 +2,30 @@
 
 import ast
 import hashlib
-import json
+import sys
 import sysconfig
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..config import shown
 from ..errors import PromptSourceError
+from .rows import read_rows
 
 INSTRUCTION = "Please generate code based on the following doc:\n"
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text")
 CHAT_COLUMN = "messages"
+_MESSAGE = ("role", "content")
 
 Prompt = str | list[dict[str, Any]]
 """A plain text, or the messages of a chat that wait for an answer."""
 
 _MAX_DOCSTRING = 600  # characters; longer ones are reference manuals rather than requests
 _MAX_SOURCE = 1500  # characters
+_MOST_COLUMNS = 20  # that a message lists
 
 
 def load_prompts(source: str | None, limit: int) -> list[Prompt]:
@@ -30,26 +34,20 @@ def load_prompts(source: str | None, limit: int) -> list[Prompt]:
 
     Args:
         source (`str`, *optional*):
-            A `.jsonl`, `.json` or `.txt` file, or a `datasets` id or folder, as `id`, `id:config` or
-            `id:config:split`. Rows hold a prompt under one of `PROMPT_COLUMNS`, or a chat under `messages`. Defaults
-            to held-out docstrings of the running Python's standard library.
+            As [`read_rows`] takes it. Rows hold a prompt under one of `PROMPT_COLUMNS`, or a chat under `messages`.
+            Defaults to held-out docstrings of the running Python's standard library.
         limit (`int`): How many prompts to return at most.
 
     Returns:
         `list[Prompt]`: At least one prompt.
 
     Raises:
-        PromptSourceError: The source does not exist, cannot be parsed, or has no column of prompts.
+        PromptSourceError: The source does not exist, cannot be parsed, has no column of prompts, or a prompt is no
+            text that a tokenizer takes.
     """
     if source is None:
         return [*stdlib_prompts()[:limit]]
-    if Path(source).suffix in _READERS and not Path(source).is_dir():
-        rows = _READERS[Path(source).suffix](Path(source))
-    elif Path(source).is_file():
-        raise PromptSourceError(f"{source}: a file of prompts ends in one of {', '.join(sorted(_READERS))}")
-    else:
-        rows = _dataset_rows(source)
-    if prompts := [_to_prompt(row, where) for where, row in islice(rows, limit)]:
+    if prompts := [_to_prompt(row, where) for where, row in islice(read_rows(source), min(limit, sys.maxsize))]:
         return prompts
     raise PromptSourceError(f"{source}: no prompts in it")
 
@@ -121,88 +119,48 @@ def _walk_statements(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PromptSourceError(f"{path}, line {number}: not JSON ({error.msg})") from error
-
-
-def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise PromptSourceError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
-    if not isinstance(rows, list):
-        raise PromptSourceError(f"{path}: expected a list of prompts or rows, found a JSON {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _text_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        if line.strip():
-            yield f"{path}, line {number}", line.strip()
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".json": _json_list,
-    ".jsonl": _json_lines,
-    ".txt": _text_lines,
-}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptSourceError(f"{path}: cannot be read ({error})") from error
-
-
-def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
-    name, config, split = (*source.split(":"), None, None)[:3]
-    for number, row in enumerate(_open_dataset(source, str(name), config or None, split or None), start=1):
-        yield f"{source}, row {number}", row
-
-
-def _open_dataset(source: str, name: str, config: str | None, split: str | None) -> Iterable[Mapping[str, Any]]:
-    from datasets import load_dataset  # here, because it takes a second and the default prompts do not need it
-
-    try:
-        splits = load_dataset(name, config, streaming=True)  # a few hundred rows are needed, not the download
-        chosen = split or ("train" if "train" in splits else next(iter(splits)))
-        rows: Iterable[Mapping[str, Any]] = splits[chosen]
-    except Exception as error:  # `datasets` raises a dozen types, from offline hubs to missing configs
-        reason = " ".join(str(error).split())
-        raise PromptSourceError(f"{source}: neither a file nor a data set that loads ({reason})") from error
-    return rows
-
-
 def _to_prompt(row: Any, where: str) -> Prompt:
     if isinstance(row, str) and row.strip():
-        return row
+        return checked_text(row, where)
     if not isinstance(row, Mapping):
-        raise PromptSourceError(f"{where}: expected a text or an object with columns, found {row!r:.60}")
+        raise PromptSourceError(f"{where}: expected a text or an object with columns, found {shown(row)}")
     for column in (*PROMPT_COLUMNS, CHAT_COLUMN):
         value = row.get(column)
         if isinstance(value, str) and value.strip() and column != CHAT_COLUMN:
-            return value
+            return checked_text(value, where)
         if isinstance(value, list) and value:
             return _to_chat(value, f"{where}, {column!r}")
     expected = ", ".join(map(repr, (*PROMPT_COLUMNS, CHAT_COLUMN)))
-    found = ", ".join(map(repr, row)) or "none"
+    found = ", ".join(map(shown, islice(row, _MOST_COLUMNS))) or "none"
     raise PromptSourceError(f"{where}: no prompt under any of {expected}; columns found: {found}")
 
 
 def _to_chat(messages: list[Any], where: str) -> Prompt:
     for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise PromptSourceError(f"{where}: a chat is a list of objects with 'role' and 'content'")
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(name), str) for name in _MESSAGE):
+            raise PromptSourceError(
+                f"{where}: a chat is a list of objects with 'role' and 'content', two texts, found {shown(message)}"
+            )
+        for name in _MESSAGE:
+            checked_text(message[name], where)
     chat = [dict(message) for message in messages]
     while chat and chat[-1]["role"] == "assistant":  # recorded chats end with the answer that we are to generate
         chat.pop()
     if not chat:
         raise PromptSourceError(f"{where}: a chat without a message to answer")
     return chat
+
+
+def checked_text(text: str, where: str) -> str:
+    """
+    Return a text that tokenizers take: one that can be written as UTF-8.
+
+    Raises:
+        PromptSourceError: There is a lone surrogate in it, which JSON can escape and no encoding can write.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise PromptSourceError(f"{where}: {found!r} is half of a character, which no tokenizer takes") from error
+    return text
