@@ -1,7 +1,11 @@
 """The demo from prompts to files, on tiny random models."""
 
+import errno
 import io
 import json
+import math
+import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_osd.demo import command as demo_command
 from hf_osd.demo import models as demo_models
 from hf_osd.demo.command import DemoCommand
 from hf_osd.demo.models import Pair, encode_prompts, load_pair
@@ -213,3 +218,74 @@ def test_the_live_panel_draws_on_a_terminal(folders: dict[str, str], tmp_path: P
     assert "acceptance, online draft" in screen.getvalue()
     assert "2/2" in screen.getvalue()
     assert not list((tmp_path / "runs").glob("*.png"))
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail(error: BaseException) -> Any:
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize("lost", ["write_json", "write_plot", "run_paths"])
+def test_figures_are_printed_where_they_cannot_be_written(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Would catch a run of hours that ends with a full disk and without a figure."""
+    monkeypatch.setattr(demo_command, lost, fail(FULL))
+    screen = io.StringIO()
+    command = DemoCommand(**folders, requests=2, max_new_tokens=4, output=tmp_path / "runs", device="cpu")
+    with pytest.raises(ConfigError, match=r"cannot write to .*runs' \(No space left on device\)"):
+        command.run(Console(file=screen, width=120))
+    assert "All 4 outputs of hf_osd equal the target's own" in screen.getvalue()
+
+
+def test_figures_are_written_where_they_cannot_be_printed(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a run whose only result was on a terminal that has gone."""
+    monkeypatch.setattr(demo_command, "print_report", fail(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        DemoCommand(**folders, requests=2, max_new_tokens=4, output=tmp_path / "runs", device="cpu", plot=False).run()
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 1
+
+
+def test_the_output_is_tried_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch minutes of loading, and hours of measuring, for a folder that is a file."""
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(demo_command, "load_prompts", fail(AssertionError("too late")))
+    with pytest.raises(ConfigError, match="cannot write to"):
+        DemoCommand(output=tmp_path / "file", plot=False).run()
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DemoCommand)])
+@pytest.mark.parametrize("value", [object(), math.nan, [], b"x", ""], ids=lambda value: type(value).__name__)
+def test_every_option_is_checked_when_it_is_set(name: str, value: Any) -> None:
+    """Would catch an option that is added without a rule, and one that fails after the models were loaded."""
+    with pytest.raises(ConfigError, match=f"^{name} must be .*, got "):
+        DemoCommand(**{name: value})
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DemoSettings)])
+def test_every_setting_of_a_run_is_checked_when_it_is_set(name: str) -> None:
+    """Would catch a setting that is added without a rule."""
+    with pytest.raises(ConfigError, match=f"^{name} must be .*, got <object object"):
+        DemoSettings(**{name: object()})
+
+
+def test_the_largest_seed_goes_on_at_the_smallest(pair: Pair) -> None:
+    """Would catch an overflow at the second request: each has a seed of its own."""
+    settings = DemoSettings(requests=2, max_new_tokens=2, sample=True, seed=2**64 - 1)
+    assert len(run_demo(pair, ["a", "b", "c"], settings, Log()).rounds) == 2
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(folders: dict[str, str], tmp_path: Path) -> None:
+    """Would catch an error of the terminal's library, about a folder's name, behind a run of hours."""
+    screen, output = io.StringIO(), tmp_path / "[" / "b]"
+    assert DemoCommand(**folders, requests=2, max_new_tokens=4, output=output, device="cpu", plot=False).run(
+        Console(file=screen, width=120)
+    )
+    assert f"Figures: {output}/demo-" in screen.getvalue()

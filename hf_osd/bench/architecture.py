@@ -1,13 +1,33 @@
 """Llama-shaped models of a chosen size, with random weights: to be trained here, or to be timed as they are."""
 
+import os
 import re
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from ..config import reason_of, shown
 from ..errors import ConfigError
 
 CONTEXT = 4096  # positions; the longest context measured and its answer fit in
+MOST_HIDDEN, MOST_LAYERS = 2**16, 1024  # beyond any model there is
+
+
+def read_shape(shape: str) -> tuple[int, int]:
+    """
+    Read a hidden size and a number of layers, as `"4096x32"`.
+
+    Raises:
+        ConfigError: The shape cannot be read, is larger than any model, or its hidden size cannot be split into heads.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", shape)
+    hidden, layers = map(int, match.groups()) if match else (0, 0)
+    if not 16 <= hidden <= MOST_HIDDEN or hidden % 16 or not 1 <= layers <= MOST_LAYERS:
+        raise ConfigError(
+            "a model's shape is HIDDENxLAYERS, such as '2048x16', with a hidden size in steps of 16 up to "
+            f"{MOST_HIDDEN} and at most {MOST_LAYERS} layers, got {shown(shape)}"
+        )
+    return hidden, layers
 
 
 def llama_config(shape: str, vocab_size: int, eos_token_id: int | None = None) -> LlamaConfig:
@@ -20,14 +40,9 @@ def llama_config(shape: str, vocab_size: int, eos_token_id: int | None = None) -
         eos_token_id (`int`, *optional*): What ends a text; without one, every answer has its full length.
 
     Raises:
-        ConfigError: The shape cannot be read, or its hidden size cannot be split into heads.
+        ConfigError: The shape cannot be read.
     """
-    match = re.fullmatch(r"(\d+)x(\d+)", shape)
-    hidden, layers = map(int, match.groups()) if match else (0, 0)
-    if hidden < 16 or hidden % 16 or layers < 1:
-        raise ConfigError(
-            f"a model's shape is HIDDENxLAYERS, such as '2048x16', with a hidden size in steps of 16, got {shape!r}"
-        )
+    hidden, layers = read_shape(shape)
     head = next(size for size in (128, 64, 32, 16, 8) if hidden % size == 0 and hidden // size >= 2)
     heads = hidden // head
     return LlamaConfig(
@@ -45,9 +60,30 @@ def llama_config(shape: str, vocab_size: int, eos_token_id: int | None = None) -
 
 
 def random_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """Return a model with random weights, made on the device that it will run on."""
+    """
+    Return a model with random weights, made on the device that it will run on.
+
+    Raises:
+        ConfigError: The device has no room for it.
+    """
     torch.manual_seed(seed)
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        _check_room(config, device, dtype)
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (RuntimeError, MemoryError) as error:  # torch has an error of its own for accelerators alone
+        size = f"{config.hidden_size}x{config.num_hidden_layers} with {config.vocab_size} tokens"
+        raise ConfigError(f"a model of shape {size} has no room on {device}: {reason_of(error)}") from error
     drawn: PreTrainedModel = model.eval()
     return drawn
+
+
+def _check_room(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare with all memory there is: Linux promises more, and ends the process when it is used."""
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    with torch.device("meta"):
+        needed = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise MemoryError(f"it needs {needed / 2**30:,.1f} GiB of {there / 2**30:,.1f}")

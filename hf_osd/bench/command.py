@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
+from ..config import FLAG, check_fields, optional, reason_of, shown
 from ..demo.environment import machine, quiet, versions
-from ..demo.models import Pair
+from ..demo.models import Pair, resolve_device
+from ..demo.options import NAMES, OPTIONS
+from ..demo.output import try_output, writing
 from ..demo.plot import require_matplotlib
 from ..demo.prompts import Prompt
 from ..errors import ConfigError
@@ -22,7 +26,7 @@ from . import engine, lengths, promise, serving
 from .floor import Floor
 from .models import ModelOptions, Models, open_models
 from .plots import replot, write_plot
-from .results import SUITES, read_result, write_result
+from .results import SUITES, read_result, rounded, write_result
 from .session import Session, Steps
 from .streams import Stream, load_prompt_streams, make_stream, other_topic
 from .tables import print_result
@@ -34,6 +38,11 @@ _RUN: dict[str, Callable[[Session], dict[str, Any]]] = {
     "promise": promise.run,
 }
 _SCRIPTED_SUITES = ("serving", "engine")  # the others ask what a draft knows
+_RULES = {name: OPTIONS[name] for name in ("requests", "max_new_tokens", "threads", "output", "plot")} | {
+    "suites": NAMES,
+    "prompts": NAMES,
+    "compiled": optional(FLAG),
+}
 _FILE_WIDTH = 160  # characters of a line that nobody wraps
 _EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
 
@@ -64,12 +73,10 @@ class BenchCommand(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self, _RULES)
         for suite in self.suites:
             if suite not in SUITES:
-                raise ConfigError(f"suites are {', '.join(SUITES)}, got {suite!r}")
-        for name in ("requests", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+                raise ConfigError(f"suites are {', '.join(SUITES)}, got {shown(suite)}")
         unscripted = [suite for suite in self.suites if suite not in _SCRIPTED_SUITES]
         if self.models == "scripted" and unscripted:
             raise ConfigError(
@@ -85,22 +92,35 @@ class BenchCommand(ModelOptions):
 
         Returns:
             `bool`: Whether every output was the target's own, near ties of its two best tokens apart.
+
+        Raises:
+            HfOsdError: The run cannot start, or its files cannot be written, after all figures were printed.
         """
         console = console or make_console()
         if self.plot:
             require_matplotlib()
+        try_output(self.output)
+        if self.compiled:
+            try_compiling(self.device)
         threads = self.threads or (_EMBEDDED_THREADS if self.is_embedded else None)
         if threads is not None:
             torch.set_num_threads(threads)
-        lossless = True
         with quiet(), _progress(console) as steps:
             prompts = load_prompt_streams(self.prompts, self._prompt_count())
             models = open_models(self, steps)
-            session = self._session(models, prompts, steps)
-            for suite in self._chosen():
-                figures = _RUN[suite](session)
+            return self._run_suites(console, models, self._session(models, prompts, steps))
+
+    def _run_suites(self, console: Console, models: Models, session: Session) -> bool:
+        lossless, unwritten = True, None
+        for suite in self._chosen():
+            figures = _RUN[suite](session)
+            try:
                 self._report(console, suite, models, figures)
-                lossless = lossless and not _mismatches(figures)
+            except ConfigError as error:  # the other suites may take hours, and are printed all the same
+                unwritten = error
+            lossless = lossless and not _mismatches(figures)
+        if unwritten is not None:
+            raise unwritten
         return lossless
 
     def _chosen(self) -> list[str]:
@@ -145,19 +165,36 @@ class BenchCommand(ModelOptions):
             "machine": machine(models.pair.target.device),
             "versions": versions(),
         }
-        path = write_result(self.output, suite, about, figures)
-        document = read_result(path)
-        print_result(console, suite, document["figures"])
-        console.print(f"Figures: {path}", soft_wrap=True)
+        try:
+            with writing(self.output):
+                path = write_result(self.output, suite, about, figures)
+        finally:  # the figures are worth more than their file, and the file more than a terminal that has gone
+            print_result(console, suite, rounded(figures))
+        console.print(f"Figures: {path}", soft_wrap=True, markup=False)
         if self.plot:
-            png = write_plot(document, path.with_suffix(".png"))
-            console.print(f"Plot:    {png}", soft_wrap=True)
+            with writing(self.output):
+                png = write_plot(read_result(path), path.with_suffix(".png"))
+            console.print(f"Plot:    {png}", soft_wrap=True, markup=False)
 
 
 def make_console() -> Console:
     """Return standard output, wide enough for the tables where it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def try_compiling(device: str) -> None:
+    """
+    Compile a sum, which takes seconds: without a compiler, a run would end at its last contender.
+
+    Raises:
+        ConfigError: Nothing can be compiled for the device, or there is no such device.
+    """
+    ones = torch.ones(2, device=resolve_device(device))
+    try:
+        torch.compile(lambda x: x + 1)(ones)
+    except Exception as error:  # compilers, caches and drivers each fail in their own way
+        raise ConfigError(f"compiled=True, but nothing can be compiled here: {reason_of(error)}") from error
 
 
 def run_replot(folder: Path, console: Console | None = None) -> None:
@@ -170,7 +207,7 @@ def run_replot(folder: Path, console: Console | None = None) -> None:
     """
     require_matplotlib()
     for path in replot(folder):
-        (console or make_console()).print(f"Plot:    {path}", soft_wrap=True)
+        (console or make_console()).print(f"Plot:    {path}", soft_wrap=True, markup=False)
 
 
 def _mismatches(figures: Any) -> bool:
@@ -186,7 +223,7 @@ def _progress(console: Console) -> Iterator[Steps]:
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
 
         def steps(description: str, total: int) -> Callable[[], None]:
-            task = progress.add_task(description, total=total)
+            task = progress.add_task(escape(description), total=total)
 
             def done() -> None:
                 progress.advance(task)

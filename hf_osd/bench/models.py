@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import check_fields, choice, integer, number, optional
 from ..demo.models import EMBEDDED_PAIR, Pair, load_pair, resolve_device, resolve_dtype
+from ..demo.options import NAME, NAMES, OPTIONS, SECONDS, SEEDS
 from ..errors import ConfigError
-from .architecture import llama_config, random_model
+from .architecture import llama_config, random_model, read_shape
 from .scripted import Script
 from .session import Steps
 from .training import load_rows, pack, recipes, train
@@ -18,6 +20,21 @@ Kind = Literal["given", "trained", "scripted"]
 
 _SHAPES = {"trained": ("2048x16", "1024x3"), "scripted": ("4096x32", "2048x4")}
 _SCRIPTED_VOCABULARY = 128_256  # Llama 3's
+_RULES = {
+    "models": choice(*get_args(Kind)),
+    "target": NAME,
+    "assistant": NAME,
+    "target_shape": NAME,
+    "draft_shape": NAME,
+    "vocabulary": optional(integer(8, 2**24)),
+    "acceptance": number(0, 1),
+    "train_prompts": NAMES,
+    "draft_train_prompts": NAMES,
+    "train_seconds": SECONDS,
+    "device": OPTIONS["device"],
+    "dtype": OPTIONS["dtype"],
+    "seed": OPTIONS["seed"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +79,13 @@ class ModelOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.models not in get_args(Kind):
-            raise ConfigError(f"models must be one of {', '.join(get_args(Kind))}, got {self.models!r}")
+        check_fields(self, _RULES)
         if self.models == "given":
             self._refuse("given", "target_shape", "draft_shape", "vocabulary", "train_prompts", "draft_train_prompts")
         else:
             self._refuse(self.models, "target", "assistant")
             for shape in self.shapes:
-                llama_config(shape, vocab_size=1)
-        if not 0.0 <= self.acceptance <= 1.0:
-            raise ConfigError(f"acceptance must be in [0, 1], got {self.acceptance!r}")
-        if self.train_seconds <= 0:
-            raise ConfigError(f"train_seconds must be positive, got {self.train_seconds!r}")
+                read_shape(shape)
 
     def _refuse(self, kind: str, *names: str) -> None:
         for name in names:
@@ -111,6 +123,7 @@ def open_models(options: ModelOptions, steps: Steps) -> Models:
 
     Raises:
         UnsupportedModelError: A model cannot be loaded.
+        ConfigError: Nothing can be computed on the device or in the dtype, or a model does not fit into its memory.
         PromptSourceError: A file to train on cannot be read.
     """
     if options.models == "given":
@@ -119,16 +132,23 @@ def open_models(options: ModelOptions, steps: Steps) -> Models:
         return Models(pair, None, {"kind": kind, **_sizes(pair)})
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(EMBEDDED_PAIR / "target")
     device = resolve_device(options.device)
+    dtype = _dtype(options, device)
     if options.models == "trained":
-        return _train_pair(options, tokenizer, device, steps)
+        return _train_pair(options, tokenizer, device, dtype, steps)
     vocabulary = options.vocabulary or _SCRIPTED_VOCABULARY
-    pair = Pair(*_random_pair(options, device, _dtype(options, device), vocab_size=vocabulary), tokenizer)
+    if vocabulary < len(tokenizer):
+        raise ConfigError(f"vocabulary must be at least {len(tokenizer)}, the prompts' tokens, got {vocabulary}")
+    pair = Pair(*_random_pair(options, device, dtype, vocab_size=vocabulary), tokenizer)
     about = {"kind": "scripted", "acceptance": options.acceptance, **_sizes(pair)}
     return Models(pair, Script(pair.draft, options.acceptance, options.seed), about)
 
 
 def _train_pair(
-    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, device: torch.device, steps: Steps
+    options: ModelOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    steps: Steps,
 ) -> Models:
     sources = {"target": options.train_prompts, "draft": options.draft_train_prompts or options.train_prompts}
     blocks = {name: pack(load_rows(paths), tokenizer) for name, paths in sources.items()}
@@ -139,7 +159,6 @@ def _train_pair(
         name: train(model, blocks[name], recipe, steps, name)
         for name, model, recipe in zip(("target", "draft"), (target, draft), plans, strict=True)
     }
-    dtype = _dtype(options, device)
     pair = Pair(target.to(dtype), draft.to(dtype), tokenizer)  # type: ignore[arg-type]
     return Models(pair, None, {"kind": "trained", "training": learned, **_sizes(pair)})
 
@@ -148,7 +167,7 @@ def _random_pair(
     options: ModelOptions, device: torch.device, dtype: torch.dtype, **config: Any
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     target, draft = (
-        random_model(llama_config(shape, **config), device, dtype, options.seed + index)
+        random_model(llama_config(shape, **config), device, dtype, (options.seed + index) % SEEDS)
         for index, shape in enumerate(options.shapes)
     )
     return target, draft

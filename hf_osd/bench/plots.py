@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import shown
+from ..demo.output import writing
+from ..errors import InputError
 from .engine import GENERATE, OURS, PLAIN, STOCK
 from .results import read_results
 
@@ -23,9 +26,18 @@ def replot(folder: Path) -> list[Path]:
         `list[Path]`: The PNGs.
 
     Raises:
-        InputError: There is no result in the folder.
+        InputError: There is no result in the folder, or one that cannot be drawn.
+        ConfigError: The folder cannot be written to.
     """
-    return [write_plot(document, path.with_suffix(".png")) for path, document in read_results(folder)]
+    return [_replot(path, document) for path, document in read_results(folder)]
+
+
+def _replot(path: Path, document: dict[str, Any]) -> Path:
+    with writing(path.parent):
+        try:
+            return write_plot(document, path.with_suffix(".png"))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not figures of hf-osd bench {path.stem} ({shown(error)})") from error
 
 
 def write_plot(document: dict[str, Any], path: Path) -> Path:
@@ -34,7 +46,7 @@ def write_plot(document: dict[str, Any], path: Path) -> Path:
 
     figure = Figure(layout="constrained")
     _DRAW[document["suite"]](figure, document["figures"])
-    figure.suptitle(_title(document["about"]), fontsize="small")
+    figure.suptitle(_title(document["about"]), fontsize="small", parse_math=False)
     figure.savefig(path, dpi=150)
     return path
 
@@ -63,7 +75,7 @@ def _bars(axes: "Axes", values: dict[str, float], title: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.tick_params(labelsize="x-small")
-    axes.set_title(title, fontsize="small")
+    axes.set_title(title, fontsize="small", parse_math=False)  # the name of a file may hold a dollar
 
 
 def _draw_engine(figure: "Figure", figures: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..config import reason_of
 from ..errors import InputError
 
 SUITES = ("serving", "engine", "lengths", "promise")
@@ -21,18 +22,18 @@ def write_result(folder: Path, suite: str, about: dict[str, Any], figures: dict[
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{suite}.json"
-    document = {"suite": suite, "about": about, "figures": _rounded(figures)}
+    document = {"suite": suite, "about": about, "figures": rounded(figures)}
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return path
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Keep six significant digits, more than any of them is worth; names of JSON objects become texts."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {str(name): _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(name): rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -59,6 +60,6 @@ def read_result(path: Path) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if document["suite"] == path.stem and document["figures"] and document["about"]:
             return document
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a result of hf-osd bench ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a result of hf-osd bench ({reason_of(error)})") from error
     raise InputError(f"{path}: not a result of hf-osd bench {path.stem}")

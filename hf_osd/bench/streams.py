@@ -52,10 +52,11 @@ def load_prompt_streams(sources: Sequence[str], count: int) -> dict[str, list[Pr
 
 
 def _names(sources: Sequence[str]) -> list[str]:
-    """Name each source by its file; together with the folder where two files have one name."""
+    """Name each source by its file, in what can be printed; together with the folder where two have one name."""
+    sources = [source.encode(errors="backslashreplace").decode() for source in sources]
     names = [Path(source).stem for source in sources]
     if len(set(names)) < len(names):
-        names = ["/".join(Path(source).with_suffix("").parts[-2:]) for source in sources]
+        names = ["/".join((*path.parts[-2:-1], path.stem)) for path in map(Path, sources)]
     return names if len(set(names)) == len(names) else list(sources)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..demo.results import PLAIN
@@ -17,7 +18,7 @@ def print_result(console: Console, suite: str, figures: dict[str, Any]) -> None:
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=escape(title))  # the name of a file may look like markup
     table.add_column(first)
     for column in columns:
         table.add_column(column, justify="right")

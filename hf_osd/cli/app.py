@@ -1,14 +1,18 @@
 """The commands and their options. Each imports what it runs only when it runs, so that `--help` answers at once."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import HfOsdError
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory")  # of torch, which has an error of its own for accelerators alone
 
 app = typer.Typer(
     name="hf-osd",
@@ -17,6 +21,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _folder(name: str | Path) -> Path:
+    """Refuse an empty name, such as an unset variable of the shell: as a path, it would be the current folder."""
+    if not str(name).strip():
+        raise typer.BadParameter("a folder's name is not empty")
+    return Path(name)
+
 
 _Target = Annotated[
     str | None, typer.Option(help="Hub id or folder of the target; the embedded pair if left out.", show_default=False)
@@ -50,7 +62,7 @@ _Budget = Annotated[
         show_default=False,
     ),
 ]
-_Output = Annotated[Path, typer.Option(file_okay=False, help="Folder for the JSON and the plot.")]
+_Output = Annotated[Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for the JSON and the plot.")]
 _Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw a PNG (needs matplotlib).")]
 
 _Suites = Annotated[
@@ -109,15 +121,25 @@ _Compiled = Annotated[
         show_default=False,
     ),
 ]
-_BenchOutput = Annotated[Path, typer.Option(file_okay=False, help="Folder for a JSON and a plot of each suite.")]
+_BenchOutput = Annotated[
+    Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for a JSON and a plot of each suite.")
+]
 _Replot = Annotated[
     Path | None,
-    typer.Option(help="Measure nothing: draw the plots of a folder of results again.", show_default=False),
+    typer.Option(
+        parser=_folder,
+        metavar="FOLDER",
+        help="Measure nothing: draw the plots of a folder of results again.",
+        show_default=False,
+    ),
 ]
 
 
 def main() -> None:
     """Run `hf-osd`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names of files need not fit into the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -213,9 +235,19 @@ def bench(
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Say what is wrong in one line, and exit with 2."""
+    """Say in one line what is wrong, and exit with 2; with 130 where the user ends the run."""
     try:
         yield
-    except HfOsdError as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(code=2) from error
+    except (HfOsdError, OSError, MemoryError) as error:  # of the options, or of the machine: a disk that is full
+        raise _exit(f"Error: {error}", 2) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise
+        raise _exit(f"Error: {error}", 2) from error
+    except KeyboardInterrupt as error:
+        raise _exit("Interrupted.", 130) from error
+
+
+def _exit(line: str, code: int) -> typer.Exit:
+    typer.secho(" ".join(line.split()), fg="red", err=True)
+    return typer.Exit(code=code)

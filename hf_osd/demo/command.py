@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..config import check_fields
 from .display import open_display
 from .environment import quiet
 from .models import Pair, load_pair
+from .options import NAME, OPTIONS
+from .output import try_output, writing
 from .plot import require_matplotlib, write_plot
 from .prompts import load_prompts
 from .report import print_report, run_paths, write_json
@@ -27,6 +30,9 @@ _EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of th
 class DemoCommand:
     """
     Options of `hf-osd demo`; its help explains each.
+
+    Raises:
+        ConfigError: A value is out of its range.
 
     Example:
 
@@ -51,6 +57,10 @@ class DemoCommand:
     output: Path = Path("runs")
     plot: bool = True
 
+    def __post_init__(self) -> None:
+        check_fields(self, OPTIONS | {"prompts": NAME})
+        self._settings()  # checks the rest
+
     def run(self, console: Console | None = None) -> bool:
         """
         Run the demo, print what it finds, and write its files.
@@ -60,11 +70,14 @@ class DemoCommand:
 
         Returns:
             `bool`: Whether every greedy output was the target's own.
+
+        Raises:
+            HfOsdError: The run cannot start, or its files cannot be written, after the figures were printed.
         """
         console, started = console or Console(), perf_counter()
-        settings = self._settings()
         if self.plot:
             require_matplotlib()
+        try_output(self.output)
         _set_threads(self.threads or (_EMBEDDED_THREADS if self._is_embedded else None))
         with quiet(), console.status("Loading prompts and models ..."):
             prompts = load_prompts(self.prompts, self.requests + 1)
@@ -72,9 +85,13 @@ class DemoCommand:
         requests = min(self.requests, len(prompts))
         console.print(self._headline(pair, requests), soft_wrap=True)
         with quiet(), open_display(console, requests) as display:
-            result = run_demo(pair, prompts, settings, display, started)
-        print_report(console, result, sample=self.sample)
-        self._write(console, result, pair)
+            result = run_demo(pair, prompts, self._settings(), display, started)
+        try:
+            written = self._write(result, pair)
+        finally:  # the figures are worth more than their files, and the files more than a terminal that has gone
+            print_report(console, result, sample=self.sample)
+        for line in written:
+            console.print(line, soft_wrap=True, markup=False)
         return not result.mismatches
 
     @property
@@ -100,13 +117,14 @@ class DemoCommand:
             f"{self.max_new_tokens} tokens, an update every {self.update_every}"
         )
 
-    def _write(self, console: Console, result: DemoResult, pair: Pair) -> None:
-        json_path, png_path = run_paths(self.output)
-        write_json(result, self._about(pair), json_path)
-        console.print(f"Figures: {json_path}", soft_wrap=True)
-        if self.plot:
+    def _write(self, result: DemoResult, pair: Pair) -> list[str]:
+        with writing(self.output):
+            json_path, png_path = run_paths(self.output)
+            write_json(result, self._about(pair), json_path)
+            if not self.plot:
+                return [f"Figures: {json_path}"]
             write_plot(result, png_path)
-            console.print(f"Plot:    {png_path}", soft_wrap=True)
+            return [f"Figures: {json_path}", f"Plot:    {png_path}"]
 
     def _about(self, pair: Pair) -> dict[str, Any]:
         return {

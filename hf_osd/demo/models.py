@@ -1,13 +1,16 @@
 """The models of a run, and prompts turned into their inputs."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import reason_of, shown
+from ..drafts.compatibility import check_pair
 from ..errors import ConfigError, InputError, UnsupportedModelError
 from .prompts import Prompt
 
@@ -28,7 +31,7 @@ class Pair:
 
 def load_pair(target: str | None, assistant: str | None, device: str = "auto", dtype: str = "auto") -> Pair:
     """
-    Load a target and its draft.
+    Load a target and its draft, and let transformers decode a few tokens with them.
 
     Args:
         target (`str`, *optional*): Hub id or folder; with `assistant` left out too, the embedded pair is loaded.
@@ -38,26 +41,33 @@ def load_pair(target: str | None, assistant: str | None, device: str = "auto", d
             A torch dtype by name. `"auto"` is that of the checkpoint, but float32 on the CPU, where bf16 is slow.
 
     Raises:
-        ConfigError: Only one of the two models is given, or the device or dtype has no meaning.
-        UnsupportedModelError: A model cannot be loaded.
+        ConfigError: Only one of the two models is given, or nothing can be computed on the device or in the dtype.
+        UnsupportedModelError: A model cannot be loaded, the two do not fit, or transformers itself cannot decode with
+            them.
     """
     if (target is None) != (assistant is None):
         raise ConfigError("target and assistant are a pair: give both, or neither for the embedded pair")
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
     names = (target or str(EMBEDDED_PAIR / "target"), assistant or str(EMBEDDED_PAIR / "draft"))
-    models = [_load(AutoModelForCausalLM, name, dtype=kind).to(where).eval() for name in names]
-    return Pair(target=models[0], draft=models[1], tokenizer=_load(AutoTokenizer, names[0]))
+    models = [_load(name, lambda name: _load_model(name, where, kind)) for name in names]
+    pair = Pair(models[0], models[1], _load(names[0], AutoTokenizer.from_pretrained))
+    check_pair(pair.target, pair.draft)
+    _try_target(names[0], pair.target)
+    _try_decoding(pair)
+    return pair
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; `"auto"` is the accelerator where there is one, else the CPU."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {name!r}") from error
+        found = torch.accelerator.current_accelerator(check_available=True) if name == "auto" else torch.device(name)
+        return _try_computing(found or torch.device("cpu"), torch.float32)
+    except Exception as error:  # each backend that is not there fails in its own way
+        raise ConfigError(
+            f"device must be a torch device that computes here, such as 'cpu' or 'cuda:0', got {shown(name)}: "
+            f"{reason_of(error)}"
+        ) from error
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
@@ -66,16 +76,69 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
         return torch.float32 if device.type == "cpu" else "auto"
     kind = getattr(torch, name, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ConfigError(f"dtype must be 'auto' or a floating torch dtype such as 'bfloat16', got {name!r}")
+        raise ConfigError(f"dtype must be 'auto' or a floating torch dtype such as 'bfloat16', got {shown(name)}")
+    try:
+        _try_computing(device, kind)
+    except Exception as error:  # some dtypes are for storage, or for other devices
+        raise ConfigError(f"dtype must be one that {device} computes in, got {name!r}: {reason_of(error)}") from error
     return kind
 
 
-def _load(factory: Any, name: str, **options: Any) -> Any:
+def _try_computing(device: torch.device, dtype: torch.dtype) -> torch.device:
+    """Multiply two small matrices, read the result, and return where it was."""
+    ones = torch.ones(2, 2, device=device, dtype=dtype)
+    (ones @ ones).softmax(-1).sum().item()
+    return ones.device
+
+
+def _load(name: str, load: Callable[[str], Any]) -> Any:
     try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UnsupportedModelError(f"cannot load {name!r}: {reason}") from error
+        return load(name)
+    except Exception as error:  # whatever a folder holds: broken weights alone raise five types
+        why = reason_of(error)
+        raise UnsupportedModelError(f"cannot load {shown(name)}, as a folder or from the Hub: {why}") from error
+
+
+def _load_model(name: str, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": False}  # by default it would ask, in the middle of the run
+    config = AutoConfig.from_pretrained(name, **options)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(config).__name__} is of an encoder-decoder model; use a decoder-only one")
+    factory: Any = AutoModelForCausalLM
+    model, found = factory.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
+        raise ValueError(f"weights of {type(model).__name__} are missing, such as {missing[0]}")
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
+
+
+@torch.no_grad()
+def _try_target(name: str, target: PreTrainedModel) -> None:
+    """Refuse a model whose logits depend on what comes later: it says nothing about the next token."""
+    texts = torch.tensor([[[0, 1, 2]], [[0, 3, 4]]], device=target.device)  # two of shape (1, 3)
+    try:
+        one, other = (target(text).logits[0, 0].float() for text in texts)
+    except Exception as error:  # modelling code of whatever family
+        raise UnsupportedModelError(f"{shown(name)} does not run: {reason_of(error)}") from error
+    if one.isnan().any():
+        raise UnsupportedModelError(f"{shown(name)} computes no numbers in {target.dtype}, but NaN")
+    if not torch.allclose(one, other, atol=1e-3 * one.abs().max().item()):
+        raise UnsupportedModelError(f"{shown(name)} is no causal language model: its logits depend on later tokens")
+
+
+def _try_decoding(pair: Pair) -> None:
+    """Let transformers decode, plainly and with the draft: a run compares with both."""
+    ids = torch.arange(3, device=pair.target.device)[None]  # (1, 3)
+    draft = copy.copy(pair.draft)  # transformers keeps the state of its schedule in the draft's generation config
+    draft.generation_config = copy.deepcopy(pair.draft.generation_config)
+    target: Any = pair.target
+    for helper in ({}, {"assistant_model": draft}):
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, **generate_options(pair, 2), **helper}
+        try:
+            target.generate(ids, **options)
+        except Exception as error:
+            how = "with that draft" if helper else "plainly"
+            raise UnsupportedModelError(f"transformers cannot decode {how} here: {reason_of(error)}") from error
 
 
 def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -> list[Inputs]:
@@ -86,13 +149,29 @@ def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -
     stop at different lengths could not be compared.
 
     Raises:
-        InputError: No prompt fits.
+        InputError: No prompt fits, or the tokenizer or its template refuses one.
+        UnsupportedModelError: The tokenizer has tokens that a model does not know.
     """
-    room = context_of(pair) - max_new_tokens
-    encoded = [_to_device(_encode(pair.tokenizer, prompt), pair.target.device) for prompt in prompts]
-    if fitting := [inputs for inputs in encoded if 0 < inputs["input_ids"].shape[1] <= room]:
-        return fitting
-    raise InputError(f"none of {len(encoded)} prompts fits into the context with max_new_tokens={max_new_tokens}")
+    context = context_of(pair)
+    if max_new_tokens >= context:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens"
+        )
+    encoded = [_encode(pair, prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    fitting = [inputs for inputs in encoded if 0 < inputs["input_ids"].shape[1] <= context - max_new_tokens]
+    if not fitting:
+        raise InputError(f"none of {len(encoded)} prompts fits into the context with max_new_tokens={max_new_tokens}")
+    _check_vocabulary(pair, max(int(inputs["input_ids"].max()) for inputs in fitting))
+    return fitting
+
+
+def _check_vocabulary(pair: Pair, largest: int) -> None:
+    """Refuse a tokenizer of another model: a token without an embedding would end the run."""
+    for role, model in (("target", pair.target), ("draft", pair.draft)):
+        if largest >= (known := model.config.get_text_config(decoder=True).vocab_size):
+            raise UnsupportedModelError(
+                f"the target's tokenizer has a token {largest}, the {role} knows {known} tokens"
+            )
 
 
 def context_of(pair: Pair) -> int:
@@ -101,19 +180,29 @@ def context_of(pair: Pair) -> int:
 
 
 def _lengths(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    return positions if positions > 0 else 2**31  # some families write -1 for no limit
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> Any:
+def _encode(pair: Pair, prompt: Prompt, number: int) -> Inputs:
+    try:
+        ids = _token_ids(pair.tokenizer, prompt)
+    except Exception as error:  # a chat template is a program of whoever made the checkpoint
+        raise InputError(f"prompt {number} cannot be encoded: {reason_of(error)}") from error
+    return {"input_ids": ids.to(pair.target.device), "attention_mask": torch.ones_like(ids).to(pair.target.device)}
+
+
+def _token_ids(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+    """Encode one prompt, `(1, prompt)`."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
-    return tokenizer(text, return_tensors="pt")
-
-
-def _to_device(encoding: Any, device: torch.device) -> Inputs:
-    return {name: encoding[name].to(device) for name in ("input_ids", "attention_mask")}
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        encoding = tokenizer.apply_chat_template(chat, **options)
+    else:
+        text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
+        encoding = tokenizer(text, return_tensors="pt")
+    ids: torch.Tensor = encoding["input_ids"]
+    return ids
 
 
 def generate_options(pair: Pair, max_new_tokens: int, *, sample: bool = False) -> dict[str, Any]:

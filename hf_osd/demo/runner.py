@@ -7,14 +7,22 @@ from typing import Any, Protocol
 
 import torch
 
-from ..config import OnlineConfig
-from ..errors import ConfigError
+from ..config import FLAG, OnlineConfig, check_fields, integer, optional
 from .contenders import Contender, open_contenders
 from .models import Inputs, Pair, encode_prompts, generate_options
+from .options import OPTIONS, SECONDS, SEEDS
 from .prompts import Prompt
 from .results import PLAIN, DemoResult, Difference, Round
 
 NEAR_TIE = 1e-4
+_RULES = {
+    "requests": OPTIONS["requests"],
+    "max_new_tokens": OPTIONS["max_new_tokens"],
+    "draft_length": integer(1, 1024),
+    "sample": FLAG,
+    "seed": OPTIONS["seed"],
+    "budget_seconds": optional(SECONDS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +52,8 @@ class DemoSettings:
     budget_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("requests", "max_new_tokens", "draft_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.budget_seconds is not None and self.budget_seconds <= 0:
-            raise ConfigError(f"budget_seconds must be positive, got {self.budget_seconds!r}")
-        self.online_config()  # validates the rest
+        check_fields(self, _RULES)
+        self.online_config()  # checks the rest
 
     def online_config(self) -> OnlineConfig:
         """Return the settings of the online contender."""
@@ -114,7 +118,7 @@ def _play(
     turn = index % len(contenders)
     outputs, measures = {}, {}
     for contender in (*contenders[turn:], *contenders[:turn]):
-        torch.manual_seed(settings.seed + index)
+        torch.manual_seed((settings.seed + index) % SEEDS)
         outputs[contender.name], measures[contender.name] = contender.answer(request, **options)
     if settings.sample:
         return Round(measures)
