@@ -1,44 +1,61 @@
 """The draft's live weights: read by many rounds at once, swapped in place between them."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import LearningError
+
+# Seconds that an update which waits for readers keeps new ones out and then lets them in, in turns: a reader may wait
+# for a new one, where it runs code of the user's that makes another request. A proposal takes less than the longest.
+_TURNS = (1.0, 2.0, 4.0)
+
 
 class LiveWeights:
     """
     Guards a model's weights: any number of readers, or one writer.
 
-    Used as a context manager it is the reader's side, held for one proposal at a time. A waiting writer goes before
-    new readers, so that a busy server cannot put an update off for ever.
+    Used as a context manager it is the reader's side, held for one proposal at a time, and again by the same thread
+    within. An update that waits goes before new readers, so that a busy server does not put it off; but readers are
+    never kept out for ever, whatever those inside are waiting for, and the update gives up in the end.
 
     Args:
         model (`PreTrainedModel`): The live draft.
+        frozen (`Collection[str]`, *optional*): Parameters that are never written to: the target uses them as well.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, frozen: Collection[str] = ()) -> None:
         self._model = model
+        self._frozen = frozenset(frozen)
         self._condition = threading.Condition()
+        self._here = threading.local()
         self._readers = 0
-        self._writers_waiting = 0
+        self._writers_first = 0  # updates that keep new readers out at this moment
+
+    @property
+    def _depth(self) -> int:
+        """How often this thread reads at this moment."""
+        return getattr(self._here, "depth", 0)
 
     def __enter__(self) -> "LiveWeights":
         with self._condition:
-            while self._writers_waiting:
+            while self._writers_first and not self._depth:
                 self._condition.wait()
             self._readers += 1
+            self._here.depth = self._depth + 1
         return self
 
     def __exit__(self, *error: object) -> None:
         with self._condition:
             self._readers -= 1
+            self._here.depth -= 1
             self._condition.notify_all()
 
-    @torch.no_grad()
+    @torch.inference_mode()  # tensors that were made in it can be written to nowhere else
     def publish(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """
         Copy new values into the parameters, in place: no round sees half an update, and captured graphs stay valid.
@@ -48,18 +65,39 @@ class LiveWeights:
 
         Raises:
             KeyError: A name is not a parameter of the model.
+            LearningError: A parameter is one of `frozen`, or a reader has not left for many seconds. Nothing is
+                changed.
         """
+        borrowed = sorted(self._frozen & parameters.keys())
+        if borrowed:
+            raise LearningError(f"{borrowed[0]} is shared with the target, which must not change")
         live = dict(self._model.named_parameters())
         pairs = [(live[name], value) for name, value in parameters.items()]
         with self._condition:
-            self._writers_waiting += 1
-            try:  # an interrupt while waiting must not lock the readers out
-                self._condition.wait_for(lambda: self._readers == 0)
-                for parameter, value in pairs:
-                    parameter.copy_(value)
-            finally:
-                self._writers_waiting -= 1
-                self._condition.notify_all()
+            self._wait_for_readers()
+            for parameter, value in pairs:
+                parameter.copy_(value)
+
+    def _wait_for_readers(self) -> None:
+        if not self._depth:  # else it would wait for itself
+            for turn in _TURNS:
+                if self._wait_first(turn) or self._condition.wait_for(self._is_free, turn):
+                    return
+        raise LearningError(
+            "the new weights of the draft could not go live: a proposal has been going on for too long. Does a logits "
+            "processor wait for another request?"
+        )
+
+    def _wait_first(self, seconds: float) -> bool:
+        self._writers_first += 1
+        try:  # an interrupt while waiting must not lock the readers out
+            return self._condition.wait_for(self._is_free, seconds)
+        finally:
+            self._writers_first -= 1
+            self._condition.notify_all()
+
+    def _is_free(self) -> bool:
+        return self._readers == 0
 
 
 _eval_lock = threading.Lock()
