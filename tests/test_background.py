@@ -1,17 +1,25 @@
 """The thread of a learner: when it starts, who waits for it, and how it ends."""
 
 import gc
+import logging
+import os
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served import Live, learner_of, request
 
 from hf_osd.errors import ClosedError, LearningError
+from hf_osd.learning.judge import Judge
+from hf_osd.learning.streams import TrainingStream
+from hf_osd.learning.student import Student
+from hf_osd.learning.supervisor import Supervisor
 from hf_osd.records import Observation
 
 
@@ -157,3 +165,148 @@ def test_concurrent_requests() -> None:
     assert not errors
     assert 4 <= learner.updates == len(live.published) <= 12
     learner.close()
+
+
+def within(seconds: float, function: Any) -> None:
+    """Fail where somebody waits for ever."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "somebody waits for ever"
+
+
+def raises_once(error: BaseException, then: Any) -> Any:
+    left = [error]
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if left:
+            raise left.pop()
+        return then(*args, **kwargs)
+
+    return function
+
+
+ENDS = [
+    (Judge, "scores", SystemExit(3)),
+    (Student, "__init__", SystemExit(3)),
+    (Supervisor, "begin_update", SystemExit(3)),
+    (Supervisor, "finish_update", SystemExit(3)),
+    (Supervisor, "finish_update", KeyboardInterrupt()),
+    (Supervisor, "finish_update", GeneratorExit()),
+]
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["inline", "background"])
+@pytest.mark.parametrize(("kind", "name", "error"), ENDS, ids=repr)
+def test_an_error_that_is_no_exception(
+    kind: type,
+    name: str,
+    error: BaseException,
+    background: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Catches a thread that dies of `sys.exit` in silence, and all those who wait for it from then on."""
+    live = Live()
+    learner = learner_of(live, update_every=1, background=background, duty_cycle=1.0, steps_per_update=1)
+    monkeypatch.setattr(kind, name, raises_once(error, getattr(kind, name)))
+    with caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
+        within(60.0, lambda: learner.observe(request(live.draft, 0)))
+        deadline = time.perf_counter() + 60.0
+        while not learner.failures and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        assert learner.failures == 1
+        within(60.0, lambda: learner.observe(request(live.draft, 1)))
+        within(60.0, learner.update)
+    assert caplog.text.count("An update of the draft failed") == 1
+    within(60.0, lambda: learner.save(tmp_path))
+    within(60.0, learner.close)
+    assert (learner.failures, learner.updates > 0) == (1, True)
+
+
+def test_update_says_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an `update()` that comes back as if all were well, or ends the program that asked for it."""
+    live = Live()
+    learner = learner_of(live, update_every=100)
+    learner.observe(request(live.draft, 0))
+    monkeypatch.setattr(Supervisor, "finish_update", raises_once(SystemExit(3), Supervisor.finish_update))
+    with pytest.raises(LearningError, match=r"SystemExit\(3\)"):
+        learner.update()
+    learner.update()
+    assert (learner.failures, learner.updates) == (1, 1)
+    learner.close()
+
+
+def test_a_device_that_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches requests that wait for ever, and a thread that spins, where nothing can be computed any more."""
+    calls = []
+
+    @contextmanager
+    def broken(stream: TrainingStream) -> Any:
+        calls.append(1)
+        raise RuntimeError("an illegal memory access was encountered")
+        yield
+
+    monkeypatch.setattr(TrainingStream, "training", broken)
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    within(20.0, lambda: learner.observe(request(live.draft, 0)))
+    within(20.0, lambda: learner.observe(request(live.draft, 1)))
+    time.sleep(0.2)
+    assert len(calls) == learner.failures == 2
+    with pytest.raises(LearningError):
+        learner.update()
+    within(20.0, learner.close)
+
+
+def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a request that fails because learning gets no thread, as at interpreter exit, or waits for it."""
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    observation = request(live.draft, 0)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
+        patch.setattr(threading.Thread, "start", raises_once(RuntimeError("can't start new thread"), None))
+        learner.observe(observation)
+    assert "Learning has ended" in caplog.text
+    within(20.0, lambda: learner.observe(observation))
+    within(20.0, learner.close)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_was_forked_off_learns_on(tmp_path: Path) -> None:
+    """Catches a worker process in which the first request waits for a thread that only its parent has."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
+        "from test_background import *\n"
+        "live = Live()\n"
+        "learner = learner_of(live, update_every=1, steps_per_update=1)\n"
+        "learner.observe(request(live.draft, 0))\n"
+        "if os.fork() == 0:\n"
+        "    learner.observe(request(live.draft, 1))\n"
+        "    os._exit(learner.updates)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]), learner.updates)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
+    assert (done.returncode, done.stdout) == (0, "2 1\n"), done.stderr
+
+
+def test_a_script_exits_while_updates_end_in_the_wrong_way(tmp_path: Path) -> None:
+    """Catches a thread that goes on when the interpreter wants to leave, since nothing ends it any more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
+        "from test_background import *\n"
+        "logging.disable(logging.CRITICAL)\n"
+        "def leave(*_): sys.exit(3)\n"
+        "Supervisor.finish_update = leave\n"
+        "live = Live()\n"
+        "learner = learner_of(live, update_every=1, background=True, steps_per_update=1)\n"
+        "for number in range(3): learner.observe(request(live.draft, number))\n"
+        "time.sleep(0.5)\n"
+        "print('end')\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

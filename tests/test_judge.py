@@ -13,7 +13,7 @@ from torch import nn
 from traffic import recorded
 from transformers import PreTrainedModel
 
-from hf_osd.learning import judge as judge_module
+from hf_osd.learning.forwards import Reader
 from hf_osd.learning.judge import PROPOSAL_LENGTH, Judge, Score, acceptance, accepted_run
 from hf_osd.records import Observation
 
@@ -171,7 +171,8 @@ def test_a_draft_that_returns_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     target = tiny_model(seed=1)
     draft = wrong_draft(target, "noisy")
     requests = requests_of(target, *MIXED)
-    monkeypatch.setattr(judge_module, "forward_parameters", lambda model: {"position_ids"})
+    reader = replace(Reader.of(draft), parameters=frozenset({"position_ids"}))
+    monkeypatch.setattr(Reader, "of", lambda *_: reader)
     found = Judge(draft, MAX_LENGTH, 3).scores({}, requests)
     assert_equal(found, [by_definition(draft, request) for request in requests])
 

@@ -74,14 +74,14 @@ def test_an_update_sees_the_requests_that_made_it_due() -> None:
     """Catches a batch that was drawn before them: the first buffer holds one request, the second another."""
     live = Live()
     learner = learner_of(live, update_every=1, replay_size=1)
-    seen: list[set[int]] = []
+    seen: list[list[list[int]]] = []
     learner.observe(request(live.draft, 0))
     stream = learner._loop._trainer.callback_handler.train_dataloader.dataset  # type: ignore[union-attr]
     sample = stream.sample
 
     def spy(size: int) -> list[Observation]:
         drawn = sample(size)
-        seen.append({id(o) for o in drawn})
+        seen.append([o.prompt_ids.tolist() for o in drawn])
         return drawn
 
     stream.sample = spy
@@ -89,7 +89,7 @@ def test_an_update_sees_the_requests_that_made_it_due() -> None:
         seen.clear()
         observation = request(live.draft, number)
         learner.observe(observation)
-        assert seen == [{id(observation)}] * OnlineConfig().steps_per_update
+        assert seen == [[observation.prompt_ids.tolist()]] * OnlineConfig().steps_per_update
     learner.close()
 
 

@@ -1,22 +1,30 @@
 """Turns observed requests into new weights of the draft; `loop.py` has the thread that does it."""
 
+import logging
+import threading
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from inspect import ismethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
+from .adapters import check_adapter
 from .journal import Journal
 from .loop import Publish, TrainingLoop, import_distillation
 from .resuming import keep_on_disk, load, save
+from .sharing import has_own_weights
 from .student import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineLearner:
@@ -41,33 +49,50 @@ class OnlineLearner:
             a lock that `publish` takes.
         target ([`~transformers.PreTrainedModel`], *optional*):
             The live target, which `config.full_teacher` and `config.lmbda` run.
+        frozen (`Collection[str]`, *optional*):
+            Parameters of the draft that are never trained and never published: those that it shares with the target,
+            of [`~hf_osd.learning.sharing.shared_with`].
+        vocab_size (`int`, *optional*):
+            Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
 
     Raises:
-        ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
+        ConfigError: `config.training_arguments` names an unknown argument or has a bad value, or an adapter cannot be
+            trained.
         LearningError: `config.full_teacher` or `config.lmbda` without a target.
     """
 
+    @torch.inference_mode(False)  # whoever calls may be in it, and what is made here is trained
     def __init__(
         self,
         draft: "PreTrainedModel",
         config: OnlineConfig,
         publish: Publish,
         target: "PreTrainedModel | None" = None,
+        *,
+        frozen: Collection[str] = (),
+        vocab_size: int | None = None,
     ) -> None:
         if config.needs_target and target is None:
             raise LearningError("full_teacher and lmbda need the target, got None")
-        if config.background and config.learn:  # seconds, in which requests would hardly get on
+        self.learns = config.learn and has_own_weights(draft, frozen)
+        if config.learn and frozen:
+            _tell(frozen, self.learns)
+        if config.background and self.learns:  # seconds, in which requests would hardly get on
             import_distillation()
         if config.training_arguments:  # TRL is imported this early only where there is something to check
             import_distillation().training_arguments(config, draft.device)
         student = None
-        if config.peft_config is not None and config.learn:  # what does not fit is refused now
-            student = Student(draft, config.peft_config, config.seed)
+        if config.peft_config is not None and self.learns:  # what does not fit is refused now
+            student = Student(draft, config.peft_config, config.seed, frozen)
+        if hasattr(draft, "peft_config") and self.learns:
+            check_adapter(draft)
         # The thread must keep neither the learner nor the owner of `publish` alive: dropping both stops it.
         self._publish = publish
         self._draft = draft
-        self._loop = TrainingLoop(draft, config, _weak(publish), target if config.needs_target else None, student)
-        if config.state_dir is not None and config.learn:
+        self._here = threading.local()
+        teacher = target if config.needs_target else None
+        self._loop = TrainingLoop(draft, config, _weak(publish), teacher, student, frozen, vocab_size)
+        if config.state_dir is not None and self.learns:
             keep_on_disk(self._loop, draft)
         self._stop = weakref.finalize(self, self._loop.stop)  # also at interpreter exit
 
@@ -116,19 +141,34 @@ class OnlineLearner:
         """Whether there is anything to go on from: of requests, of a state directory, or loaded."""
         return self._loop.has_requests
 
-    def serving(self) -> AbstractContextManager[None]:
-        """Mark a request as in flight: background learning keeps to its `config.duty_cycle` meanwhile."""
-        return self._loop.duty.serving()
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Mark a request of this thread as in flight: background learning keeps to `config.duty_cycle` meanwhile."""
+        with self._loop.duty.serving():
+            self._here.requests = self._requests_here + 1
+            try:
+                yield
+            finally:
+                self._here.requests -= 1
+
+    @property
+    def _requests_here(self) -> int:
+        """Requests of this thread that are in flight: one may make another, in a logits processor or a streamer."""
+        return getattr(self._here, "requests", 0)
 
     def observe(self, observation: Observation) -> None:
         """
         Record one request, and update the draft if that makes an update due. Never raises because learning failed.
 
+        A request that was made inside another one of the same thread does not wait for its update, which may have to
+        wait for the other; that one waits for both in the end.
+
         Args:
-            observation (`Observation`): The request. Ignored after `close`, and where it has no output.
+            observation (`Observation`): The request. Ignored after `close`, where it has no output, and where the
+                draft has nothing to train.
         """
-        number = self._loop.record(observation)
-        if number is not None and not self._loop.config.background:
+        number = self._loop.record(observation) if self.learns else None
+        if number is not None and not self._loop.config.background and not self._requests_here:
             self._loop.wait_until_handled(number)
 
     def update(self) -> None:
@@ -137,15 +177,23 @@ class OnlineLearner:
 
         Raises:
             ClosedError: The learner is closed.
-            LearningError: Nothing has been recorded yet, or the update failed.
+            LearningError: Nothing has been recorded yet, the update failed, all parameters are shared with the target,
+                or this thread is in the middle of a request.
         """
         if self._loop.stopped:
             raise ClosedError("update() after close()")
+        if self._requests_here:
+            raise LearningError(
+                "update() inside a request (by its logits processor, stopping criterion or streamer) would wait for "
+                "that request: call it once generate has returned"
+            )
+        if not self.learns and self._loop.config.learn:
+            raise LearningError("the draft has nothing to train: it shares all parameters with the target")
         if not self._loop.has_requests:
             raise LearningError("update() needs at least one recorded request to learn from")
         error = self._loop.wait_until_finished(self._loop.ask())
         if error is not None:
-            raise LearningError(f"the update failed: {error}") from error
+            raise LearningError(f"the update failed: {_reason(error)}") from error
 
     def close(self) -> None:
         """Stop the thread after the step in progress. Idempotent; the state can still be saved."""
@@ -166,6 +214,7 @@ class OnlineLearner:
         """
         save(self._loop, Path(directory))
 
+    @torch.inference_mode(False)
     def load(self, directory: Path) -> None:
         """
         Go on from a saved state: the same requests then give the same weights as without the restart.
@@ -178,6 +227,17 @@ class OnlineLearner:
                 for an update.
         """
         load(self._loop, self._draft, Path(directory))
+
+
+def _tell(frozen: Collection[str], learns: bool) -> None:
+    if not learns:
+        logger.warning("The draft serves but does not learn: it shares all its parameters with the target.")
+    else:
+        logger.info("The draft shares %s with the target, which learning leaves alone.", ", ".join(sorted(frozen)))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, Exception) and str(error) else repr(error)
 
 
 def _weak(function: Publish) -> Callable[[], Publish | None]:

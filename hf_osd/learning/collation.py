@@ -5,9 +5,15 @@ import torch
 from ..records import Observation
 
 
-def teaches(observation: Observation, positions: str) -> bool:
+def teaches(observation: Observation, positions: str, known: int | None = None) -> bool:
     """Whether a request has any of the `positions` to learn from; see [`ObservationCollator`]."""
-    return positions == "all" or bool(observation.rejected.any())
+    chosen = observation.rejected if positions == "rejected" else torch.ones_like(observation.rejected)
+    return bool((chosen & _is_known(observation.teacher_ids, known)).any())
+
+
+def _is_known(teacher_ids: torch.Tensor, known: int | None) -> torch.Tensor:
+    """Where a teacher names any token that the draft knows; of shape `(...)`, given `(..., k)`."""
+    return (teacher_ids < known).any(-1) if known is not None else torch.ones_like(teacher_ids[..., 0]).bool()
 
 
 class ObservationCollator:
@@ -17,6 +23,8 @@ class ObservationCollator:
     Args:
         max_length (`int`): Tokens of a request, its end, that are kept.
         positions (`str`): `"all"` positions that the target verified, or the `"rejected"` ones.
+        known (`int`, *optional*): Tokens that the draft knows. Where the teacher names none of them, there is nothing
+            to learn. Defaults to counting every position.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `position_ids` of shape `(batch, time)`;
@@ -24,9 +32,10 @@ class ObservationCollator:
         of shape `(batch, verified)`: what the last `verified` inputs have to predict, and where that counts.
     """
 
-    def __init__(self, max_length: int, positions: str) -> None:
+    def __init__(self, max_length: int, positions: str, known: int | None = None) -> None:
         self.max_length = max_length
         self.positions = positions
+        self.known = known
 
     def __call__(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
         """Pad a batch; see the class."""
@@ -41,6 +50,7 @@ class ObservationCollator:
         batch["learn_mask"] = torch.zeros(size, width, dtype=torch.bool)
         for row, (observation, count) in enumerate(zip(observations, verified, strict=True)):
             self._fill_teacher(batch, row, observation, count, k)
+        batch["learn_mask"] &= _is_known(batch["teacher_ids"], self.known)
         return batch
 
     def _inputs(self, observation: Observation) -> torch.Tensor:

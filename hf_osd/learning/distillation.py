@@ -28,7 +28,7 @@ from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .collation import ObservationCollator
-from .forwards import forward_parameters, longest_request, verified_logits
+from .forwards import Reader, longest_request
 from .isolation import global_seed_untouched
 from .losses import student_outcomes, teacher_outcomes, token_loss
 from .on_policy import OnPolicySource
@@ -180,6 +180,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             and `config.lmbda` over what the draft writes. It is read only: neither moved, wrapped nor prepared.
         bf16 (`bool`, defaults to `False`):
             Whether to run the forward pass under bfloat16 autocast.
+        vocab_size (`int`, *optional*):
+            Tokens of the target, where the draft has more; it proposes no others.
 
     Raises:
         ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
@@ -193,17 +195,17 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         callback: OnlineUpdateCallback,
         target: PreTrainedModel | None = None,
         bf16: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
         length = longest_request(model, config.max_length)
-        # Asked before TRL replaces `model.forward`.
-        self._forward_parameters = forward_parameters(model)
+        self._reader = Reader.of(model, vocab_size)  # TRL replaces `model.forward`
         with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer), _adapted_output_allowed(model):
             super().__init__(
                 model=model,
                 teacher_model=_NoTeacher(model.config),
                 args=arguments,
-                data_collator=ObservationCollator(length, config.positions),
+                data_collator=ObservationCollator(length, config.positions, self._reader.known),
                 train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # required; get_train_dataloader has the data
                 processing_class=_placeholder_tokenizer(),
                 callbacks=[callback],
@@ -278,7 +280,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             `(batch, verified, vocab)`.
         """
         mask = inputs["learn_mask"]
-        logits = verified_logits(model, inputs, self._forward_parameters)
+        logits = self._reader.logits(model, inputs)
         student = logits[mask].float()
         divergence = self._divergence(student, inputs)
         loss = divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
@@ -303,10 +305,9 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         assert self.target is not None
         device = self.target.device
         inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        parameters = forward_parameters(self.target)
         # Serving holds no autocast, and the teacher has to be the model that serves.
         with torch.autocast(self.target.device.type, enabled=False):
-            return verified_logits(self.target, inputs, parameters)
+            return Reader.of(self.target).logits(self.target, inputs)
 
     def take_mean_loss(self) -> float:
         """Mean loss since the last call; `nan` where no step was taken."""

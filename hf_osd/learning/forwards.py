@@ -1,48 +1,81 @@
 """The forward pass of a batch of recorded requests, for training and for judging alike."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def forward_parameters(model: nn.Module) -> set[str]:
-    """Return what a model's forward takes; to be asked for before anybody replaces that method."""
-    unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
-    return set(inspect.signature((unwrap() if callable(unwrap) else model).forward).parameters)
-
-
-def forward_options(inputs: dict[str, torch.Tensor], parameters: set[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Reader:
     """
-    Return the arguments of a forward pass over a batch.
+    How a model reads recorded requests. To be made before anybody replaces its `forward`.
 
-    Args:
-        inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
-        parameters (`set[str]`): What the model's forward takes.
+    Draft and target may know different tokens: vocabularies are padded to round sizes. As in serving, a model reads
+    its last token in the place of one that it does not know, and proposes none that the other does not know.
+
+    Attributes:
+        parameters (`frozenset[str]`): What the model's forward takes.
+        known (`int`): Tokens that it can read.
+        proposed (`int`, *optional*): Tokens that it may propose, the first ones; `None` for all that it has.
     """
-    options: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    if "position_ids" in parameters:  # models without it count from the attention mask
-        options["position_ids"] = inputs["position_ids"]
-    if "logits_to_keep" in parameters:
-        options["logits_to_keep"] = inputs["learn_mask"].shape[1]
-    return {**options, "use_cache": False}
+
+    parameters: frozenset[str]
+    known: int
+    proposed: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, proposed: int | None = None) -> "Reader":
+        """Return the reader of a model."""
+        unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
+        parameters = inspect.signature((unwrap() if callable(unwrap) else model).forward).parameters
+        return cls(frozenset(parameters), vocabulary(model), proposed)
+
+    def readable(self, ids: torch.Tensor) -> torch.Tensor:
+        """Replace tokens that the model cannot read."""
+        return ids.clamp(max=self.known - 1)
+
+    def proposable(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut logits of shape `(..., vocab)` to the tokens that the model may propose."""
+        return logits[..., : self.proposed]
+
+    def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """
+        Return the arguments of a forward pass over a batch.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
+        """
+        options: dict[str, Any] = {
+            "input_ids": self.readable(inputs["input_ids"]),
+            "attention_mask": inputs["attention_mask"],
+        }
+        if "position_ids" in self.parameters:  # models without it count from the attention mask
+            options["position_ids"] = inputs["position_ids"]
+        if "logits_to_keep" in self.parameters:
+            options["logits_to_keep"] = inputs["learn_mask"].shape[1]
+        return {**options, "use_cache": False}
+
+    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Run a model over a batch.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, verified, vocab)`: Logits where the recorded target said something.
+        """
+        logits: torch.Tensor = model(**self.options(inputs)).logits
+        return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
 
 
-def verified_logits(model: nn.Module, inputs: dict[str, torch.Tensor], parameters: set[str]) -> torch.Tensor:
-    """
-    Run a model over a batch.
-
-    Args:
-        model (`torch.nn.Module`): The model.
-        inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
-        parameters (`set[str]`): What its forward takes.
-
-    Returns:
-        `torch.FloatTensor` of shape `(batch, verified, vocab)`: Logits where the recorded target said something.
-    """
-    logits: torch.Tensor = model(**forward_options(inputs, parameters)).logits
-    return logits[:, -inputs["learn_mask"].shape[1] :]
+def vocabulary(model: Any) -> int:
+    """Return how many tokens a model knows."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def longest_request(model: nn.Module, max_length: int) -> int:

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..records import Observation
+from .adapters import enable_adapter
 from .collation import ObservationCollator
-from .forwards import forward_options, forward_parameters, longest_request
+from .forwards import Reader, longest_request
 from .losses import overlap
 
 Weights = Mapping[str, torch.Tensor]
@@ -54,17 +55,28 @@ class Judge:
         max_length (`int`): Tokens of a request (its end) to look at.
         batch_size (`int`): Requests of one forward.
         pause (`Callable[[], object]`, *optional*): Called after each forward.
+        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
     """
 
     def __init__(
-        self, draft: PreTrainedModel, max_length: int, batch_size: int, pause: Callable[[], object] = lambda: None
+        self,
+        draft: PreTrainedModel,
+        max_length: int,
+        batch_size: int,
+        pause: Callable[[], object] = lambda: None,
+        vocab_size: int | None = None,
     ) -> None:
         self._draft = draft
         self._skeleton = _skeleton(draft)
-        self._parameters = forward_parameters(draft)
+        self._reader = Reader.of(draft, vocab_size)
         self._collate = ObservationCollator(longest_request(draft, max_length), "all")
         self._batch_size = batch_size
         self._pause = pause
+
+    @property
+    def known(self) -> int:
+        """Tokens that the draft knows."""
+        return self._reader.known
 
     @torch.no_grad()
     def scores(self, weights: Weights, observations: Sequence[Observation]) -> list[Score]:
@@ -89,8 +101,8 @@ class Judge:
     def _score_batch(self, values: Weights, observations: Sequence[Observation]) -> Iterator[Score]:
         device = self._draft.device
         batch = {name: tensor.to(device) for name, tensor in self._collate(list(observations)).items()}
-        options = forward_options(batch, self._parameters)
-        logits = torch.func.functional_call(self._skeleton, dict(values), (), options).logits
+        options = self._reader.options(batch)
+        logits = self._reader.proposable(torch.func.functional_call(self._skeleton, dict(values), (), options).logits)
         mask = batch["learn_mask"]
         greedy = torch.tensor([_is_greedy(observation) for observation in observations], device=device)
         accepted = acceptance(logits[:, -mask.shape[1] :].float(), batch, greedy)
@@ -155,5 +167,8 @@ def _is_greedy(observation: Observation) -> bool:
 def _skeleton(draft: PreTrainedModel) -> nn.Module:
     """A copy of the draft without weights: a call with others must not touch the modules that serve."""
     memo = {id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in draft.parameters()}
-    skeleton: nn.Module = copy.deepcopy(draft, memo).eval()
+    with torch.inference_mode(False):
+        skeleton: nn.Module = copy.deepcopy(draft, memo).eval()
+    if hasattr(draft, "peft_config"):
+        enable_adapter(skeleton)
     return skeleton

@@ -6,8 +6,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from . import identity
+from .intake import usable
 from .journal import Journal
 from .moments import by_parameter, flat_moments
 from .replay import ReplayBuffer
@@ -71,8 +72,11 @@ class TrainingLoop:
         publish: Callable[[], Publish | None],
         target: "PreTrainedModel | None",
         student: Student | None,
+        frozen: Collection[str] = (),
+        vocab_size: int | None = None,
     ) -> None:
         self.config = config
+        self.frozen = frozen
         self.journal = Journal()
         self.replay = ReplayBuffer(
             config.replay_size, config.seed, config.replay_size * config.max_length, config.gate
@@ -87,7 +91,7 @@ class TrainingLoop:
         self.initial: identity.Sample = identity.sample(draft.named_parameters())  # of before it learned anything
         self._stream = TrainingStream(draft.device if config.background else torch.device("cpu"))
         self._draft, self._target, self._publish = draft, target, publish
-        self._student = student
+        self._student, self._vocab_size = student, vocab_size
         self._supervisor: Supervisor | None = None
         self._trainer: OnlineGKDTrainer | None = None
         self._restored: Snapshot | None = None
@@ -98,20 +102,22 @@ class TrainingLoop:
         self._recorded = self._taken = self._handled = 0
         self._collected = (0, 0)
         self._asked = self._started = self._finished = 0
-        self._failed: tuple[int, Exception] | None = None
-        self._working = False
+        self._failed: tuple[int, BaseException] | None = None
+        self._working = self._is_asked = False
+        self._batch: list[Observation] = []
         self._began = 0.0
 
     # Called by requests.
 
     def record(self, observation: Observation) -> int | None:
         """Hand over a request; its number, to wait for, or `None` where there is nothing to learn from it."""
-        if self.stopped or observation.output_ids.numel() == 0 or _is_poisoned(observation):
+        kept = usable(observation) if not self.stopped else None
+        if kept is None:
             return None
         if self.disk is not None:
-            self.disk.add(observation)
+            self.disk.add(kept)
         with self._changed:
-            self._waiting.append(observation)
+            self._waiting.append(kept)
             self._recorded += 1
             self._wake()
             return self._recorded
@@ -130,12 +136,22 @@ class TrainingLoop:
             return self._asked
 
     def _wake(self) -> None:
-        if self._thread is None and not self.stopped:
-            self._thread = threading.Thread(target=self._run, name="hf_osd-learner", daemon=True)
-            self._thread.start()
+        is_running = self._thread is not None and self._thread.is_alive()  # no more in a process that was forked off
+        if not is_running and not self.stopped:
+            self._start()
         self._changed.notify_all()
 
-    def wait_until_finished(self, ticket: int) -> Exception | None:
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="hf_osd-learner", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # at a limit, or at interpreter exit
+            logger.warning("Learning has ended, since it gets no thread; serving goes on.", exc_info=error)
+            self.stopped = True
+        else:
+            self._thread = thread
+
+    def wait_until_finished(self, ticket: int) -> BaseException | None:
         """Wait for an update; why it failed, if it did."""
         with self._changed:
             self._changed.wait_for(lambda: self._finished >= ticket or self.stopped)
@@ -171,13 +187,15 @@ class TrainingLoop:
     # Called by the training thread.
 
     def _run(self) -> None:
-        leave_cores_to_serving()
+        with suppress(RuntimeError):  # no thread left to do it with
+            leave_cores_to_serving()
         while not self.stopped:
             try:
+                self._begin()  # first: whatever fails from here on costs no more than what was taken
                 with self._stream.training():
-                    if self.wait_for_update():
+                    if self._judge() or self.wait_for_update():
                         self._train()
-            except Exception as error:  # whatever happens here, serving goes on with the weights it has
+            except BaseException as error:  # whatever happens here, serving goes on with the weights it has
                 self._fail(error)
         if self.disk is not None:
             self.disk.close()
@@ -199,16 +217,15 @@ class TrainingLoop:
         callback = distillation.OnlineUpdateCallback(self, self.config.steps_per_update, moments or None)
         bf16 = self._draft.device.type == "cuda" and self._draft.dtype == torch.bfloat16
         trainer: OnlineGKDTrainer = distillation.OnlineGKDTrainer(
-            supervisor.student.model, self.replay.sample, self.config, callback, self._target, bf16
+            supervisor.student.model, self.replay.sample, self.config, callback, self._target, bf16, self._vocab_size
         )
         return trainer
 
     def _supervise(self) -> Supervisor:
         if self._supervisor is None:
-            student = self._student or Student(self._draft, self.config.peft_config, self.config.seed)
-            self._supervisor = Supervisor(
-                self._draft, student, self.config, self.replay, self.journal, self._go_live, self.give_way
-            )
+            student = self._student or Student(self._draft, self.config.peft_config, self.config.seed, self.frozen)
+            parts = (self.replay, self.journal, self._go_live, self.give_way)
+            self._supervisor = Supervisor(self._draft, student, self.config, *parts, self._vocab_size)
             if self._restored is not None:
                 self._load_state(self._supervisor, self._restored)
         return self._supervisor
@@ -222,33 +239,37 @@ class TrainingLoop:
 
     def wait_for_update(self) -> bool:
         """Judge requests as they come until an update is due, and start it; `False` where training is stopped."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._asked > self._started or self.stopped)
-            self._updating.acquire()
-            self._working = True
-            self._began = time.perf_counter()
-            self.duty.resume()
-            if not self.stopped and self._take_requests():
+        while not self.stopped:
+            self._begin()
+            if self._judge():
                 return True
-            self._rest()
-            if self.stopped:
-                return False
+        return False
 
-    def _take_requests(self) -> bool:
-        """Judge what is there; whether an update is due, and so has started."""
+    def _begin(self) -> None:
+        """Wait for something to do, and take it."""
         with self._changed:
-            observations, self._taken = list(self._waiting), self._recorded
+            self._changed.wait_for(lambda: self._waiting or self._asked > self._started or self.stopped)
+        self._updating.acquire()
+        self._working = True
+        with self._changed:
+            self._batch, self._taken = list(self._waiting), self._recorded
             self._waiting.clear()
-            asked, self._started = self._asked > self._started, self._asked
-        supervisor = self._supervise()
-        supervisor.take(observations)
-        if asked and not len(self.replay):
-            raise LearningError("no request has anything to learn from")
-        due = asked or supervisor.is_due()
-        if due:
-            supervisor.begin_update()
-        return due
+            self._is_asked, self._started = self._asked > self._started, self._asked
+        self._began = time.perf_counter()
+        self.duty.resume()
+
+    def _judge(self) -> bool:
+        """Judge what was taken; whether an update is due, and so has started."""
+        if not self.stopped:
+            supervisor = self._supervise()
+            supervisor.take(self._batch)
+            if self._is_asked and not len(self.replay):
+                raise LearningError("no request has anything to learn from")
+            if self._is_asked or supervisor.is_due():
+                supervisor.begin_update()
+                return True
+        self._rest()
+        return False
 
     def _rest(self) -> None:
         """Let others at the state, and those go on who waited."""
@@ -300,21 +321,21 @@ class TrainingLoop:
                 publish(weights, acceptance)
         del publish  # it holds the owner, which whoever waits for the update may want to drop
 
-    def _fail(self, error: Exception) -> None:
-        logger.warning("An update of the draft failed; serving goes on with the old weights.", exc_info=error)
+    def _fail(self, error: BaseException) -> None:
         self._trainer = None
-        if not self._working:
-            return
-        self.failures += 1
-        self._failed = (self._started, error)
+        if self._working:
+            self.failures += 1
+            self._failed = (self._started, error)
         try:
-            if self._supervisor is not None:
+            logger.warning("An update of the draft failed; serving goes on with the old weights.", exc_info=error)
+            if self._working and self._supervisor is not None:
                 self._supervisor.failed(error)
-        except Exception as again:  # such as no memory; the next request starts anew from the live draft
+        except BaseException as again:  # such as no memory; the next request starts anew from the live draft
             logger.warning("What the update did to the training copy could not be undone.", exc_info=again)
             self._supervisor = self._student = None
         finally:
-            self._rest()
+            if self._working:
+                self._rest()
 
     # Called by whoever saves and loads.
 
@@ -325,6 +346,9 @@ class TrainingLoop:
 
     def resume(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot, whose live weights go live at once; see `resuming.py`."""
+        trained = sorted(snapshot.tensors["live"].keys() & set(self.frozen))
+        if trained:
+            raise LearningError(f"the state has another {trained[0]} than the target, with which the draft shares it")
         counters = {name: snapshot.numbers["counters"][name] for name in _COUNTERS}
         self._restored = snapshot
         vars(self).update(counters)
@@ -370,9 +394,3 @@ class TrainingLoop:
         if self._restored is not None:
             return dict(self._restored.tensors["optimizer"]), dict(self._restored.numbers["optimizer"])
         return {}, {}
-
-
-def _is_poisoned(observation: Observation) -> bool:
-    """Whether it would fail every update that learns from it: no probabilities, within rounding."""
-    log_probs, tail = observation.teacher_log_probs, observation.teacher_tail
-    return not bool((log_probs <= 1e-3).all() and (tail >= 0.0).all() and (tail <= 1.0 + 1e-3).all())

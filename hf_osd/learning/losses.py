@@ -171,7 +171,8 @@ def overlap(
     Mass that a sparse teacher and a student share: the sum over outcomes of min(p, q).
 
     It is the probability that a token sampled from the student passes speculative sampling
-    (https://arxiv.org/abs/2211.17192, corollary 3.6), or an upper bound of it where the tail matters.
+    (https://arxiv.org/abs/2211.17192, corollary 3.6), or an upper bound of it where the tail matters. Tokens that the
+    student does not have are never sampled: the teacher's mass on them is not shared.
 
     Args:
         student_logits (`torch.FloatTensor` of shape `(n, vocab)`): Logits of the student.
@@ -182,5 +183,7 @@ def overlap(
     Returns:
         `torch.FloatTensor` of shape `(n,)`: Shared mass, in [0, 1].
     """
-    teacher = teacher_outcomes(teacher_ids, teacher_log_probs, teacher_tail, student_logits.shape[-1])
+    vocab_size = student_logits.shape[-1]
+    can_be_sampled = teacher_log_probs.masked_fill(teacher_ids >= vocab_size, _LOG_ZERO)
+    teacher = teacher_outcomes(teacher_ids, can_be_sampled, teacher_tail, vocab_size)
     return torch.minimum(teacher, student_outcomes(student_logits, teacher_ids)).exp().sum(-1)

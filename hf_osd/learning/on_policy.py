@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import OnlineConfig
 from ..records import Observation, sparse_teacher
 from .collation import ObservationCollator
-from .forwards import forward_parameters, longest_request, verified_logits
+from .forwards import Reader, longest_request, vocabulary
 
 
 class OnPolicySource:
@@ -41,7 +40,7 @@ class OnPolicySource:
     ) -> None:
         self._sample, self._student, self._target, self._pause = sample, student, target, pause
         self._lmbda, self._top_k = config.lmbda, config.top_k_teacher
-        self._parameters = forward_parameters(student), forward_parameters(target)
+        self._reader, self._judge = Reader.of(student, vocabulary(target)), Reader.of(target)
         self._length = min(longest_request(model, config.max_length) for model in (student, target))
         self._last_position = longest_request(student, sys.maxsize) - 1
         self._collate = ObservationCollator(self._length, "all")
@@ -72,13 +71,13 @@ class OnPolicySource:
     def _continue(self, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
         """Sample so many tokens after left-padded prompts, without the global random state; `(batch, count)`."""
         mask, position, cache = inputs["attention_mask"], inputs["position_ids"], None
-        fed, tokens = inputs["input_ids"], []
+        fed, tokens = self._reader.readable(inputs["input_ids"]), []
         for _ in range(count):
-            options = {"position_ids": position} if "position_ids" in self._parameters[0] else {}
+            options = {"position_ids": position} if "position_ids" in self._reader.parameters else {}
             outputs = self._student(
                 input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True, **options
             )
-            probabilities = outputs.logits[:, -1].float().softmax(dim=-1).cpu()
+            probabilities = self._reader.proposable(outputs.logits[:, -1]).float().softmax(dim=-1).cpu()
             fed = torch.multinomial(probabilities, 1, generator=self._generator).to(mask.device)
             # Long prompts of a batch get as many tokens as the others; what is too much is cut off, or nonsense.
             cache, position = outputs.past_key_values, (position[:, -1:] + 1).clamp(max=self._last_position)
@@ -91,17 +90,17 @@ class OnPolicySource:
     def _judged(self, observations: list[Observation]) -> list[Observation]:
         """The same requests with the target's distributions."""
         with torch.autocast(self._target.device.type, enabled=False):
-            logits = self._logits(self._target, observations, self._parameters[1]).float()
+            logits = self._logits(observations).float()
         ids, log_probs, tail = (tensor.cpu() for tensor in sparse_teacher(logits, self._top_k))
         return [
             _with_teacher(observation, ids[row], log_probs[row], tail[row])
             for row, observation in enumerate(observations)
         ]
 
-    def _logits(self, model: nn.Module, observations: list[Observation], parameters: set[str]) -> torch.Tensor:
-        device = next(model.parameters()).device
+    def _logits(self, observations: list[Observation]) -> torch.Tensor:
+        device = next(self._target.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in self._collate(observations).items()}
-        return verified_logits(model, batch, parameters)
+        return self._judge.logits(self._target, batch)
 
 
 def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:

@@ -5,8 +5,9 @@ Written against peft 0.18 to 0.21. Not covered: quantised drafts, and several ad
 """
 
 import copy
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, LearningError, MissingDependencyError
+from .adapters import adapter_kinds, check_adapter, enable_adapter
+from .sharing import copy_beside, in_float32, modules_of
 
 # What peft raises where an adapter cannot be made, or cannot be merged.
 _REFUSALS = (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -36,7 +39,7 @@ class Student:
     what is published is merged, so the live draft has the same modules and the same speed as before.
 
     A draft whose output layer shares the weight of its embedding keeps doing so: an adapter of the embedding changes
-    both.
+    both. What a draft shares with its target is read where it lies: it is neither copied, trained nor adapted.
 
     Args:
         draft ([`~transformers.PreTrainedModel`]):
@@ -47,12 +50,15 @@ class Student:
             training everything.
         seed (`int`, defaults to 0):
             Seed of the adapter's weights. The global random state is left as it was.
+        frozen (`Collection[str]`, *optional*):
+            Parameters of the draft that are not to be trained; see [`~hf_osd.learning.sharing.shared_with`].
 
     Attributes:
         model (`torch.nn.Module`): What the trainer trains.
 
     Raises:
-        ConfigError: The adapter does not fit the draft, cannot be merged into it, or the draft has one already.
+        ConfigError: The adapter does not fit the draft, cannot be merged into it, or the draft has one already; or the
+            one that it has is merged into it.
         MissingDependencyError: peft is not installed.
 
     Example:
@@ -64,10 +70,15 @@ class Student:
     ```
     """
 
-    def __init__(self, draft: PreTrainedModel, peft_config: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self, draft: PreTrainedModel, peft_config: Any = None, seed: int = 0, frozen: Collection[str] = ()
+    ) -> None:
         self._names = [name for name, _ in draft.named_parameters()]
         self._merges = peft_config is not None
-        self.model: Any = _copy(draft) if peft_config is None else _with_adapter(draft, peft_config, seed)
+        with torch.inference_mode(False):  # whoever calls may be in it
+            self.model: Any = (
+                _copy(draft, frozen) if peft_config is None else _with_adapter(draft, peft_config, seed, frozen)
+            )
         if self._merges:
             self._check_mergeable(_type_name(self.model))
 
@@ -132,7 +143,7 @@ class Student:
             return
         outer = ""
         for name, module in self.model.get_base_model().named_modules():
-            if (not outer or not name.startswith(outer)) and isinstance(module, _adapter_kinds()):
+            if (not outer or not name.startswith(outer)) and isinstance(module, adapter_kinds()):
                 outer = f"{name}."
                 yield name, module
 
@@ -162,28 +173,32 @@ class Student:
                 )
 
 
-def _copy(draft: PreTrainedModel) -> Any:
-    model: Any = copy.deepcopy(draft).float()
-    if any(weight.requires_grad for weight in model.parameters()):
-        return model
-    if hasattr(draft, "peft_config"):  # loaded for inference
-        for module in model.modules():
-            if isinstance(module, _adapter_kinds()):
-                module.set_adapter(module.active_adapters)
-    else:  # frozen for serving, not on purpose
-        model.requires_grad_(True)
+def _copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
+    has_adapter = hasattr(draft, "peft_config")
+    if has_adapter:
+        check_adapter(draft)
+    model = copy_beside(draft, frozen)
+    in_float32(model, frozen)
+    if has_adapter:
+        enable_adapter(model)
+    own = [weight for name, weight in model.named_parameters() if name not in frozen]
+    is_idle = not any(weight.requires_grad for weight in own)  # for serving, not on purpose
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in frozen and (weight.requires_grad or (is_idle and not has_adapter)))
     return model
 
 
-def _with_adapter(draft: PreTrainedModel, peft_config: Any, seed: int) -> Any:
+def _with_adapter(draft: PreTrainedModel, peft_config: Any, seed: int, frozen: Collection[str]) -> Any:
     if hasattr(draft, "peft_config"):
         raise ConfigError("peft_config: the draft has an adapter already, which is what is trained; leave it out")
     peft = _peft()
-    base = copy.deepcopy(draft)
+    base = copy_beside(draft, frozen)
     if base.dtype != torch.bfloat16:  # float16 has no range for gradients
-        base = base.float()
+        in_float32(base, frozen)
+    borrowed = {name: weight for name, weight in base.named_parameters() if name in frozen}
     try:
         config = _adapter_config(peft_config, base)
+        _exclude(config, modules_of(base, frozen))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_NOISE)
             torch.manual_seed(seed)
@@ -192,11 +207,31 @@ def _with_adapter(draft: PreTrainedModel, peft_config: Any, seed: int) -> Any:
         raise ConfigError(f"peft_config: {error}") from error
     if config.is_prompt_learning:
         raise ConfigError(f"peft_config: {_type_name(model)} cannot be merged into the draft")
+    _leave_alone(base, borrowed)
     if any(weight.requires_grad and weight.dtype != torch.float32 for weight in model.parameters()):
-        model.float()  # it trains weights of the draft as well, and other types do not mix with those
+        in_float32(base, frozen)  # it trains weights of the draft as well, and other types do not mix with those
     _even_out(base)
     _tie(draft, base)
     return model
+
+
+def _exclude(config: Any, modules: Sequence[str]) -> None:
+    """Have peft leave modules alone, besides what the config excludes: by a list of names' ends, or by a pattern."""
+    if not modules or not hasattr(config, "exclude_modules"):
+        return
+    given = config.exclude_modules or []
+    patterns = [f"(?:{given})"] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given]
+    config.exclude_modules = "|".join([*map(re.escape, modules), *patterns])
+
+
+def _leave_alone(base: nn.Module, borrowed: Mapping[str, nn.Parameter]) -> None:
+    """Refuse an adapter that would be merged into what the draft shares with the target; peft may unfreeze biases."""
+    adapted = [module for module in base.modules() if isinstance(module, adapter_kinds())] if borrowed else []
+    reached = {id(weight) for module in adapted for weight in module.parameters()}
+    for name, weight in borrowed.items():
+        if id(weight) in reached:
+            raise ConfigError(f"peft_config: it adapts {name}, which is the target's own memory: leave it out")
+        weight.requires_grad_(False)
 
 
 def _adapter_config(peft_config: Any, base: PreTrainedModel) -> Any:
@@ -236,14 +271,6 @@ def _peft() -> ModuleType:
     return peft
 
 
-def _adapter_kinds() -> tuple[type[Any], ...]:
-    """Layers with an adapter, and modules of which peft trains a copy."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
 def _type_name(model: Any) -> str:
     return str(model.active_peft_config.peft_type.value)
 
@@ -280,7 +307,7 @@ def _tie(draft: PreTrainedModel, base: Any) -> None:
     output, embedding = draft.get_output_embeddings(), base.get_input_embeddings()
     if output is None or getattr(output, "weight", None) is not draft.get_input_embeddings().weight:
         return
-    if isinstance(embedding, _adapter_kinds()) and not hasattr(embedding, "token_adapter"):
+    if isinstance(embedding, adapter_kinds()) and not hasattr(embedding, "token_adapter"):
         base.set_output_embeddings(_TiedOutput(embedding, getattr(output, "bias", None)))
 
 

@@ -59,6 +59,7 @@ class Supervisor:
         journal (`Journal`): Where decisions are noted.
         publish (`Callable[[Weights, float], None]`): Makes weights live; told the acceptance to expect of them.
         pause (`Callable[[], object]`): Called after each forward pass.
+        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Supervisor:
         journal: Journal,
         publish: Callable[[Weights, float], None],
         pause: Callable[[], object],
+        vocab_size: int | None = None,
     ) -> None:
         self.replay = replay
         self.journal = journal
@@ -78,7 +80,7 @@ class Supervisor:
         self.requests = 0
         self.fresh = 0
         self._config = config
-        self._judge = Judge(draft, config.max_length, config.batch_size, pause)
+        self._judge = Judge(draft, config.max_length, config.batch_size, pause, vocab_size)
         initial = Checkpoint.of(student.weights(), student.state()).on_cpu()
         self._incumbent = Incumbent(initial, config.archive_size, self._judge, publish)
         self._watch, self._scores = self._incumbent.watch, self._incumbent.scores
@@ -127,7 +129,7 @@ class Supervisor:
 
     def _keep(self, observations: Iterable[Observation]) -> None:
         for observation in observations:
-            if teaches(observation, self._config.positions):
+            if teaches(observation, self._config.positions, self._judge.known):
                 self.replay.add(observation)
 
     def _take_one(self, observation: Observation, live: Score, initial: Score, suspended: Score) -> bool:
@@ -362,7 +364,7 @@ class Supervisor:
         rate = self.rate.value
         self.journal.add(UpdateRecord(self.requests, decision, reason, loss, rate, gain, uncertainty, mixing, seconds))
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Note a failure; one in an update may have touched the training copy, which goes back to the live weights."""
         if self._in_update:
             self.roll_back()
