@@ -8,6 +8,7 @@ import pytest
 import torch
 from fakes import prompts, tiny_model
 from test_demo_runner import make_tokenizer
+from transformers import DynamicCache
 
 import hf_osd
 from hf_osd import ConfigError, OnlineAssistant, OnlineConfig
@@ -69,6 +70,19 @@ def test_a_script_pays_for_the_drafts_own_forward_and_leaves_its_weights() -> No
         assert draft(ids).logits[0, -1].argmax() == 17
     assert ran == [1]
     assert all(torch.equal(weight, before[name]) for name, weight in draft.state_dict().items())
+
+
+def test_a_script_says_the_same_however_many_tokens_are_fed() -> None:
+    """Would catch a draft that is refused, since its logits depend on how many tokens it is fed at once."""
+    draft, ids = tiny_model(layers=1), prompts(1)["input_ids"]
+    script = Script(draft, 0.5)
+    script.load(torch.cat([ids, torch.tensor([[17]])], dim=1), torch.ones_like(ids), vocab_size=61)
+    with torch.no_grad():
+        at_once = draft(ids).logits.argmax(-1)
+        cache = DynamicCache(config=draft.config)
+        one_by_one = [draft(token, past_key_values=cache).logits.argmax(-1) for token in ids.split(1, dim=1)]
+    assert at_once.tolist() == torch.cat(one_by_one, dim=1).tolist()
+    assert at_once[0, -1] in (17, 18)
 
 
 def test_the_default_shapes_have_the_sizes_they_are_said_to_have() -> None:

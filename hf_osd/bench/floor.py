@@ -42,6 +42,7 @@ class Floor:
     def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         self._models = dict(models)
         self._raw: dict[str, RawModel] = {}
+        self._is_ragged: dict[str, bool] = {}
 
     @torch.no_grad()
     def seconds(self, shapes: Sequence[Shape]) -> float | None:
@@ -64,7 +65,9 @@ class Floor:
 
     def _is_covered(self, name: str, longest: int) -> bool:
         model = self._models[name]
-        return longest <= attention_span(model) and holds_ragged_cache(model)
+        if name not in self._is_ragged:  # found out by forwards, which must not come between those of a race
+            self._is_ragged[name] = holds_ragged_cache(model)
+        return longest <= attention_span(model) and self._is_ragged[name]
 
     def _make_room(self, name: str, batch: int, longest: int) -> None:
         """Keep the buffers of one batch size: those of all together may not fit."""

@@ -1,8 +1,8 @@
 """
 A draft that is right at a chosen rate whatever its weights are: what an engine costs, apart from what a draft knows.
 
-The draft's own forward runs and is paid for. Behind it, a hook replaces the choice at the last position: the token
-that the target is known to say, or, by a coin thrown once for each position of each request, another one.
+The draft's own forward runs and is paid for. Behind it, a hook replaces the choice at each position: the token that
+the target is known to say, or, by a coin thrown once for each position of each request, another one.
 """
 
 from typing import Any
@@ -64,15 +64,16 @@ class Script:
             self._cached = 0 if cache is None else int(cache.get_seq_length())
 
     def _speak(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Make the scripted token the certain one behind the last position of each row."""
-        last = output.logits[:, -1]  # (batch, vocab)
-        lines = self._lines.get(len(last))
+        """Make the scripted token the certain one behind every position, however many are fed at once."""
+        logits = output.logits  # (batch, kept, vocab)
+        batch, kept = logits.shape[:2]
+        lines = self._lines.get(batch)
         if lines is None:
             return
         positions = kwargs.get("position_ids")
         if positions is None:
             ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-            positions = torch.full((len(last), 1), self._cached + ids.shape[1] - 1, device=last.device)
-        following = positions[:, -1:].expand(len(last), 1) + 1
+            positions = self._cached + torch.arange(ids.shape[1], device=logits.device)[None]
+        following = positions[:, -kept:].expand(batch, kept) + 1
         tokens = lines.gather(1, following.clamp(max=lines.shape[1] - 1))
-        last.scatter_(1, tokens, _CERTAIN)
+        logits.scatter_(2, tokens[:, :, None], _CERTAIN)
