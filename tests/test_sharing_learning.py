@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA of all": {"peft_config": {"r": 4, "target_modules": "all-linear", "bias": "all"}},
     "decay": {"training_arguments": {"weight_decay": 0.5}},
     "checkpointing": {"training_arguments": {"gradient_checkpointing": True}},
+    "autocast": {"training_arguments": {"bf16": True}},
 }
 
 

@@ -140,7 +140,7 @@ def test_learning_goes_on_under_load_and_its_pauses_are_not_learning() -> None:
     learner.observe(request(live.draft, 0))
     learner.update()  # starts the trainer
     before, began = learner.seconds, time.perf_counter()
-    with learner.serving():
+    with learner._loop.duty.serving():  # a request of another thread
         learner.update()
     passed = time.perf_counter() - began
     assert (learner.updates, learner.steps) == (2, 4)
@@ -153,7 +153,7 @@ def test_inline_learning_never_pauses() -> None:
     """Catches a deadlock or a slow request: inline, another request may be in flight while this one waits."""
     live = Live()
     learner = learner_of(live, update_every=1, duty_cycle=1e-6)
-    with learner.serving():
+    with learner._loop.duty.serving():  # that of another thread
         learner.observe(request(live.draft, 0))
         learner.observe(request(live.draft, 1))
     assert learner.updates == 2
