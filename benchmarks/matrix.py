@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 def summary(report: Path) -> dict[str, Any]:
     """Return the counts of a JUnit report of pytest, with the versions that run this."""
     suites = ET.parse(report).getroot().iter("testsuite")
-    totals = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
+    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in suites:
         for name in totals:
             totals[name] += int(suite.attrib[name])

@@ -20,7 +20,7 @@ from ._compat import is_offloaded
 from .config import OnlineConfig
 from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
 from .drafts.wrapping import unwrap
-from .errors import ClosedError, UnsupportedError
+from .errors import ClosedError, InputError, UnsupportedError
 from .learning.background import OnlineLearner
 from .learning.journal import Journal
 from .learning.resuming import STATE_FOLDER
@@ -32,7 +32,7 @@ from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
 from .serving.stopwatch import STAGES
-from .serving.weights import LiveWeights
+from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
 
 logger = logging.get_logger(__name__)
@@ -120,22 +120,25 @@ class OnlineAssistant:
             check_pair(target, draft)
         except UnsupportedError as error:
             self._leave_out(error)
-        frozen = shared_with(draft, target)
-        self.weights = LiveWeights(draft, frozen)
+        self._checked = weakref.WeakSet([target])  # targets that this draft fits
+        self._frozen = shared_with(draft, target)
+        self.weights = LiveWeights(draft, self._frozen)
         learns = self.config.learn and self._misfit is None and self._can_learn()
         self._learner = OnlineLearner(
             draft,
             self.config if learns else replace(self.config, learn=False),
             self._publish,
             target=target if self.config.needs_target else None,
-            frozen=frozen,
+            frozen=self._frozen,
             vocab_size=target.config.get_text_config(decoder=True).vocab_size,
         )
 
     def _can_learn(self) -> bool:
-        if not is_offloaded(self.draft):
+        plain = all(type(weight) is torch.nn.Parameter for weight in self.draft.parameters())
+        if plain and not is_offloaded(self.draft):
             return True
-        logger.warning("The draft serves but does not learn: its weights are offloaded, and kept out of reach.")
+        why = "offloaded" if plain else "quantised, or of another kind that cannot be trained"
+        logger.warning("The draft serves but does not learn: its weights are %s.", why)
         return False
 
     def _leave_out(self, error: UnsupportedError) -> None:
@@ -198,9 +201,15 @@ class OnlineAssistant:
         """Raise `UnsupportedModelError` where the draft cannot draft for a target, whatever the request."""
         if self._misfit is not None:
             raise self._misfit.with_traceback(None)  # it is raised for every request
-        if self.target is not target:
+        if target not in self._checked:  # another one, or the inner model of a PEFT model
             check_draft(target, self.draft)
             check_pair(target, self.draft)
+            if not shared_with(self.draft, target) <= self._frozen:
+                raise InputError(
+                    f"the draft shares weights with {describe(target)}, which learning would change: make an "
+                    "OnlineAssistant for this target"
+                )
+            self._checked.add(target)
 
     def fall_back(self, error: UnsupportedError, rows: int, *, without: str = "speculation") -> None:
         """

@@ -13,6 +13,10 @@ class InputError(HfOsdError, ValueError):
     """The inputs of `generate` cannot be decoded: wrong shape, wrong device, nothing to do."""
 
 
+class ModelTypeError(InputError, TypeError):
+    """Something was passed in the place of a model that is none."""
+
+
 class UnsupportedError(HfOsdError, ValueError):
     """
     Speculation cannot serve this losslessly. Where plain `generate` can, the request is served by it instead, and this

@@ -76,7 +76,8 @@ def register(
 
     Counters are those of [`OnlineStats`], named `hf_osd_requests_total`, `hf_osd_accepted_tokens_total`,
     `hf_osd_learn_seconds_total` and so on, with `hf_osd_fallbacks_total` by `reason`, `hf_osd_updates_total` by
-    `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 judged requests, and `hf_osd_tokens_per_target_pass`.
+    `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 judged
+    requests, and `hf_osd_tokens_per_target_pass`.
 
     Args:
         assistant (`OnlineAssistant`): What to show. May be registered in several registries.

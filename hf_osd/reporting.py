@@ -46,9 +46,9 @@ def write_report(
     """
     Write `report.json` and `report.png`, over those of an earlier report in the same folder.
 
-    The picture shows how many prompts were served without speculation and why, acceptance by request, the updates by what the gate decided, the gain that it measured with its
-    standard error, the learning rate, and when the traffic changed. The files hold counts, rates and reasons; no
-    prompt, no output, no token.
+    The picture shows how many prompts were served without speculation and why, acceptance by request, the updates by
+    what the gate decided, the gain that it measured with its standard error, the learning rate, and when the traffic
+    changed. The files hold counts, rates and reasons; no prompt, no output, no token.
 
     Args:
         journal (`Journal`): What learning did.

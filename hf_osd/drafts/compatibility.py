@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import has_recurrent_state, is_offloaded
 from ..errors import UnsupportedModelError
-from .wrapping import _advice
+from .wrapping import held_model_hint
 
 # Vocabularies are padded to round sizes for speed, differently in each size of a family (Qwen2.5: 152,064 in 7B,
 # 151,936 in 0.5B). Beyond that, two sizes mean two tokenizers.
@@ -17,7 +17,8 @@ def check_target(target: Any) -> None:
     """Raise `UnsupportedModelError` for what does not generate, such as a model inside of another framework's."""
     if not hasattr(target, "config") or not hasattr(target, "generate"):
         raise UnsupportedModelError(
-            f"the target must be a transformers model that generates, got {type(target).__name__}{_advice(target)}"
+            f"the target must be a transformers model that generates, got {type(target).__name__}"
+            f"{held_model_hint(target)}"
         )
 
 

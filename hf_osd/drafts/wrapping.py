@@ -10,16 +10,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import HfOsdError, InputError, UnsupportedModelError
+from ..errors import HfOsdError, ModelTypeError, UnsupportedModelError
 
 # Of peft: adapters that work in the wrapper's own `forward`, besides those of prompt learning.
 _OUTSIDE = ("POLY", "XLORA")
 # Bases of models whose weights are spread over processes in place (`fully_shard` of torch).
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
-
-
-class ModelTypeError(InputError, TypeError):
-    """Something was passed in the place of a model that is none."""
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -51,7 +47,9 @@ def unwrap(model: Any) -> PreTrainedModel:
     compiled = getattr(model, "_orig_mod", None)  # of torch.compile, whose class takes seconds to import
     if isinstance(compiled, nn.Module):
         return unwrap(compiled)
-    raise UnsupportedModelError(f"the draft must be a transformers model, got {type(model).__name__}{_advice(model)}")
+    raise UnsupportedModelError(
+        f"the draft must be a transformers model, got {type(model).__name__}{held_model_hint(model)}"
+    )
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -77,7 +75,7 @@ def _check_whole(model: PreTrainedModel) -> None:
         )
 
 
-def _advice(model: nn.Module) -> str:
+def held_model_hint(model: Any) -> str:
     """Say under which name a wrapper holds a model that can be passed instead."""
     for name, child in getattr(model, "named_children", list)():
         try:

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from .._compat import attention_implementation, execution_device, has_recurrent_state
 from ..errors import UnsupportedModelError
 from .decoder import CroppableDecoder, Decoder, RaggedDecoder
+from .preparation import Preparation
 from .probe import Finding, Trial, probe
 from .weights import describe
 
@@ -131,6 +132,6 @@ def _can_roll_back(model: PreTrainedModel) -> bool:
 def holds_ragged_cache(model: PreTrainedModel) -> bool:
     """Say whether a model decodes on the ragged cache, one row and several; tries it out, once for each."""
     prompts = torch.arange(1, 8, device=execution_device(model)).expand(2, -1)
-    trials = (Trial(prompts[:rows], [0] * rows) for rows in (1, 2))
+    trials = (Trial(prompts[:rows], [0] * rows, Preparation({}, width=prompts.shape[1])) for rows in (1, 2))
     make = partial(RaggedDecoder, model)
     return _may_be_ragged(model) and all(probe(model, "ragged", make, trial).suits for trial in trials)

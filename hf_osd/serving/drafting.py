@@ -69,7 +69,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         vocab_size (`int`, *optional*): The target's, where the two differ by padding; defaults to the draft's.
         randomness (`Randomness`, *optional*): Source of randomness.
         recorder (`Recorder`, *optional*): Where mismatches go.
-        weights (`AbstractContextManager`, *optional*): Held while the draft's weights are read, so that an update is
+        weights (`AbstractContextManager`, *optional*): Held during each forward of the draft, so that an update is
             never seen half done.
         make_decoder (`Callable[[], Decoder]`, *optional*): Makes the draft's decoder, when it is first needed.
             Defaults to choosing one then.
@@ -149,11 +149,11 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         if k == 0:
             return self.skip()
         ids = ids.to(self.device)
-        with self._weights:  # also over the choice of the decoder, which may try the draft out
-            if self._decoder is None:
+        if self._decoder is None:
+            with self._weights:  # which the choice may try out
                 self._decoder = (self._make_decoder or self._choose_decoder())()
-            self._decoder.rollback([end - 1 for end in ends])
-            steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule())
+        self._decoder.rollback([end - 1 for end in ends])
+        steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule())
         tokens = torch.stack([token for token, _ in steps], dim=1)
         probabilities = [q for _, q in steps if q is not None]
         self._starts = list(ends)
@@ -243,7 +243,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
         """Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`."""
-        logits = _fit_vocabulary(decoder.feed(self._readable(ids), ends, keep=1), self._vocab_size)
+        with self._weights:  # for the forward alone: processors are the user's code, and may make requests themselves
+            logits = decoder.feed(self._readable(ids), ends, keep=1)
+        logits = _fit_vocabulary(logits, self._vocab_size)
         return process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]
 
     def _choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

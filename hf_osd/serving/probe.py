@@ -30,7 +30,8 @@ _SETTINGS = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_re
     "cache_implementation": None,
 }
 _TOLERANCE = 1e-3  # of the logits' standard deviation, between honest ways to compute them in float32
-_ROUGH_TOLERANCE = 0.1  # the same in half precision, and for drafts, whose logits need not be the target's own
+_HALF_TOLERANCE = 0.1  # the same in half precision
+_DRAFT_TOLERANCE = 1.0  # the same for drafts, whose errors cost speed only: other tokens' logits are several away
 
 
 class Feeds(Protocol):
@@ -201,8 +202,10 @@ def _compare(
 
 
 def _tolerance(model: PreTrainedModel, trial: Trial) -> float:
+    if trial.preparation is None:
+        return _DRAFT_TOLERANCE
     exact = model.dtype in (torch.float32, torch.float64) and autocast_dtype(trial.input_ids.device) is None
-    return _TOLERANCE if exact and trial.preparation is not None else _ROUGH_TOLERANCE
+    return _TOLERANCE if exact else _HALF_TOLERANCE
 
 
 def _largest_difference(decoder: Feeds, text: torch.Tensor, width: int, expected: torch.Tensor) -> float:

@@ -19,7 +19,7 @@ class LiveWeights:
     """
     Guards a model's weights: any number of readers, or one writer.
 
-    Used as a context manager it is the reader's side, held for one proposal at a time, and again by the same thread
+    Used as a context manager it is the reader's side, held for one forward at a time, and again by the same thread
     within. An update that waits goes before new readers, so that a busy server does not put it off; but readers are
     never kept out for ever, whatever those inside are waiting for, and the update gives up in the end.
 
