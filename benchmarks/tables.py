@@ -170,10 +170,11 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
-def filled(text: str) -> str:
-    """Return a document with its tables as the results have them."""
+def filled(text: str, tables: Mapping[str, Callable[[], str]] | None = None) -> str:
+    """Return a document with its tables as the results have them; `TABLES` by default."""
+    tables = TABLES if tables is None else tables
     pattern = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}", text)
+    return pattern.sub(lambda match: f"{match[1]}\n{tables[match[2]]()}\n\n{match[3]}", text)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Which model families are served how, tried on small random models: `python -m benchmarks.families`."""
