@@ -135,8 +135,7 @@ class Draft:
 
     def __init__(self, chance, batch, truth):
         self.chance, self.truth, self.random = chance, truth, random.Random(1)
-        self.assistant_model = torch.nn.Linear(1, 1)
-        self.assistant_model.device = torch.device("cpu")
+        self.device = torch.device("cpu")
         self.counts, self.cached, self.drafted, self.fed = Counts(), [0] * batch, 0, 0
 
     def room(self, ends):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import VOCAB, tiny_model
+from fakes import VOCAB, add_adapter, tiny_model
 from transformers import PreTrainedModel
 
 from hf_osd.errors import ConfigError, LearningError, MissingDependencyError
@@ -185,7 +185,7 @@ def test_an_adapter_that_the_draft_carries_is_what_is_trained(trainable: bool, i
     draft = tiny_model("llama", dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     if injected:
-        draft.add_adapter(config)
+        add_adapter(draft, config)
     else:
         draft = peft.get_peft_model(draft, config)
     if not trainable:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import add_adapter
 from torch import nn
 from traffic import llama
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -184,7 +185,7 @@ def test_of_several_adapters_the_active_one_learns(trainable: bool) -> None:
 def test_several_adapters_at_once() -> None:
     """Catches one of two adapters that are both in use, left out."""
     draft = unwrap(adapted())
-    draft.add_adapter(lora(), "other")
+    add_adapter(draft, lora(), "other")
     draft.set_adapter(["default", "other"])
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft)

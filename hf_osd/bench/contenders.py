@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
+from .._compat import cache_argument
 from ..assistant import OnlineAssistant
 from ..demo.contenders import timed
 from ..demo.models import Inputs
@@ -158,7 +159,7 @@ class CompiledGenerate:
         """Generate into the one cache."""
         self._cache.reset()
         target: Any = self.models["target"]
-        options |= {**self._options, **inputs, "past_key_values": self._cache}
+        options |= {**self._options, **inputs, **cache_argument((), self._cache)}
         output, seconds = timed(lambda: target.generate(**options), target.device)
         new = _new_tokens(output, inputs)
         return new, Sample(tokens=new.numel(), seconds=seconds)

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .._compat import attention_implementation, cache_argument
 from ..demo.contenders import timed
 from ..serving.choice import attention_span, holds_ragged_cache
 from ..serving.decoder import context_length
@@ -122,7 +123,7 @@ class RawModel:
         inputs: dict[str, Any] = {
             "input_ids": self.ids[:, start:end].contiguous(),
             "attention_mask": self._mask(start, end),
-            "past_key_values": self._cache,
+            **cache_argument(self._takes, self._cache),
         }
         if "position_ids" in self._takes:
             positions = self._slots[start:end].clamp(max=context_length(self._model) - 1)
@@ -139,7 +140,7 @@ class RawModel:
 
     def _mask(self, start: int, end: int) -> torch.Tensor | None:
         """Without one, transformers takes faster paths: for a prompt, and for a token, which sees all there is."""
-        additive = self._model.config._attn_implementation == "eager"
+        additive = attention_implementation(self._model) == "eager"
         if not additive and (start == 0 or end - start == 1):
             return None
         mask = self._slots[:end] <= self._slots[start:end, None]  # (queries, end)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._compat import cache_of
 from ..demo.models import Inputs
 
 _CERTAIN = 1e4  # a logit that no other one reaches in any dtype
@@ -60,7 +61,7 @@ class Script:
 
     def _note_cache(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("position_ids") is None:  # else they tell, without waiting for the device
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             self._cached = 0 if cache is None else int(cache.get_seq_length())
 
     def _speak(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
+from .._compat import cache_of
 from ..serving.decoder import CroppableDecoder, Decoder, RaggedDecoder
 
 
@@ -95,7 +96,7 @@ class _Note:
 
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         context = 0 if cache is None else int(cache.get_seq_length())
         self._seen.append((self._name, *ids.shape, context, int(kwargs.get("logits_to_keep") or 0)))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .._compat import cache_argument, cache_of
 from ..config import OnlineConfig
 from ..records import Observation, sparse_teacher
 from .collation import ObservationCollator
@@ -73,14 +74,13 @@ class OnPolicySource:
         mask, position, cache = inputs["attention_mask"], inputs["position_ids"], None
         fed, tokens = self._reader.readable(inputs["input_ids"]), []
         for _ in range(count):
-            options = {"position_ids": position} if "position_ids" in self._reader.parameters else {}
-            outputs = self._student(
-                input_ids=fed, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-            )
+            options: dict[str, Any] = {"position_ids": position} if "position_ids" in self._reader.parameters else {}
+            options |= cache_argument(self._reader.parameters, cache)
+            outputs = self._student(input_ids=fed, attention_mask=mask, use_cache=True, **options)
             probabilities = self._reader.proposable(outputs.logits[:, -1]).float().softmax(dim=-1).cpu()
             fed = torch.multinomial(probabilities, 1, generator=self._generator).to(mask.device)
             # Long prompts of a batch get as many tokens as the others; what is too much is cut off, or nonsense.
-            cache, position = outputs.past_key_values, (position[:, -1:] + 1).clamp(max=self._last_position)
+            cache, position = cache_of(outputs), (position[:, -1:] + 1).clamp(max=self._last_position)
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             tokens.append(fed)
             self._pause()
