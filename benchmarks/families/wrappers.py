@@ -36,7 +36,10 @@ def _base_of_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 def _with_added_lora(model: PreTrainedModel) -> PreTrainedModel:
     torch.manual_seed(1)
-    model.add_adapter(_package("peft").LoraConfig(**_LORA))
+    try:
+        model.add_adapter(_package("peft").LoraConfig(**_LORA))
+    except ValueError as error:  # of transformers, where it wants another peft
+        raise Missing(str(error)) from error
     return model.eval()
 
 
