@@ -256,7 +256,12 @@ def test_ctrl_c_ends_a_real_run(tmp_path: Path) -> None:
     code += "def wait(*_): print('ready', flush=True); time.sleep(60)\n"
     code += "command.load_prompts = wait; import sys; sys.argv = ['hf-osd', 'demo', '--no-plot']; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stdout is not None
     while process.stdout.readline().strip() != "ready":

@@ -20,6 +20,11 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, adapter_kinds()))
 
 
+def carries_adapter(model: nn.Module) -> bool:
+    """Whether a model has adapters in its layers; peft (0.18) leaves its config behind where it takes them out."""
+    return hasattr(model, "peft_config") and any(True for _ in _adapted(model))
+
+
 def check_adapter(draft: nn.Module) -> None:
     """
     Refuse an adapter that is merged into the draft: it has no part in what the draft computes, so it cannot learn.

@@ -14,7 +14,7 @@ import torch
 from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
-from .adapters import check_adapter
+from .adapters import carries_adapter, check_adapter
 from .journal import Journal
 from .loop import Publish, TrainingLoop, import_distillation
 from .resuming import keep_on_disk, load, save
@@ -84,7 +84,7 @@ class OnlineLearner:
         student = None
         if config.peft_config is not None and self.learns:  # what does not fit is refused now
             student = Student(draft, config.peft_config, config.seed, frozen)
-        if hasattr(draft, "peft_config") and self.learns:
+        if carries_adapter(draft) and self.learns:
             check_adapter(draft)
         # The thread must keep neither the learner nor the owner of `publish` alive: dropping both stops it.
         self._publish = publish

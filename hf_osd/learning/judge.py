@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..records import Observation
-from .adapters import enable_adapter
+from .adapters import carries_adapter, enable_adapter
 from .collation import ObservationCollator
 from .forwards import Reader, longest_request
 from .losses import overlap
@@ -169,6 +169,6 @@ def _skeleton(draft: PreTrainedModel) -> nn.Module:
     memo = {id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in draft.parameters()}
     with torch.inference_mode(False):
         skeleton: nn.Module = copy.deepcopy(draft, memo).eval()
-    if hasattr(draft, "peft_config"):
+    if carries_adapter(draft):
         enable_adapter(skeleton)
     return skeleton

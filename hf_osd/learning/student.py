@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, LearningError, MissingDependencyError
-from .adapters import adapter_kinds, check_adapter, enable_adapter
+from .adapters import adapter_kinds, carries_adapter, check_adapter, enable_adapter
 from .sharing import copy_beside, in_float32, modules_of
 
 # What peft raises where an adapter cannot be made, or cannot be merged.
@@ -25,7 +25,7 @@ _REFUSALS = (AttributeError, ImportError, KeyError, NotImplementedError, Runtime
 
 _RANK = 32
 # Of peft: what it corrects by itself, what _tie makes true, and a name of transformers that is going away.
-_NOISE = "(?s).*(fan_in_fan_out|ensure_weight_tying|gradient_checkpointing)"
+_NOISE = "(?s).*(fan_in_fan_out|ensure_weight_tying|tie_word_embeddings|gradient_checkpointing)"
 
 
 class Student:
@@ -174,7 +174,7 @@ class Student:
 
 
 def _copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
-    has_adapter = hasattr(draft, "peft_config")
+    has_adapter = carries_adapter(draft)
     if has_adapter:
         check_adapter(draft)
     model = copy_beside(draft, frozen)
@@ -189,7 +189,7 @@ def _copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
 
 
 def _with_adapter(draft: PreTrainedModel, peft_config: Any, seed: int, frozen: Collection[str]) -> Any:
-    if hasattr(draft, "peft_config"):
+    if carries_adapter(draft):
         raise ConfigError("peft_config: the draft has an adapter already, which is what is trained; leave it out")
     peft = _peft()
     base = copy_beside(draft, frozen)
