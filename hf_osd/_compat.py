@@ -54,10 +54,12 @@ def text_length(input_ids: torch.Tensor, generation_config: GenerationConfig, mo
 
     `generate` drops a mask of ones, and notes its length privately (5.23); before, the position ids show it.
     """
-    for name in ("attention_mask", "position_ids"):
-        if isinstance(model_kwargs.get(name), torch.Tensor):
-            return int(model_kwargs[name].shape[-1])
-    return int(getattr(generation_config, "_mask_length", input_ids.shape[1]))
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    noted = getattr(generation_config, "_mask_length", None)
+    if mask is None and noted is not None:
+        return int(noted)
+    shown = mask if mask is not None else positions
+    return int(shown.shape[-1]) if isinstance(shown, torch.Tensor) else input_ids.shape[1]
 
 
 def decode_plainly(
@@ -223,3 +225,12 @@ def show_windows_only(cache: Cache) -> None:
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
             layer.__class__ = _WindowLayer
+
+
+def stop_recording(cache: Cache) -> None:
+    """Undo [`show_windows_only`] and `activate_past_recording`, for which transformers (5.17) has no way back."""
+    for layer in cache.layers:
+        if type(layer) is _WindowLayer:
+            layer.__class__ = DynamicSlidingWindowLayer  # type: ignore[assignment]
+        if hasattr(layer, "record_past"):
+            layer.record_past = False

@@ -7,20 +7,20 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ._compat import is_offloaded
 from .config import OnlineConfig
 from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
 from .drafts.wrapping import unwrap
-from .errors import ClosedError, InputError, UnsupportedError
+from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
 from .learning.background import OnlineLearner
 from .learning.journal import Journal
 from .learning.resuming import STATE_FOLDER
@@ -28,6 +28,7 @@ from .learning.sharing import shared_with
 from .learning.storage.files import write_file
 from .records import Observation
 from .reporting import write_report
+from .saving import load_config, load_tokenizer, saved_config
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
@@ -115,7 +116,7 @@ class OnlineAssistant:
         self._totals: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._closed = False
-        self._misfit: UnsupportedError | None = None
+        self._misfit: tuple[str, str] | None = None  # message and cause
         try:
             check_pair(target, draft)
         except UnsupportedError as error:
@@ -144,8 +145,8 @@ class OnlineAssistant:
     def _leave_out(self, error: UnsupportedError) -> None:
         if self.config.unsupported == "error":
             raise error
-        logger.warning("%s. Until then the target decodes alone.", error)
-        self._misfit = error
+        logger.warning("%s. Until then the target decodes alone.", str(error))
+        self._misfit = str(error), error.cause
 
     @classmethod
     def from_pretrained(
@@ -170,13 +171,13 @@ class OnlineAssistant:
         kwargs.setdefault("dtype", target.dtype)
         kwargs.setdefault("device_map", target.device)
         model = AutoModelForCausalLM.from_pretrained(draft, **kwargs)
-        tokenizer = _load_tokenizer(str(draft))
+        tokenizer = load_tokenizer(str(draft))
         state = Path(draft) / STATE_FOLDER
         if config is None and (state / "config.json").is_file():
-            config = _load_config(state / "config.json")
+            config = load_config(state / "config.json")
         assistant = cls(model, target, config, tokenizer=tokenizer)
         try:
-            check_tokenizers(_load_tokenizer(target.config._name_or_path), tokenizer)
+            check_tokenizers(load_tokenizer(target.config._name_or_path), tokenizer)
         except UnsupportedError as error:
             assistant._leave_out(error)
         try:
@@ -199,8 +200,8 @@ class OnlineAssistant:
 
     def check_usable(self, target: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` where the draft cannot draft for a target, whatever the request."""
-        if self._misfit is not None:
-            raise self._misfit.with_traceback(None)  # it is raised for every request
+        if self._misfit is not None:  # a new one every time: a traceback would keep the request, and so the target
+            raise UnsupportedModelError(*self._misfit)
         if target not in self._checked:  # another one, or the inner model of a PEFT model
             check_draft(target, self.draft)
             check_pair(target, self.draft)
@@ -232,7 +233,8 @@ class OnlineAssistant:
             if without == "speculation":  # nobody else counts these
                 self._totals["requests"] += rows
         if first:
-            logger.warning("Served without %s, and so will be others for the same reason: %s.", without, error)
+            why = str(error)  # whoever keeps the record must not keep the request
+            logger.warning("Served without %s, and so will be others for the same reason: %s.", without, why)
 
     @contextmanager
     def request(self, rows: int, records: bool = True) -> Iterator[Request]:
@@ -254,6 +256,12 @@ class OnlineAssistant:
             self._learner.observe(observation)
 
     def _publish(self, parameters: Mapping[str, torch.Tensor], acceptance: float) -> None:
+        target = self.target
+        if target is not None and not shared_with(self.draft, target) <= self._frozen:
+            raise LearningError(
+                "the draft was given weights of the target after this assistant was made: make another"
+            )
+        del target
         self.weights.publish(parameters)
         self.experience.expect(acceptance)
 
@@ -336,7 +344,7 @@ class OnlineAssistant:
             with self.weights:
                 self._given.save_pretrained(directory)
             self._learner.save(state)
-        write_file(state / "config.json", json.dumps(_saved_config(self.config), indent=2).encode() + b"\n")
+        write_file(state / "config.json", json.dumps(saved_config(self.config), indent=2).encode() + b"\n")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -352,36 +360,6 @@ class OnlineAssistant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _saved_config(config: OnlineConfig) -> dict[str, Any]:
-    """The settings that make sense elsewhere: neither functions nor places of this machine."""
-    here = ("redact", "state_dir", "peft_config")
-    saved = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in here}
-    adapter = config.peft_config
-    plain = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
-    saved["peft_config"] = plain if plain is None else dict(plain)
-    return json.loads(json.dumps(saved, default=_plain))  # type: ignore[no-any-return]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know of an adapter's config or of read-only mappings."""
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return dict(value) if isinstance(value, Mapping) else str(value)
-
-
-def _load_config(path: Path) -> OnlineConfig:
-    known = {field.name for field in fields(OnlineConfig)}
-    return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
-
-
-def _load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """Tokenizers only help to refuse a wrong pair early, so a missing one is no error."""
-    try:
-        return AutoTokenizer.from_pretrained(source) if source else None
-    except (OSError, ValueError):
-        return None
 
 
 _kept_lock = threading.Lock()

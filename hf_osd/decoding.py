@@ -18,17 +18,16 @@ from ._compat import (
     execution_device,
     is_callers_own,
     pad_token_of,
-    text_length,
 )
 from .assistant import OnlineAssistant, Request
-from .errors import UnsupportedError, UnsupportedGenerationError
+from .errors import UnsupportedError
 from .serving.choice import choose_decoder, choose_draft_decoder
 from .serving.decoder import Decoder
 from .serving.drafting import OnlineAssistedGenerator
 from .serving.engine import Engine, History
 from .serving.inputs import holds_cached_text, padding_of
 from .serving.lookup import LOOKUP_LENGTH
-from .serving.preparation import is_given, prepare
+from .serving.preparation import prepare
 from .serving.probe import Trial
 from .serving.processing import on_device
 from .serving.randomness import Randomness, seeded
@@ -36,7 +35,7 @@ from .serving.sequences import Sequences
 from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
 from .serving.stopping import StopCheck
 from .serving.stopwatch import Stopwatch
-from .serving.support import CALL_ARGUMENTS, MODELS, REQUESTS, SETTINGS, Asked, check_limits
+from .serving.support import MODELS, REQUESTS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
 Output = GenerateDecoderOnlyOutput | torch.Tensor
@@ -54,6 +53,7 @@ class Call:
         criteria (`StoppingCriteriaList`): What ends a row.
         config (`GenerationConfig`): This call's own copy.
         model_kwargs (`dict[str, Any]`): Inputs of the model.
+        text (`int`): Columns of the prompt and of a cached text before it.
         generator (`torch.Generator`, *optional*): Source of randomness.
         streamer (`BaseStreamer`, *optional*): Gets tokens as soon as they are final.
     """
@@ -64,12 +64,13 @@ class Call:
     criteria: StoppingCriteriaList
     config: GenerationConfig
     model_kwargs: dict[str, Any]
+    text: int
     generator: torch.Generator | None = None
     streamer: BaseStreamer | None = None
 
     def setting(self, name: str) -> Any:
-        """Return the value of a generation setting, `None` where it is not set."""
-        return getattr(self.config, name, None)
+        """Return the value of a generation setting or model input, `None` where it is not set."""
+        return self.model_kwargs.get(name, getattr(self.config, name, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,13 @@ class Setup:
     Attributes:
         sequences (`Sequences`): Its rows.
         make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; no draft, no proposals of one.
-        has_extras (`bool`): Whether the target sees more than the tokens that are recorded.
+        sees_more (`bool`): Whether the target sees more than the tokens that are recorded.
     """
 
     sequences: Sequences
     make_target: Callable[[], Decoder]
     make_draft: Callable[[], Decoder] | None
-    has_extras: bool
+    sees_more: bool
 
 
 @torch.no_grad()
@@ -130,24 +131,23 @@ def _plain(call: Call) -> Output:
 
 
 def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
-    """Everything that may be refused, before anything is fed, streamed or allocated."""
+    """Everything that may be refused: before anything is streamed, and before the request itself is fed."""
     model, config, inputs = call.model, call.config, call.model_kwargs
     check_limits((*SETTINGS, *MODELS), Asked(model, call.setting))
-    for name, mode in CALL_ARGUMENTS.items():
-        if is_given(inputs.get(name)):
-            raise UnsupportedGenerationError(f"{name} asks for {mode}, which is not speculated on", mode)
-    padding = padding_of(call.input_ids, inputs.get("attention_mask"))
+    mask = inputs.get("attention_mask")
+    padding = padding_of(call.input_ids, mask)
     cache, rows, width = _callers_cache(inputs), *call.input_ids.shape
-    is_prefix = holds_cached_text(cache, rows, width, text_length(call.input_ids, config, inputs))
+    is_prefix = holds_cached_text(cache, rows, width, call.text)
     sequences = _sequences(call, padding, assistant.config.draft_length)
-    length = sequences.limit - min(padding)
     preparation = prepare(model, call.input_ids, inputs, padding)
-    check_limits(REQUESTS, Asked(model, call.setting, call.processors, preparation, cache, padding, length))
+    new = sequences.limit - width
+    length = max(width - min(padding) + (0 if is_prefix else call.text - width), preparation.next_position) + new
+    is_padded = mask is not None and not bool(mask.bool().all())
+    check_limits(REQUESTS, Asked(model, call.setting, call.processors, preparation, cache, is_padded, length))
     assistant.check_usable(model)
-    trial = Trial(sequences.ids[:, :width], padding, preparation, config)
-    columns = sequences.ids.shape[1]
-    make_target = choose_decoder(model, trial, columns, cache=cache, is_prefix=is_prefix)
-    return Setup(sequences, make_target, _draft_decoder(assistant, sequences), bool(preparation.kind))
+    trial = Trial(sequences.ids[:, :width], padding, preparation, config, bool(config.return_dict_in_generate))
+    make_target = choose_decoder(model, trial, sequences.ids.shape[1], length=length, cache=cache, is_prefix=is_prefix)
+    return Setup(sequences, make_target, _draft_decoder(assistant, sequences), not preparation.is_plain)
 
 
 def _callers_cache(inputs: dict[str, Any]) -> Any:
@@ -192,10 +192,14 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
     config, sequences = call.config, setup.sequences
     config.max_length = sequences.limit
     started = time.perf_counter()
-    records = not (setup.has_extras and assistant.config.needs_target)  # learning would run the target on tokens alone
+    records = not (setup.sees_more and assistant.config.needs_target)  # learning would run the target on tokens alone
     with assistant.request(sequences.batch, records) as request:
         engine = _engine(call, setup, assistant, request)
-        engine.run()
+        try:
+            engine.run()
+        except BaseException:
+            engine.target.release(failed=True)
+            raise
         engine.speculator.finish(sequences.lengths)
         request.finish(engine, time.perf_counter() - started)
     output = _output(engine, config, call.input_ids.device)

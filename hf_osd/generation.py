@@ -13,13 +13,13 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import dropped_streamer
+from ._compat import dropped_streamer, text_length
 from .assistant import OnlineAssistant, resolve_assistant
 from .decoding import Call, Output, decode
 from .drafts.compatibility import check_target
-from .errors import InputError, UnsupportedError, UnsupportedGenerationError
+from .errors import InputError, UnsupportedError
 from .serving.randomness import seeded
-from .serving.support import CALL_ARGUMENTS, MODELS, SETTINGS, Asked, check_limits
+from .serving.support import MODELS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
 
@@ -105,8 +105,11 @@ def generate(
             return _call(model, inputs, generator, generation_config=generation_config, **kwargs)
         kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
 
+        mask = kwargs.get("attention_mask")
+        text = int(mask.shape[-1]) if isinstance(mask, torch.Tensor) and mask.ndim else None
+
         def decode_prepared(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Output:
-            call = _prepared(target, input_ids, generator=generator, streamer=streamer, **prepared)
+            call = _prepared(target, input_ids, generator=generator, streamer=streamer, text=text, **prepared)
             return decode(call, assistant, put_prompt=True)
 
         kwargs |= {"generation_config": generation_config, "custom_generate": decode_prepared}
@@ -132,9 +135,6 @@ def _check_call(model: PreTrainedModel, config: GenerationConfig | None, kwargs:
         return next((value for value in values if value is not None), None)
 
     check_limits((*SETTINGS, *MODELS), Asked(model, setting))
-    for name, mode in CALL_ARGUMENTS.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise UnsupportedGenerationError(f"{name} asks for {mode}, which is not speculated on", mode)
 
 
 def _rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:
@@ -210,6 +210,7 @@ def _prepared(
     generation_config: GenerationConfig,
     generator: torch.Generator | None,
     streamer: BaseStreamer | None,
+    text: int | None = None,
     **model_kwargs: Any,
 ) -> Call:
     return Call(
@@ -221,4 +222,5 @@ def _prepared(
         model_kwargs=model_kwargs,
         generator=generator,
         streamer=streamer,
+        text=text if text is not None else text_length(input_ids, generation_config, model_kwargs),
     )

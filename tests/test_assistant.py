@@ -350,3 +350,16 @@ def test_a_wrapped_draft_dies_with_its_target():
     del target
     gc.collect()
     assert gone() is None
+
+
+def test_weights_that_are_borrowed_later() -> None:
+    """Catches learning that writes into a target whose embedding the draft was given after its assistant was made."""
+    target, draft = tiny_model("llama", dtype=torch.float32), tiny_model("llama", seed=1, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in target.state_dict().items()}
+    config = OnlineConfig(update_every=2, steps_per_update=1, gate=False, learning_rate=1e-2)
+    with OnlineAssistant(draft, target, config) as assistant:
+        draft.set_input_embeddings(target.get_input_embeddings())
+        for seed in range(4):
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, max_new_tokens=8)
+        assert assistant.stats().failed_updates > 0
+    assert all(torch.equal(before[name], weight) for name, weight in target.state_dict().items())

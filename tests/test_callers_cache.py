@@ -8,7 +8,7 @@ from calls import LLAMA, NOISY, static
 from fakes import prompts, tiny_model, wrong_draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 import hf_osd
 from hf_osd import InputError
@@ -72,6 +72,70 @@ def test_turns_of_a_padded_batch():
         cache.batch_select_indices(torch.arange(3)[rows])
         turn = {name: value[rows] for name, value in inputs.items()}
         same(LLAMA, static(NOISY), turn, cache_argument((), cache))
+
+
+def test_only_new_tokens_behind_padding():
+    """Catches padding, or a hole, of a cached text that only the mask shows, not the columns of the new tokens."""
+    first = LLAMA.generate(**prompts(3), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    for row, hole in ((1, 0), (0, 5)):
+        cache = copy.deepcopy(cache_of(first))
+        cache.batch_select_indices(torch.tensor([row]))
+        mask = torch.nn.functional.pad(prompts(3)["attention_mask"][row : row + 1], (0, 7), value=1)
+        mask[:, hole] = 0
+        text = torch.cat([first.sequences[row : row + 1], tokens(3)], dim=1)
+        turn = {"input_ids": text[:, cache.get_seq_length() :], "attention_mask": mask}
+        same(LLAMA, static(NOISY), turn, cache_argument((), cache))
+
+
+def test_only_new_tokens_with_their_positions():
+    """Catches a text whose length is read off the position ids of its end."""
+    for held, more in ((5, 12), (5, 3)):
+        inputs = {"input_ids": tokens(more), "attention_mask": torch.ones(1, held + more, dtype=torch.long)}
+        inputs["position_ids"] = torch.arange(held, held + more)[None]
+        same(LLAMA, static(NOISY), inputs, cached(LLAMA, tokens(held, seed=8)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_padded_prompt_and_an_empty_cache(kind):
+    """Catches a cache that comes back without the columns of the padding, which the next turn's text has."""
+    target = tiny_model(kind)
+    inputs = {name: value[1:2] for name, value in prompts(2).items()}
+    for cache in (cache_argument((), DynamicCache(config=target.config)), {}):
+        output = same(target, static(wrong_draft(target, "noisy"), target), inputs, cache)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 11), value=1)
+        turn = {"input_ids": torch.cat([output.sequences, tokens(3)], dim=1), "attention_mask": mask}
+        same(target, static(NOISY, target), turn, cache_argument((), cache_of(output)))
+
+
+def test_a_cache_after_an_exception():
+    """Catches proposals that stay in the caller's cache where a criterion raises in the middle of a request."""
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] >= 20:
+                raise RuntimeError("enough")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    cache, text = DynamicCache(config=LLAMA.config), tokens(12)
+    kwargs = {"max_new_tokens": 30, "do_sample": False, "online_assistant": static(NOISY)}
+    with pytest.raises(RuntimeError, match="enough"):
+        hf_osd.generate(LLAMA, text, **cache_argument((), cache), **kwargs, stopping_criteria=[Stop()])
+    held = cache.get_seq_length()
+    assert 12 <= held < 20
+    full = LLAMA.generate(text, max_new_tokens=30, do_sample=False)
+    again = LLAMA.generate(full[:, : held + 1], **cache_argument((), cache), max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, full[:, : held + 6])
+
+
+def test_a_windowed_cache_is_left_as_it_was():
+    """Catches a cache that goes on recording what its window has dropped."""
+    target = tiny_model("mistral")
+    text = tokens(12)
+    output = same(target, static(NOISY, target), {"input_ids": text}, cached(target, text[:, :4]))
+    longer = target.generate(
+        output.sequences, **cache_argument((), cache_of(output)), max_new_tokens=40, return_dict_in_generate=True
+    )
+    assert max(layer.keys.shape[2] for layer in cache_of(longer).layers) <= 8
 
 
 @settings(max_examples=30, deadline=None)

@@ -95,6 +95,14 @@ def test_prompt_up_to_the_context(kind):
     assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_text_past_the_context(rows):
+    """Catches positions that stop at what the model was built for: rotary ones go on, as in plain decoding."""
+    target = tiny_model("llama", max_position_embeddings=20)
+    expected, actual = both(target, wrong_draft(target, "noisy"), prompts(rows), max_new_tokens=30)
+    assert torch.equal(expected, actual)
+
+
 def test_draft_with_a_shorter_context():
     """Catches a draft driven beyond its own learned positions, in the prompt and while decoding."""
     draft = tiny_model("gpt2", seed=5, layers=1, n_positions=16)
@@ -182,6 +190,10 @@ def test_target_in_train_mode():
     )
     assert torch.equal(expected, actual)
     assert target.training
+    target.transformer.h[0].eval()
+    modes = [module.training for module in target.modules()]
+    hf_osd.generate(target, **prompts(1), max_new_tokens=2, online_assistant=static(NOISY, target))
+    assert modes == [module.training for module in target.modules()]
 
 
 def test_no_pad_token():

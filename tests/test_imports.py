@@ -22,6 +22,7 @@ LAYERS = {
     "metrics": 7,
     "monitoring": 7,
     "assistant": 6,
+    "saving": 5,
     "reporting": 5,  # of what learning noted; the assistant offers it
     "serving": 4,
     "learning": 4,

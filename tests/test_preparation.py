@@ -168,6 +168,30 @@ def test_soft_prompts(kind, rows):
             assert torch.equal(without, expected) != matters
 
 
+def test_a_soft_prompt_and_padding():
+    """Catches positions of a padded prompt: PEFT counts its padding where it brings a cache of its own."""
+    base = tiny_model("llama", dtype=torch.float32)
+    target = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    for parameter in target.prompt_encoder.parameters():
+        parameter.data.normal_()
+    inputs = {name: value[1:2] for name, value in prompts(2).items()}
+    expected, actual = both(target, static(wrong_draft(base, "noisy"), target), inputs)
+    assert torch.equal(expected, actual)
+
+
+def test_activated_lora():
+    """Catches adapters that begin at a token which PEFT finds by counting from the end of a forward."""
+    config = dict(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    base = tiny_model("llama", dtype=torch.float32)
+    inputs = {name: value[:1] for name, value in prompts(1, length=12).items()}
+    config["alora_invocation_tokens"] = inputs["input_ids"][0, 6:8].tolist()
+    target = peft.get_peft_model(base, peft.LoraConfig(**config)).eval()
+    assistant = static(wrong_draft(base, "noisy"), target)
+    expected, actual = both(target, assistant, inputs)
+    assert torch.equal(expected, actual)
+    assert assistant.stats().fallback_reasons == {"activated LoRA": 1}
+
+
 def test_adapters_by_row():
     """Catches a trial with another number of rows than there are names of adapters, which PEFT refuses."""
     config = dict(r=4, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])

@@ -71,6 +71,32 @@ def test_a_hook_added_later_is_noticed():
     assert found(target).suits
 
 
+def test_a_hook_or_forward_replaced_by_another_is_noticed():
+    """Catches a verdict that counts hooks, where one takes the place of another, or is put on every module at once."""
+    target = tiny_model("llama")
+    layer = target.model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda module, args, output: output)
+    assert found(target).suits
+    handle.remove()
+    handle = layer.register_forward_hook(lambda module, args, output: output * (3.0 if output.shape[1] == 1 else 1.0))
+    assert not found(target).suits
+    handle.remove()
+    original = layer.forward
+    layer.forward = lambda x: original(x)
+    assert found(target).suits
+    layer.forward = lambda x: original(x) * (3.0 if x.shape[1] == 1 else 1.0)
+    assert not found(target).suits
+    del layer.forward
+    assert found(target).suits
+
+    def everywhere(module, args, output):
+        return output * 3.0 if module is layer and output.shape[1] == 1 else output
+
+    handle = nn.modules.module.register_module_forward_hook(everywhere)
+    assert not found(target).suits
+    handle.remove()
+
+
 def test_preparation_of_its_own():
     """Catches models that change their inputs before every pass: a plain forward does not show it."""
     target = tiny_model("llama")

@@ -1,6 +1,8 @@
 """What speculation cannot do is served by the target's own decoding, counted and said once; or refused, on demand."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -123,6 +125,28 @@ def test_a_target_with_a_recurrent_state():
     expected, actual = both(target, assistant, {"input_ids": prompts(1)["input_ids"]})
     assert torch.equal(expected, actual)
     assert assistant.stats().fallback_reasons == {"target with a recurrent state": 1}
+
+
+def test_a_draft_that_cannot_draft_keeps_nothing_alive():
+    """Catches an error that is kept with the frames of the last request, and so the target for ever."""
+    target = tiny_model("llama", seed=5)
+    draft = tiny_model("llama", vocab_size=5000)
+    for _ in range(2):
+        hf_osd.generate(target, **prompts(1), online_assistant=draft, max_new_tokens=2)
+    watched = weakref.ref(target)
+    del target, draft
+    gc.collect()
+    assert watched() is None
+
+
+def test_rotary_switch_at_positions_of_the_callers_own():
+    """Catches a text that is counted from its first token, and not from where the caller says that it begins."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    target = tiny_model("llama", rope_parameters=rope, max_position_embeddings=32)
+    assistant = static(wrong_draft(target, "noisy"), target)
+    inputs = prompts(1) | {"position_ids": torch.arange(9)[None] + 60}
+    hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=3)
+    assert set(assistant.stats().fallback_reasons) == {"position embeddings that change with the length"}
 
 
 def test_streaming_is_the_same():

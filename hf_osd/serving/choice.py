@@ -24,6 +24,7 @@ def choose_decoder(
     trial: Trial,
     width: int,
     *,
+    length: int | None = None,
     role: str = "target",
     cache: Cache | None = None,
     is_prefix: bool = True,
@@ -35,6 +36,7 @@ def choose_decoder(
         model (`PreTrainedModel`): A decoder-only model.
         trial (`Trial`): The request.
         width (`int`): Columns that may ever be fed.
+        length (`int`, *optional*): Positions that the longest row may reach; defaults to its columns.
         role (`str`, defaults to `"target"`): What to call the model in errors.
         cache (`Cache`, *optional*): A filled cache to go on from.
         is_prefix (`bool`, defaults to `True`): Whether the text of that cache is part of the prompt.
@@ -46,12 +48,13 @@ def choose_decoder(
         UnsupportedModelError: Neither cache gives the model's own logits at this batch size and length.
     """
     padding, preparation = trial.padding, trial.preparation
-    length, name = width - min(padding), f"the {role} {describe(model)}"
+    name, length = f"the {role} {describe(model)}", width - min(padding) if length is None else length
     if not _can_roll_back(model):
         raise UnsupportedModelError(
             f"{name} keeps a state that cannot roll back rejected tokens", f"{role}: state that cannot roll back"
         )
-    finding = Finding(False, "its cache does not hold rows of different lengths")
+    why = "its cache" if cache is None else "a cache of the caller's own"
+    finding = Finding(False, f"{why} does not hold rows of different lengths")
     feeds_tokens = preparation is None or preparation.feeds_tokens
     if cache is None and feeds_tokens and length <= attention_span(model) and _may_be_ragged(model):
         finding = probe(model, "ragged", partial(RaggedDecoder, model), trial)
@@ -68,6 +71,11 @@ def choose_decoder(
             f"{name} looks at {_index_span(model)} tokens of its choice, and text of up to {length} makes its logits "
             "depend on how many tokens are fed at once",
             f"{role}: sparse attention with an index",
+        )
+    if padding[0] and not (feeds_tokens and not trial.returns_cache):
+        raise UnsupportedModelError(
+            f"{name} decodes a single prompt without its padding, which its soft prompt or the returned cache counts",
+            f"{role}: padding of a single prompt",
         )
     finding = probe(model, "dynamic", partial(CroppableDecoder, model), trial)
     if not finding.suits:

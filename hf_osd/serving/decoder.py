@@ -10,7 +10,14 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import attention_implementation, cache_argument, cache_of, execution_device, show_windows_only
+from .._compat import (
+    attention_implementation,
+    cache_argument,
+    cache_of,
+    execution_device,
+    show_windows_only,
+    stop_recording,
+)
 from ..errors import UnsupportedModelError
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
@@ -74,8 +81,14 @@ class Decoder(ABC):
     def export(self) -> Cache:
         """Return the cache as transformers' `generate` would, for a caller who wants to go on from it."""
 
-    def release(self) -> None:  # noqa: B027 -- most have nothing to leave
-        """Leave what later calls can use. The decoder must not be used afterwards."""
+    @abstractmethod
+    def release(self, failed: bool = False) -> None:
+        """
+        Leave what later calls can use. The decoder must not be used afterwards.
+
+        Args:
+            failed (`bool`, defaults to `False`): Whether an exception ended the request.
+        """
 
     def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
         return self._run(keep, **inputs)[0]
@@ -99,7 +112,6 @@ class RaggedDecoder(Decoder):
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
         self._padding = upload(self.padding, self._device)[:, None]  # (batch, 1)
-        self._last_position = min(self.cache.capacity, self.context) - 1
         self._additive_mask = attention_implementation(model) == "eager"
         self._positions = self._preparation if self._preparation and self._preparation.positions is not None else None
 
@@ -149,7 +161,7 @@ class RaggedDecoder(Decoder):
     def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, *, span: int, keep: int = 0) -> torch.Tensor:
         """Every kernel of a forward, the mask's included; `keep` 0 means all."""
         mask = self.cache.stage(positions, span)
-        return self._call(tokens, positions.clamp(0, self._last_position), mask, keep or tokens.shape[1])
+        return self._call(tokens, positions.clamp(min=0), mask, keep or tokens.shape[1])
 
     def _call(
         self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int
@@ -176,9 +188,10 @@ class RaggedDecoder(Decoder):
         """A length change; see [`Decoder.rollback`]."""
         self.cached = [min(cached, end) for cached, end in zip(self.cached, ends, strict=True)]
 
-    def release(self) -> None:
-        """Leave the cache to the next call of its shape; see [`Decoder.release`]."""
-        give_back(self.model, self._kept)
+    def release(self, failed: bool = False) -> None:
+        """Leave the cache to the next call of its shape, unless it may hold anything; see [`Decoder.release`]."""
+        if not failed:
+            give_back(self.model, self._kept)
 
     def export(self) -> Cache:
         """Copy into a `DynamicCache` with the buffer's columns, left padding included; see [`Decoder.export`]."""
@@ -290,6 +303,10 @@ class CroppableDecoder(Decoder):
     def export(self) -> Cache:
         """The cache itself; see [`Decoder.export`]."""
         return self.cache
+
+    def release(self, failed: bool = False) -> None:
+        """Leave the cache as `generate` would, for a caller who goes on from it; see [`Decoder.release`]."""
+        stop_recording(self.cache)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -76,7 +76,12 @@ class Engine:
         """Decode until every row is done."""
         self._streamed = self.sequences.prompt_length
         while not self.sequences.finished:
-            self._round()
+            starts = list(self.sequences.ends)
+            try:
+                self._round()
+            except BaseException:  # of the user's code: a cache of the caller's must not keep what was only proposed
+                self.target.rollback([start - 1 for start in starts])
+                raise
         if self.streamer is not None:
             self.streamer.end()
 

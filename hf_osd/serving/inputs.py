@@ -29,6 +29,11 @@ def padding_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> 
         )
     if attention_mask is None:
         return [0] * len(input_ids)
+    if attention_mask.ndim != 2 or len(attention_mask) != len(input_ids):
+        raise InputError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}: it must "
+            "have a row for each prompt"
+        )
     mask = attention_mask[:, -input_ids.shape[1] :].bool()
     padding = (~mask).sum(dim=1)
     left_padded = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]

@@ -41,6 +41,11 @@ class Preparation:
         return self.feeds_tokens and not self.extras and self.positions is None
 
     @property
+    def next_position(self) -> int:
+        """The largest position behind the prompt, where positions are unusual; else 0."""
+        return int(self.positions.max()) + 1 if self.positions is not None else 0
+
+    @property
     def kind(self) -> tuple[str, ...]:
         """Name what the first pass gets besides tokens. Token types that are all zero are another kind than others."""
         names = (f"{name}{_marks(value)}" for name, value in self.extras.items())

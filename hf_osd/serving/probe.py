@@ -10,9 +10,11 @@ state that it is in; costs a dozen forwards of a few tokens.
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch.nn.modules import module as global_hooks
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -23,6 +25,7 @@ from .weights import describe
 
 logger = logging.get_logger(__name__)
 
+_MOST_FINDINGS = 256  # of one model, whose states and requests may go on changing; all are forgotten then
 _NEW = 5  # tokens decoded by a trial
 _PROMPT = 3  # columns of a trial's prompts; with the new tokens, 8 columns: within the windows of real models
 _SETTINGS = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_return_sequences": 1} | {
@@ -45,7 +48,7 @@ class Feeds(Protocol):
         """See [`~hf_osd.serving.decoder.Decoder.rollback`]."""
         ...
 
-    def release(self) -> None:
+    def release(self, failed: bool = False) -> None:
         """See [`~hf_osd.serving.decoder.Decoder.release`]."""
         ...
 
@@ -63,12 +66,14 @@ class Trial:
         padding (`Sequence[int]`): Padding columns of each row.
         preparation (`Preparation`, *optional*): The inputs of its first pass; `None` for a draft.
         generation_config (`Any`): As `generate` prepared it; `None` for a draft.
+        returns_cache (`bool`): Whether the caller gets the cache.
     """
 
     input_ids: torch.Tensor
     padding: Sequence[int]
     preparation: Preparation | None = None
     generation_config: Any = None
+    returns_cache: bool = False
 
     @property
     def has_extras(self) -> bool:
@@ -108,6 +113,8 @@ def probe(model: PreTrainedModel, kind: str, make: MakeDecoder, trial: Trial) ->
         trial (`Trial`): The request. Its rows and its first-pass inputs are tried; of text alone, a few tokens.
     """
     known = _findings.setdefault(model, {})
+    if len(known) > _MOST_FINDINGS:
+        known.clear()
     key = _key(model, kind, trial)
     found = known.get(key)
     if isinstance(found, Finding):
@@ -144,13 +151,22 @@ def _state(model: PreTrainedModel) -> int:
     owner: Any = getattr(preparation, "__self__", model)  # a PEFT model puts its own in the place of its base's
     adapters = (str(getattr(owner, "active_adapter", "")), str(getattr(owner, "peft_type", "")))
     named = (getattr(preparation, "__qualname__", ""), *adapters, attention_implementation(model), str(model.dtype))
-    return hash((tuple(map(_module_state, model.modules())), named, str(model.device)))
+    everywhere = (*global_hooks._global_forward_hooks.values(), *global_hooks._global_forward_pre_hooks.values())
+    state = tuple(map(_module_state, model.modules())), tuple(map(_code, everywhere)), named
+    return hash((*state, str(model.device)))
 
 
 def _module_state(module: torch.nn.Module) -> tuple[Any, ...]:
     weight = module._parameters.get("weight")  # quantisation in place changes its type
-    hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-    return id(type(module)), id(type(weight)), hooks, "forward" in module.__dict__
+    hooks = map(_code, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+    return id(type(module)), id(type(weight)), tuple(hooks), _code(module.__dict__.get("forward"))
+
+
+def _code(function: Any) -> int:
+    """Identify what a function does, not the function: PEFT makes new hooks of the same code for every request."""
+    while isinstance(function, partial):
+        function = function.func
+    return id(getattr(function, "__code__", type(function) if callable(function) else None))
 
 
 def _try(model: PreTrainedModel, make: MakeDecoder, trial: Trial) -> Finding:

@@ -6,8 +6,8 @@ What depends on trying the models is found by [`~hf_osd.serving.choice.choose_de
 `inputs.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
@@ -16,7 +16,7 @@ from transformers.generation import logits_process as lp
 
 from .._compat import has_recurrent_state
 from ..errors import UnsupportedError, UnsupportedGenerationError, UnsupportedModelError
-from .preparation import Preparation
+from .preparation import Preparation, is_given
 from .weights import describe
 
 
@@ -31,8 +31,8 @@ class Asked:
         processors (`Sequence[LogitsProcessor]`): Applied to the logits.
         preparation (`Preparation`, *optional*): The inputs of the first pass.
         cache (`Cache`, *optional*): The caller's own.
-        padding (`Sequence[int]`): Padding columns of each row.
-        length (`int`): Tokens that the longest row may reach, without padding.
+        is_padded (`bool`): Whether the attention mask hides anything, in the prompt or in a cached text before it.
+        length (`int`): Positions that the longest row may reach.
     """
 
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class Asked:
     processors: Sequence[Any] = ()
     preparation: Preparation | None = None
     cache: Cache | None = None
-    padding: Sequence[int] = field(default_factory=list)
+    is_padded: bool = False
     length: int = 0
 
 
@@ -137,9 +137,18 @@ def _cache_kind(asked: Asked) -> str | None:
 
 
 def _cache_with_padding(asked: Asked) -> str | None:
-    if asked.cache is None or not asked.cache.get_seq_length() or not any(asked.padding):
+    if asked.cache is None or not asked.is_padded:
         return None
-    return "a filled past_key_values together with padding: the cache does not say which of its tokens are padding"
+    return "past_key_values together with padding: the cache does not say which of its tokens are padding"
+
+
+def _activated_lora(asked: Asked) -> str | None:
+    """PEFT (0.21) counts from the end of a forward which tokens an adapter begins at (aLoRA, arXiv 2504.12397)."""
+    owner = getattr(asked.model.prepare_inputs_for_generation, "__self__", asked.model)
+    configs = getattr(owner, "peft_config", None) or getattr(asked.model, "peft_config", None) or {}
+    if not any(getattr(config, "alora_invocation_tokens", None) for config in configs.values()):
+        return None
+    return f"{describe(asked.model)} has an activated LoRA, which depends on how many tokens are fed at once"
 
 
 SETTINGS: tuple[Limit, ...] = (
@@ -161,6 +170,9 @@ SETTINGS: tuple[Limit, ...] = (
     ),
     _setting("output_attentions", "returning attentions"),
     _setting("output_hidden_states", "returning hidden states"),
+    _setting("inputs_embeds", "embeddings instead of tokens", is_given),
+    _setting("synced_gpus", "generation over several ranks", is_given),
+    _setting("negative_prompt_ids", "classifier-free guidance", is_given),
 )
 """What is known from the call alone."""
 
@@ -175,13 +187,7 @@ REQUESTS: tuple[Limit, ...] = (
     Limit("stateful logits processor", _stateful_processor),
     Limit("model inputs of every pass", _model_inputs),
     Limit("cache of another kind", _cache_kind),
-    Limit("filled cache with padding", _cache_with_padding),
+    Limit("cache with padding", _cache_with_padding),
+    Limit("activated LoRA", _activated_lora),
 )
 """What is known once transformers has prepared the request."""
-
-CALL_ARGUMENTS: Mapping[str, str] = {
-    "inputs_embeds": "embeddings instead of tokens",
-    "synced_gpus": "generation over several ranks",
-    "negative_prompt_ids": "classifier-free guidance",
-}
-"""Arguments of `generate` beside its settings, and what they ask for."""

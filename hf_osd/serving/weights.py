@@ -102,6 +102,7 @@ class LiveWeights:
 
 _eval_lock = threading.Lock()
 _eval_users: dict[int, int] = {}  # id(model) -> calls that rely on its eval mode
+_trained: dict[int, list[torch.nn.Module]] = {}  # id(model) -> its modules that were training before the first of them
 
 
 @contextmanager
@@ -109,22 +110,35 @@ def eval_mode(*models: PreTrainedModel) -> Iterator[None]:
     """
     Put models into eval mode for a while: dropout would make the target differ from itself.
 
-    Models that were training are put back when the last concurrent call leaves.
+    Modules that were training are put back when the last concurrent call leaves.
     """
     with _eval_lock:
-        training = [model for model in models if model.training or id(model) in _eval_users]
-        for model in training:
-            _eval_users[id(model)] = _eval_users.get(id(model), 0) + 1
-            model.eval()
+        entered = [model for model in models if _enter_eval(model)]
     try:
         yield
     finally:
         with _eval_lock:
-            for model in training:
-                _eval_users[id(model)] -= 1
-                if not _eval_users[id(model)]:
-                    del _eval_users[id(model)]
-                    model.train()
+            for model in entered:
+                _leave_eval(model)
+
+
+def _enter_eval(model: PreTrainedModel) -> bool:
+    if id(model) not in _eval_users:
+        training = [module for module in model.modules() if module.training]
+        if not training:
+            return False
+        _trained[id(model)] = training
+        model.eval()
+    _eval_users[id(model)] = _eval_users.get(id(model), 0) + 1
+    return True
+
+
+def _leave_eval(model: PreTrainedModel) -> None:
+    _eval_users[id(model)] -= 1
+    if not _eval_users[id(model)]:
+        del _eval_users[id(model)]
+        for module in _trained.pop(id(model)):
+            module.training = True
 
 
 def describe(model: Any) -> str:

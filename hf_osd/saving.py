@@ -1,0 +1,42 @@
+"""What is written beside a saved draft, and read back: settings, and whose tokenizer it was."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import OnlineConfig
+
+
+def saved_config(config: OnlineConfig) -> dict[str, Any]:
+    """The settings that make sense elsewhere: neither functions nor places of this machine."""
+    here = ("redact", "state_dir", "peft_config")
+    saved = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in here}
+    adapter = config.peft_config
+    plain = adapter.to_dict() if hasattr(adapter, "to_dict") else adapter
+    saved["peft_config"] = plain if plain is None else dict(plain)
+    return json.loads(json.dumps(saved, default=_plain))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know of an adapter's config or of read-only mappings."""
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def load_config(path: Path) -> OnlineConfig:
+    """Return settings that [`saved_config`] gave; those of other versions that this one does not know are left out."""
+    known = {field.name for field in fields(OnlineConfig)}
+    return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """Tokenizers only help to refuse a wrong pair early, so a missing one is no error."""
+    try:
+        return AutoTokenizer.from_pretrained(source) if source else None
+    except (OSError, ValueError):
+        return None
