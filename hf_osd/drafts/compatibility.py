@@ -1,4 +1,4 @@
-"""Whether a draft fits a target. A misfit could not change the output, only waste work, so it is refused early."""
+"""Whether a draft fits a target. A misfit could not change the output, only waste work, so it is found out early."""
 
 from typing import Any
 
