@@ -326,3 +326,11 @@ def test_a_bare_mapping_adapts_every_matrix_once(kind: str, tied: bool) -> None:
     student = Student(draft, {})
     assert matrices <= student.weights().keys()
     assert len(student.state()) == 2 * len(matrices)
+
+
+def test_attention_without_a_backward_pass() -> None:
+    """Catches a draft that serves with flex attention on a CPU, where every update would fail."""
+    draft = tiny_model("llama", dtype=torch.float32)
+    draft.set_attn_implementation("flex_attention")
+    assert Student(draft).model.config._attn_implementation == "sdpa"
+    assert draft.config._attn_implementation == "flex_attention"

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .._compat import attention_implementation
 from ..errors import ConfigError, LearningError, MissingDependencyError
 from .adapters import adapter_kinds, carries_adapter, check_adapter, enable_adapter
 from .sharing import copy_beside, in_float32, modules_of
@@ -173,11 +174,18 @@ class Student:
                 )
 
 
+def _trainable_copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
+    model = copy_beside(draft, frozen)
+    if attention_implementation(draft) == "flex_attention" and draft.device.type == "cpu":
+        model.set_attn_implementation("sdpa")  # flex attention has no backward pass there (torch 2.13)
+    return model
+
+
 def _copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
     has_adapter = carries_adapter(draft)
     if has_adapter:
         check_adapter(draft)
-    model = copy_beside(draft, frozen)
+    model = _trainable_copy(draft, frozen)
     in_float32(model, frozen)
     if has_adapter:
         enable_adapter(model)
@@ -192,7 +200,7 @@ def _with_adapter(draft: PreTrainedModel, peft_config: Any, seed: int, frozen: C
     if carries_adapter(draft):
         raise ConfigError("peft_config: the draft has an adapter already, which is what is trained; leave it out")
     peft = _peft()
-    base = copy_beside(draft, frozen)
+    base = _trainable_copy(draft, frozen)
     if base.dtype != torch.bfloat16:  # float16 has no range for gradients
         in_float32(base, frozen)
     borrowed = {name: weight for name, weight in base.named_parameters() if name in frozen}
