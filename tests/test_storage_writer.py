@@ -143,3 +143,20 @@ def test_many_threads_add(tmp_path: Path) -> None:
         for adder in adders:
             adder.join()
     assert sorted(numbers(read_state(tmp_path)[1])) == list(range(100))
+
+
+def test_nothing_ends_the_thread_in_silence(tmp_path: Path) -> None:
+    """Catches a writer that ends where somebody's code calls `sys.exit`, so that nothing is written any more."""
+    calls: list[int] = []
+
+    def collect() -> Snapshot | None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise SystemExit(3)
+        return None
+
+    with StateDirectory(tmp_path, collect=collect, flush_seconds=0.01) as state:
+        end = time.monotonic() + 60
+        while len(calls) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert (len(calls) >= 3, state.failures) == (True, 1)

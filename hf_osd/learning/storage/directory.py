@@ -247,7 +247,7 @@ class _Writer:
     def _try_to_flush(self) -> None:
         try:
             self.flush()
-        except Exception as error:
+        except BaseException as error:  # nothing may end the thread in silence
             if not self._failing:
                 then = "what came since the last flush is lost" if self.stopped else "every flush tries again"
                 logger.warning("%s; serving goes on, and %s.", error, then, exc_info=error)
@@ -262,7 +262,7 @@ class _Writer:
         with self._writing:
             try:
                 self._flush()
-            except Exception as error:  # of safetensors, Arrow and `collect` too
+            except BaseException as error:  # of safetensors, Arrow and `collect` too
                 self.failures += 1
                 raise StateError(f"cannot write to the state directory {self._store.directory}: {error}") from error
 
