@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .tables import table
+
 RESULTS = Path(__file__).parent / "results" / "matrix.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -32,6 +34,18 @@ def summary(report: Path) -> dict[str, Any]:
         "failed": totals["failures"] + totals["errors"],
         "skipped": totals["skipped"],
     }
+
+
+def tests_table() -> str:
+    """Return what the recorded runs found, as a table in Markdown."""
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+    lines = [[name, *_cells(runs[name])] for name in ("oldest", "newest")]
+    return table(["python", *PACKAGES, "passed", "failed", "skipped", "on"], lines)
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    counts = (str(run[name]) for name in ("passed", "failed", "skipped"))
+    return [*run["versions"].values(), *counts, run["date"]]
 
 
 def main() -> None:

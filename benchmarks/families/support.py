@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..matrix import tests_table
 from ..tables import filled, table
 from .checks import (
     ALONE,
@@ -160,9 +161,10 @@ def _missing(rows: Mapping[str, Row], groups: Sequence[str]) -> str:
 
 
 def versions(found: Mapping[str, Any]) -> str:
-    """When the results were made, and with what."""
+    """What the tests found with the oldest and the newest versions, and with which the tables above were made."""
     packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    return f"Tried on {found['date']} with {packages}: {len(found['rows'])} rows, by `{found['command']}`."
+    made = f"The tables above: {found['date']}, {packages}, {len(found['rows'])} rows, by `{found['command']}`."
+    return f"{tests_table()}\n\n{made}"
 
 
 def document(text: str, found: Mapping[str, Any]) -> str:
