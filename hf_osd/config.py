@@ -17,7 +17,7 @@ Positions = Literal["all", "rejected"]
 Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
 Unsupported = Literal["warn", "error"]
 
-_SHOWN = 80  # characters of a bad value that a message repeats, at most
+_SHOWN = 80  # characters of a text that a message repeats, at most; three times as many of a collection
 _LONGEST_REASON = 300  # characters of another package's message, which may list hundreds of classes
 
 
@@ -125,7 +125,8 @@ def shown(value: Any) -> str:
     brief = Repr()
     brief.maxstring = brief.maxother = brief.maxlong = _SHOWN
     try:
-        return " ".join(line.strip() for line in brief.repr(value).splitlines())
+        line = " ".join(line.strip() for line in brief.repr(value).splitlines())
+        return line if len(line) <= 3 * _SHOWN else f"{line[: 3 * _SHOWN]} ..."
     except Exception:  # Python writes no integer of more than 4,300 digits, and objects may fail too
         return f"an object of type {type(value).__name__}"
 

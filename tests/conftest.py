@@ -3,8 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 from stored import age, copier
+
+# The same examples in every run: a run that fails can be repeated, and no other one fails by chance.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="module")

@@ -55,14 +55,19 @@ def choose_decoder(
         )
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
-    feeds_tokens = preparation is None or preparation.feeds_tokens
-    if cache is None and feeds_tokens and length <= attention_span(model) and _may_be_ragged(model):
+    if cache is None and _feeds_tokens(trial) and length <= attention_span(model) and _may_be_ragged(model):
         finding = probe(model, "ragged", partial(RaggedDecoder, model), trial)
         if finding.suits:
             return partial(RaggedDecoder, model, padding, width, preparation)
-    if len(padding) > 1:
+    _check_dynamic(model, trial, length, name, role, finding.why)
+    return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
+
+
+def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str, role: str, why: str) -> None:
+    """Raise what keeps a request from transformers' dynamic cache, where it is not on the ragged one and `why` not."""
+    if len(trial.padding) > 1:
         raise UnsupportedModelError(
-            f"{name} cannot decode up to {length} tokens in a batch of {len(padding)}, since {finding.why}: pass one "
+            f"{name} cannot decode up to {length} tokens in a batch of {len(trial.padding)}, since {why}: pass one "
             "prompt at a time",
             f"{role}: batches of this model or length",
         )
@@ -72,7 +77,7 @@ def choose_decoder(
             "depend on how many tokens are fed at once",
             f"{role}: sparse attention with an index",
         )
-    if padding[0] and not (feeds_tokens and not trial.returns_cache):
+    if trial.padding[0] and (trial.returns_cache or not _feeds_tokens(trial)):
         raise UnsupportedModelError(
             f"{name} decodes a single prompt without its padding, which its soft prompt or the returned cache counts",
             f"{role}: padding of a single prompt",
@@ -82,7 +87,10 @@ def choose_decoder(
         raise UnsupportedModelError(
             f"{name} cannot check several tokens at once: {finding.why}", f"{role}: checking several tokens at once"
         )
-    return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
+
+
+def _feeds_tokens(trial: Trial) -> bool:
+    return trial.preparation is None or trial.preparation.feeds_tokens
 
 
 def choose_draft_decoder(
