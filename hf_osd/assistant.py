@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ._compat import is_offloaded
+from ._compat import execution_device, is_offloaded
 from .config import OnlineConfig
 from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
 from .drafts.wrapping import unwrap
@@ -166,10 +166,11 @@ class OnlineAssistant:
             kwargs: For `AutoModelForCausalLM.from_pretrained`; `dtype` and `device_map` default to the target's.
 
         Raises:
-            UnsupportedModelError: The draft's tokenizer differs from the target's.
+            UnsupportedModelError: With `OnlineConfig(unsupported="error")`, the draft's tokenizer differs from the
+                target's; see also the class.
         """
         kwargs.setdefault("dtype", target.dtype)
-        kwargs.setdefault("device_map", target.device)
+        kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
         model = AutoModelForCausalLM.from_pretrained(draft, **kwargs)
         tokenizer = load_tokenizer(str(draft))
         state = Path(draft) / STATE_FOLDER

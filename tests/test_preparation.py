@@ -239,6 +239,19 @@ def test_offloaded_weights(rows):
         assert (assistant.stats().proposed_tokens > 0, assistant.stats().updates) == (True, 0)
 
 
+def test_a_draft_by_name_for_an_offloaded_target(tmp_path):
+    """Catches a draft that is loaded to the meta device, where the weights of such a target are."""
+    plain = tiny_model("llama", dtype=torch.float32)
+    wrong_draft(plain, "noisy").save_pretrained(tmp_path)
+    target = copy.deepcopy(plain)
+    accelerate.cpu_offload(target, execution_device="cpu")
+    kwargs = {**prompts(2), "max_new_tokens": 12, "do_sample": False}
+    with OnlineAssistant.from_pretrained(tmp_path, target) as assistant:
+        assert assistant.draft.device.type == "cpu"
+        actual = hf_osd.generate(target, **kwargs, online_assistant=assistant)
+    assert torch.equal(plain.generate(**kwargs), actual)
+
+
 def test_positions_go_on_from_the_last():
     """Catches positions of later tokens that are counted in columns where the prompt's are not."""
     given = torch.tensor([[[0, 0, 1, 5], [2, 3, 4, 5]], [[0, 0, 1, 9], [2, 3, 4, 5]]])  # (2, batch, prompt)
