@@ -13,21 +13,21 @@ ONLY_TRL_IMPORTER = "learning.distillation"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {
-    "cli": 11,
-    "bench": 10,  # shares the demo's models, prompts and check of outputs
-    "demo": 9,
-    "hub": 9,
-    "generation": 8,
-    "decoding": 7,
-    "metrics": 7,
-    "monitoring": 7,
-    "assistant": 6,
-    "saving": 5,
-    "reporting": 5,  # of what learning noted; the assistant offers it
-    "serving": 4,
-    "learning": 4,
+    "cli": 12,
+    "bench": 11,  # shares the demo's models, prompts and check of outputs
+    "demo": 10,
+    "hub": 10,
+    "generation": 9,
+    "decoding": 8,
+    "metrics": 8,
+    "monitoring": 8,
+    "assistant": 7,
+    "saving": 6,
+    "reporting": 6,  # of what learning noted; the assistant offers it
+    "serving": 5,
+    "learning": 5,
+    "stats": 5,
     "drafts": 4,
-    "stats": 4,
     "records": 3,
     "config": 2,
     "_compat": 1,

@@ -1,0 +1,389 @@
+"""
+A draft that reads its target's hidden states: one or two of the target's own layers behind a map of these states.
+
+The input of EAGLE-3 (https://arxiv.org/abs/2503.01840): states of several layers at the position before, and the
+embedding of the newest token. Embedding and output head are the target's, borrowed and never trained, so that the
+vocabulary that is proposed from can change with the traffic. Not covered: what serves it; see
+`serving/feature_decoder.py`.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .._compat import attention_implementation, cache_argument, cache_of
+from ..errors import UnsupportedModelError
+from .states import decoder_of, layers_of
+
+_STATES_SHARE = 0.3  # of the last state in a cold draft's input: the target's own guess of what comes next
+
+
+class FeatureDraftConfig(PreTrainedConfig):
+    """
+    Configuration of a [`FeatureDraft`].
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*): Of the draft's own layers: the target's text config,
+            with fewer of them.
+        state_layers (`Sequence[int]`, defaults to `()`): Layers of the target after which its states are read,
+            counted from 1; none for a draft that reads tokens alone.
+        target (`str`, defaults to `""`): Hub id or folder of the target it was made for.
+        general_tokens (`int`, defaults to 0): Tokens of the vocabulary that it always proposes from; 0 for all.
+    """
+
+    model_type = "hf_osd_feature_draft"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 -- transformers' own convention
+
+    def __init__(
+        self,
+        text_config: Any = None,
+        state_layers: Sequence[int] = (),
+        target: str = "",
+        general_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
+        self.state_layers = list(state_layers)
+        self.target = target
+        self.general_tokens = general_tokens
+        super().__init__(**kwargs)
+
+
+class Borrowed:
+    """
+    Embedding and output head of the target, for a draft that reads them where they lie.
+
+    They are no parameters of the draft: nothing trains, moves, counts, copies or saves them.
+    """
+
+    def __init__(self) -> None:
+        self.embedding: Any = None
+        self.head: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Borrowed":
+        return self
+
+    def __reduce__(self) -> Any:
+        return Borrowed, ()
+
+
+class FeatureDraft(PreTrainedModel, GenerationMixin):
+    """
+    A few layers behind a map of the target's states and the newest token's embedding.
+
+    Args:
+        config ([`FeatureDraftConfig`]): Its configuration.
+
+    Example:
+
+    ```python
+    >>> draft = FeatureDraft.of(target, state_layers=(3, 15, 27, 30))
+    >>> draft.save_pretrained("draft")
+    >>> AutoModelForCausalLM.from_pretrained("draft").borrow(target)
+    ```
+    """
+
+    config_class = FeatureDraftConfig
+    base_model_prefix = "body"
+    _supports_sdpa = True
+    _supports_flash_attn = False
+
+    def __init__(self, config: FeatureDraftConfig) -> None:
+        super().__init__(config)
+        hidden = config.text_config.hidden_size
+        self.body: Any = AutoModel.from_config(config.text_config)
+        self.body.set_input_embeddings(nn.Identity())  # the target's, borrowed, takes its place
+        self._body_parameters = frozenset(inspect.signature(self.body.forward).parameters)
+        levels = len(config.state_layers)
+        if levels:
+            self.state_norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-6) for _ in range(levels))
+            self.from_states = nn.Linear(levels * hidden, hidden, bias=False)
+            self.from_token = nn.Linear(hidden, hidden, bias=False)
+            self.own_norm = nn.RMSNorm(hidden, eps=1e-6)
+            self.from_self = nn.Linear(hidden, hidden, bias=False)
+        self.general: torch.Tensor
+        self.register_buffer("general", torch.zeros(config.general_tokens, dtype=torch.long))
+        self._borrowed = Borrowed()
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def of(
+        cls,
+        target: PreTrainedModel,
+        *,
+        layers: int = 1,
+        state_layers: Sequence[int] | None = None,
+        general: torch.Tensor | None = None,
+    ) -> "FeatureDraft":
+        """
+        Make a cold draft for a target: its last layers behind a map that passes the last state and the token on.
+
+        Args:
+            target (`PreTrainedModel`): A decoder-only model.
+            layers (`int`, defaults to 1): Layers of the draft.
+            state_layers (`Sequence[int]`, *optional*): See [`FeatureDraftConfig`]; defaults to three spread over the
+                target and its last.
+            general (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that it always proposes from.
+
+        Raises:
+            UnsupportedModelError: Nothing can be made of this architecture.
+        """
+        chosen = default_state_layers(target) if state_layers is None else tuple(state_layers)
+        config = FeatureDraftConfig(
+            text_config=_body_config(target, layers),
+            state_layers=chosen,
+            target=target.config._name_or_path,
+            general_tokens=0 if general is None else len(general),
+        )
+        try:
+            draft = cls(config)
+            draft._start_from(target)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # any architecture in its own way
+            raise UnsupportedModelError(
+                f"no draft can be made of the layers of {type(target).__name__}: {error}", "draft: cannot be made"
+            ) from error
+        if general is not None:
+            draft.general.copy_(general)
+        model: nn.Module = draft
+        model.to(device=target.device, dtype=target.dtype)
+        model.eval()
+        return draft.borrow(target)
+
+    @torch.no_grad()
+    def _start_from(self, target: PreTrainedModel) -> None:
+        stack, own = layers_of(target), self.body.state_dict()
+        layers = next(m for m in self.body.modules() if isinstance(m, nn.ModuleList))
+        rest = {name: value for name, value in decoder_of(target).state_dict().items() if name in own}
+        self.body.load_state_dict({**own, **{n: v for n, v in rest.items() if v.shape == own[n].shape}})
+        for layer, source in zip(layers, stack[len(stack) - len(layers) :], strict=True):
+            layer.load_state_dict(source.state_dict())
+        if self.config.state_layers:
+            hidden = self.from_token.weight.shape[0]
+            self.from_states.weight.mul_(0.1)[:, -hidden:] += _STATES_SHARE * torch.eye(hidden)
+            self.from_token.weight.copy_(torch.eye(hidden))
+            self.from_self.weight.copy_(_STATES_SHARE * torch.eye(hidden))
+
+    def borrow(self, target: PreTrainedModel) -> "FeatureDraft":
+        """
+        Read embedding and output head of a target from now on, where they lie.
+
+        Args:
+            target (`PreTrainedModel`): The target.
+
+        Raises:
+            UnsupportedModelError: It has other dimensions than the one the draft was made for.
+        """
+        embedding: Any = target.get_input_embeddings()
+        head: Any = target.get_output_embeddings()
+        if head is None or tuple(head.weight.shape) != (self.vocab_size, self.config.text_config.hidden_size):
+            raise UnsupportedModelError(
+                f"the draft was made for {self.config.target or 'another target'}, and {type(target).__name__} has an "
+                "output head of another shape: design a draft for this target",
+                "draft: made for another target",
+            )
+        self._borrowed.embedding, self._borrowed.head = embedding, head
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the target."""
+        return int(self.config.text_config.vocab_size)
+
+    @property
+    def state_layers(self) -> tuple[int, ...]:
+        """Layers of the target whose states it reads."""
+        return tuple(self.config.state_layers)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that it reads of the target at a position."""
+        return len(self.config.state_layers) * int(self.config.text_config.hidden_size)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the target's embedding, which is none of its modules."""
+        embedding: nn.Module = self._borrowed.embedding
+        return embedding
+
+    def get_output_embeddings(self) -> None:
+        """Return nothing: the output head is the target's, which nobody may tie or resize here."""
+        return
+
+    def _embed(self, input_ids: torch.Tensor, states: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor:
+        """Return what the layers read, `(batch, time, hidden)`."""
+        if self._borrowed.embedding is None:
+            raise UnsupportedModelError("this draft has no embedding of its own: call borrow(target) first")
+        dtype = next(self.body.parameters()).dtype
+        tokens: torch.Tensor = self._borrowed.embedding(input_ids).to(dtype)
+        if not self.config.state_layers:
+            return tokens
+        embeds: torch.Tensor = self.from_token(tokens)
+        if own is not None:
+            embeds = embeds + self.from_self(self.own_norm(own.to(dtype)))
+        elif states is not None:
+            levels = states.to(dtype).chunk(len(self.state_norms), dim=-1)
+            normed = [norm(level) for norm, level in zip(self.state_norms, levels, strict=True)]
+            embeds = embeds + self.from_states(torch.cat(normed, dim=-1))
+        return embeds
+
+    def logits_of(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Score tokens.
+
+        Args:
+            hidden (`torch.FloatTensor` of shape `(..., hidden)`): Its last states.
+            vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Which tokens; defaults to all.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., tokens)`: Logits.
+        """
+        head = self._borrowed.head
+        rows, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        if vocabulary is not None:
+            rows, bias = rows[vocabulary], None if bias is None else bias[vocabulary]
+        bias = None if bias is None else bias.to(hidden.dtype)
+        logits: torch.Tensor = nn.functional.linear(hidden, rows.to(hidden.dtype), bias)
+        return logits
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        states: torch.Tensor | None = None,
+        own_states: torch.Tensor | None = None,
+        own_steps: int = 0,
+        vocabulary: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Score the next token behind each position.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, time)`): The newest tokens.
+            attention_mask, position_ids, past_key_values, use_cache: As in any causal model of transformers.
+            states (`torch.FloatTensor` of shape `(batch, time, state_size)`, *optional*): The target's states at the
+                position before each token; zeros where they are not known.
+            own_states (`torch.FloatTensor` of shape `(batch, time, hidden)`, *optional*): In place of `states`, its
+                own last states there.
+            own_steps (`int`, defaults to 0): For training: how many further tokens it drafts at each position, from
+                its own states, as it will when it serves. Goes with `states`, and without a cache.
+            vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Score these tokens only.
+            logits_to_keep (`int`, defaults to 0): Positions to score, from the end; 0 for all.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: Logits of shape `(batch, keep, tokens)`, the
+            cache and, as the only one of `hidden_states`, the last states. With `own_steps`, nothing but logits of
+            shape `(own_steps + 1, batch, keep, tokens)`.
+
+        Raises:
+            UnsupportedModelError: [`borrow`] has not been called.
+        """
+        cache = cache_of({"past_key_values": past_key_values, **others})
+        if own_steps:
+            steps = torch.stack(self._unrolled(input_ids, states, attention_mask, position_ids, own_steps))
+            return _output(self.logits_of(steps[:, :, -logits_to_keep:], vocabulary))
+        embeds = self._embed(input_ids, states, own_states)
+        hidden, cache = self._run(embeds, attention_mask, position_ids, cache, bool(use_cache))
+        return _output(self.logits_of(hidden[:, -logits_to_keep:], vocabulary), hidden, cache)
+
+    def _run(
+        self, embeds: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, cache: Any, keeps: bool
+    ) -> tuple[torch.Tensor, Cache | None]:
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, "use_cache": keeps}
+        output = self.body(**inputs, **cache_argument(self._body_parameters, cache), return_dict=True)
+        return output.last_hidden_state, cache_of(output) if keeps else None
+
+    def _unrolled(
+        self,
+        input_ids: torch.Tensor,
+        states: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        own_steps: int,
+    ) -> list[torch.Tensor]:
+        """
+        Run as a proposal does, behind every position at once: `(batch, time, hidden)` for each of its tokens.
+
+        The token of step s reads the target's states up to s positions before it, and the draft's own behind: EAGLE-3
+        calls it training-time test. All steps share one cache, and masks pick from it what each would have seen.
+        """
+        known = torch.ones_like(input_ids) if mask is None else mask
+        positions = (known.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
+        cache = DynamicCache(config=self.config.text_config)
+        hidden: list[torch.Tensor] = []
+        for step in range(own_steps + 1):
+            own = nn.functional.pad(hidden[-1], (0, 0, 1, 0))[:, :-1] if step else None
+            seen = self._as_mask(_seen_by_step(known.bool(), step))
+            hidden.append(self._run(self._embed(input_ids, states, own), seen, positions, cache, True)[0])
+        return hidden
+
+    def _as_mask(self, seen: torch.Tensor) -> torch.Tensor:
+        if attention_implementation(self.body) != "eager":
+            return seen
+        dtype = next(self.body.parameters()).dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _output(
+    logits: torch.Tensor, hidden: torch.Tensor | None = None, cache: Cache | None = None
+) -> CausalLMOutputWithPast:
+    states: Any = None if hidden is None else (hidden,)
+    return CausalLMOutputWithPast(logits=logits, hidden_states=states, **cache_argument((), cache))
+
+
+def _seen_by_step(known: torch.Tensor, step: int) -> torch.Tensor:
+    """
+    Say which keys a step of [`FeatureDraft._unrolled`] looks at.
+
+    Args:
+        known (`torch.BoolTensor` of shape `(batch, time)`): False where a row is padded.
+        step (`int`): Keys of this step and of all before it are in the cache, `time` each.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, 1, time, (step + 1) * time)`.
+    """
+    place = torch.arange(known.shape[1], device=known.device)
+    distance = place[:, None] - place  # from the query back to the key
+    blocks = [distance >= step, *(distance == step - later for later in range(1, step + 1))]
+    seen = torch.cat(blocks, dim=1) & known.repeat(1, step + 1)[:, None, :]
+    itself = torch.cat([torch.zeros_like(distance, dtype=torch.bool)] * step + [distance == 0], dim=1)
+    return (seen | itself)[:, None]  # padding sees itself, for a row without keys would turn into nan
+
+
+def default_state_layers(target: PreTrainedModel) -> tuple[int, ...]:
+    """Return after which layers a draft reads its target: an early, a middle and a late one, and the last."""
+    count = len(layers_of(target))
+    return tuple(sorted({layer for layer in (count // 10, count // 2, count - count // 10, count) if layer > 0}))
+
+
+def _body_config(target: PreTrainedModel, layers: int) -> Any:
+    config = copy.deepcopy(target.config.get_text_config(decoder=True))
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise UnsupportedModelError(f"layers must be in [1, {config.num_hidden_layers}], got {layers}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * layers
+    return config
+
+
+AutoConfig.register(FeatureDraftConfig.model_type, FeatureDraftConfig)
+AutoModelForCausalLM.register(FeatureDraftConfig, FeatureDraft)

@@ -1,0 +1,56 @@
+"""
+The tokens that a draft proposes from: those that general text uses most, those of the prompt, those of the traffic.
+
+FR-Spec (https://arxiv.org/abs/2502.14856) drafts among the most frequent tokens, since the output head is the dearest
+part of a small draft. A fixed choice misses the words of the traffic; with a head borrowed from the target, adding a
+token costs one row.
+"""
+
+import threading
+from collections.abc import Iterable
+
+import torch
+
+MOST_TOKENS = 16_384
+"""Tokens of the traffic that are remembered, beside the general ones; the head's cost grows with them."""
+
+
+class TrafficVocabulary:
+    """
+    Follows the traffic of one draft.
+
+    Args:
+        general (`Iterable[int]`): Tokens that are always proposed from.
+        capacity (`int`, defaults to 16384): Further tokens that are remembered; those not used for longest are
+            forgotten.
+    """
+
+    def __init__(self, general: Iterable[int], capacity: int = MOST_TOKENS) -> None:
+        self._general = frozenset(general)
+        self._capacity = capacity
+        self._used: dict[int, None] = {}  # in the order of their last use
+        self._lock = threading.Lock()
+
+    def note(self, tokens: Iterable[int]) -> None:
+        """Take in the tokens of an output."""
+        with self._lock:
+            for token in tokens:
+                if token not in self._general:
+                    self._used.pop(token, None)
+                    self._used[token] = None
+            while len(self._used) > self._capacity:
+                del self._used[next(iter(self._used))]
+
+    def tokens(self, besides: Iterable[int] = ()) -> torch.Tensor:
+        """
+        Return what to propose from.
+
+        Args:
+            besides (`Iterable[int]`): Further tokens: those of the prompts at hand, and what ends a text.
+
+        Returns:
+            `torch.LongTensor` of shape `(tokens,)`: Different tokens, in ascending order.
+        """
+        with self._lock:
+            found = self._general.union(self._used, besides)
+        return torch.tensor(sorted(found), dtype=torch.long)
