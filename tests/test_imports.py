@@ -31,6 +31,7 @@ LAYERS = {
     "records": 3,
     "config": 2,
     "_compat": 1,
+    "precision": 1,
     "errors": 0,
 }
 

@@ -15,6 +15,7 @@ import torch
 
 from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
+from ..precision import multiplies_bfloat16
 from ..records import Observation
 from . import identity
 from .intake import usable
@@ -215,7 +216,7 @@ class TrainingLoop:
         moments = by_parameter(*self._moments())
         self._restored = None
         callback = distillation.OnlineUpdateCallback(self, self.config.steps_per_update, moments or None)
-        bf16 = self._draft.device.type == "cuda" and self._draft.dtype == torch.bfloat16
+        bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
         trainer: OnlineGKDTrainer = distillation.OnlineGKDTrainer(
             supervisor.student.model, self.replay.sample, self.config, callback, self._target, bf16, self._vocab_size
         )
