@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_osd.demo.models import Pair, encode_prompts, load_pair, resolve_device, resolve_dtype
+from hf_osd.demo.models import EMBEDDED_PAIR, Pair, encode_prompts, load_pair, resolve_device, resolve_dtype
 from hf_osd.errors import ConfigError, HfOsdError, InputError, UnsupportedModelError
 
 CPU = torch.device("cpu")
@@ -62,7 +62,36 @@ def test_a_dtype_for_storage_is_refused() -> None:
         with pytest.raises(ConfigError, match=f"dtype must be one that cpu computes in, got '{name}': "):
             resolve_dtype(name, CPU)
     assert resolve_dtype("bfloat16", CPU) is torch.bfloat16
-    assert resolve_dtype("auto", CPU) is torch.float32
+
+
+@pytest.mark.parametrize(("fast", "loaded"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_the_checkpoints_dtype_where_the_cpu_is_fast_in_it(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, loaded: torch.dtype
+) -> None:
+    """Catches float32 where bfloat16 is faster, bfloat16 where it is emulated, and a float32 draft that is rounded."""
+    monkeypatch.setattr("hf_osd.precision._is_fast_on_cpu", lambda dtype: fast)
+    half = saved(make_model(1, seed=0).bfloat16(), tmp_path / "half")
+    pair = load_pair(str(half), str(good), "cpu")
+    assert pair.target.dtype is loaded
+    assert pair.draft.dtype is torch.float32
+
+
+def test_a_checkpoint_that_does_not_say_its_dtype_is_float32(good: Path, tmp_path: Path) -> None:
+    """Catches a dtype guessed from the weights, and a crash where there is none."""
+    half = saved(make_model(1, seed=0).bfloat16(), tmp_path / "half")
+    change_config(dtype=None)(half)
+    assert load_pair(str(half), str(good), "cpu").target.dtype is torch.float32
+
+
+@pytest.mark.parametrize("names", [(None, None), (str(EMBEDDED_PAIR / "target"), str(EMBEDDED_PAIR / "draft"))])
+def test_the_embedded_pair_is_float32_on_every_cpu(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str | None, str | None]
+) -> None:
+    """Catches a demo of another dtype than its recorded figures, since the pair is stored in bfloat16."""
+    monkeypatch.setattr("hf_osd.precision._is_fast_on_cpu", lambda dtype: True)
+    pair = load_pair(*names, "cpu")
+    assert pair.target.dtype is pair.draft.dtype is torch.float32
+    assert load_pair(*names, "cpu", "bfloat16").target.dtype is torch.bfloat16
 
 
 def change_config(**settings: Any) -> Callable[[Path], object]:

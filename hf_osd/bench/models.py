@@ -57,7 +57,7 @@ class ModelOptions:
             target learns by default.
         train_seconds (`float`, defaults to 180): Time of training both.
         device, dtype (`str`, defaults to `"auto"`): As `hf-osd demo` takes them; trained and scripted pairs are bf16
-            on a GPU.
+            on a GPU and float32 on a CPU.
         seed (`int`, defaults to 0): Seed of weights, of the order of training and of the script.
 
     Raises:
@@ -174,8 +174,9 @@ def _random_pair(
 
 
 def _dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """Return the dtype of a pair that is made here, and so has no checkpoint to say it."""
     named = resolve_dtype(options.dtype, device)
-    return named if isinstance(named, torch.dtype) else torch.bfloat16
+    return named or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
 def _sizes(pair: Pair) -> dict[str, Any]:

@@ -49,7 +49,9 @@ _UpdateEvery = Annotated[int, typer.Option(min=1, help="Requests between two upd
 _Sample = Annotated[bool, typer.Option("--sample/--greedy", help="Sample, or decode greedily and compare outputs.")]
 _Seed = Annotated[int, typer.Option(help="Seed of sampling and of learning.")]
 _Device = Annotated[str, typer.Option(help="A torch device; auto takes an accelerator where there is one.")]
-_Dtype = Annotated[str, typer.Option(help="A torch dtype; auto is the checkpoint's, but float32 on the CPU.")]
+_Dtype = Annotated[
+    str, typer.Option(help="A torch dtype; auto is the checkpoint's, or float32 on a CPU slower in half precision.")
+]
 _Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads of torch; 1 for the embedded pair if left out.", show_default=False),

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..config import reason_of, shown
 from ..drafts.compatibility import check_pair
 from ..errors import ConfigError, InputError, UnsupportedModelError
+from ..precision import choose_dtype
 from .prompts import Prompt
 
 EMBEDDED_PAIR = Path(__file__).parent / "pair"
@@ -38,7 +46,8 @@ def load_pair(target: str | None, assistant: str | None, device: str = "auto", d
         assistant (`str`, *optional*): Hub id or folder of the draft.
         device (`str`, defaults to `"auto"`): A torch device; `"auto"` takes an accelerator where there is one.
         dtype (`str`, defaults to `"auto"`):
-            A torch dtype by name. `"auto"` is that of the checkpoint, but float32 on the CPU, where bf16 is slow.
+            A torch dtype by name. `"auto"` is each checkpoint's own, or float32 on a CPU that is slower in half
+            precision ([`~hf_osd.precision.choose_dtype`]). The embedded pair is float32 on every CPU.
 
     Raises:
         ConfigError: Only one of the two models is given, or nothing can be computed on the device or in the dtype.
@@ -70,10 +79,10 @@ def resolve_device(name: str) -> torch.device:
         ) from error
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
-    """Return the dtype of that name, or `"auto"` for that of the checkpoint."""
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of that name, or `None` for `"auto"`, which depends on the checkpoint."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
+        return None
     kind = getattr(torch, name, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ConfigError(f"dtype must be 'auto' or a floating torch dtype such as 'bfloat16', got {shown(name)}")
@@ -99,17 +108,26 @@ def _load(name: str, load: Callable[[str], Any]) -> Any:
         raise UnsupportedModelError(f"cannot load {shown(name)}, as a folder or from the Hub: {why}") from error
 
 
-def _load_model(name: str, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_model(name: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     options: dict[str, Any] = {"trust_remote_code": False}  # by default it would ask, in the middle of the run
     config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(config).__name__} is of an encoder-decoder model; use a decoder-only one")
+    kind = dtype or _own_dtype(name, config, device)
     factory: Any = AutoModelForCausalLM
-    model, found = factory.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    model, found = factory.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"weights of {type(model).__name__} are missing, such as {missing[0]}")
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _own_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+    """Return what `"auto"` means for a checkpoint; one that does not say is float32, as torch would have it."""
+    if device.type == "cpu" and EMBEDDED_PAIR in Path(name).parents:
+        return torch.float32  # its figures are of float32, and a model that small is no faster in bfloat16
+    stated: Any = config.dtype or config.get_text_config(decoder=True).dtype
+    return choose_dtype(device, stated or torch.float32)
 
 
 @torch.no_grad()
