@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from ..config import FLAG, check_fields, optional, reason_of, shown
+from ..config import FLAG, check_fields, integer, optional, reason_of, shown
 from ..demo.environment import machine, quiet, versions
 from ..demo.models import Pair, resolve_device
 from ..demo.options import NAMES, OPTIONS
@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from . import engine, lengths, promise, serving
 from .floor import Floor
 from .models import ModelOptions, Models, open_models
+from .peers import PACKAGES, missing_peers
 from .plots import replot, write_plot
 from .results import SUITES, read_result, rounded, write_result
 from .session import Session, Steps
@@ -42,6 +43,9 @@ _RULES = {name: OPTIONS[name] for name in ("requests", "max_new_tokens", "thread
     "suites": NAMES,
     "prompts": NAMES,
     "compiled": optional(FLAG),
+    "batch": integer(1, 2**16),
+    "peers": FLAG,
+    "eagle3": optional(OPTIONS["output"]),
 }
 _FILE_WIDTH = 160  # characters of a line that nobody wraps
 _EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
@@ -67,6 +71,9 @@ class BenchCommand(ModelOptions):
     requests: int = 32
     max_new_tokens: int = 64
     compiled: bool | None = None
+    batch: int = 1
+    peers: bool = False
+    eagle3: Path | None = None
     threads: int | None = None
     output: Path = Path("runs/bench")
     plot: bool = True
@@ -82,6 +89,12 @@ class BenchCommand(ModelOptions):
             raise ConfigError(
                 f"models='scripted' says nothing about {', '.join(unscripted)}: run {' or '.join(_SCRIPTED_SUITES)}"
             )
+        if self.peers and self.models == "scripted":
+            raise ConfigError(
+                "peers=True means nothing with models='scripted': other packages cannot follow the script"
+            )
+        if self.eagle3 is not None and not (self.peers and self.eagle3.is_dir()):
+            raise ConfigError(f"eagle3 must be a folder that exists, and peers=True, got {str(self.eagle3)!r}")
 
     def run(self, console: Console | None = None) -> bool:
         """
@@ -97,6 +110,8 @@ class BenchCommand(ModelOptions):
             HfOsdError: The run cannot start, or its files cannot be written, after all figures were printed.
         """
         console = console or make_console()
+        for line in missing_peers() if self.peers else ():
+            console.print(line, soft_wrap=True, markup=False)
         if self.plot:
             require_matplotlib()
         try_output(self.output)
@@ -141,6 +156,9 @@ class BenchCommand(ModelOptions):
             compiles=on_gpu and find_spec("triton") is not None if self.compiled is None else self.compiled,
             script=models.script,
             seed=self.seed,
+            batch=self.batch,
+            peers=self.peers,
+            eagle3=self.eagle3,
         )
 
     def _next_topic(self, pair: Pair, streams: Sequence[Stream]) -> Stream:
@@ -152,18 +170,18 @@ class BenchCommand(ModelOptions):
         return make_stream(pair, name, prompts, self.max_new_tokens, self.requests)
 
     def _prompt_count(self) -> int:
-        """Return how many prompts of a stream to read: one warms up, and only the promise is tested in batches."""
-        batched = promise.BATCH * promise.BATCHES if "promise" in self._chosen() else 0
-        return max(self.requests, batched) + 1
+        """Return how many prompts of a stream to read: a batch of them warms up, and the promise has larger ones."""
+        batched = promise.BATCH * promise.BATCHES if "promise" in self._chosen() else self.batch
+        return max(self.requests, batched) + self.batch
 
     def _report(self, console: Console, suite: str, models: Models, figures: dict[str, Any]) -> None:
         about = {
             "command": shlex.join(["hf-osd", *sys.argv[1:]]),
-            "options": asdict(self) | {"output": str(self.output)},
+            "options": asdict(self) | {"output": str(self.output), "eagle3": self.eagle3 and str(self.eagle3)},
             "models": models.about,
             "threads": torch.get_num_threads(),
             "machine": machine(models.pair.target.device),
-            "versions": versions(),
+            "versions": versions(*(PACKAGES if self.peers else ())),
         }
         try:
             with writing(self.output):

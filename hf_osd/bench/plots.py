@@ -60,7 +60,8 @@ def _title(about: dict[str, Any]) -> str:
 
 def _draw_serving(figure: "Figure", figures: dict[str, Any]) -> None:
     streams = figures["streams"]
-    figure.set_size_inches(11, 1.2 + 2.4 * len(streams))
+    bars = max(len(stream["contenders"]) for stream in streams.values())
+    figure.set_size_inches(11, 1.2 + max(2.4, 0.3 * bars) * len(streams))
     for row, (name, stream) in zip(figure.subplots(len(streams), 2, squeeze=False), streams.items(), strict=True):
         found = stream["contenders"]
         _bars(row[0], {key: one["ms_per_token"] for key, one in found.items()}, f"{name}: ms per token (median)")

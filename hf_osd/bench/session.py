@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -35,6 +36,9 @@ class Session:
         compiles (`bool`): Whether compiled plain decoding takes part.
         script (`Script`, *optional*): What the draft says, where it is scripted.
         seed (`int`): Seed of learning and of random weights.
+        batch (`int`): Rows of a request in the suite `serving`.
+        peers (`bool`): Whether other packages take part in it.
+        eagle3 (`Path`, *optional*): economize's trained `eagle3`, for these.
     """
 
     pair: Pair
@@ -46,6 +50,9 @@ class Session:
     compiles: bool = False
     script: Script | None = None
     seed: int = 0
+    batch: int = 1
+    peers: bool = False
+    eagle3: Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:

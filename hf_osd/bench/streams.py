@@ -71,22 +71,40 @@ def make_stream(
 ) -> Stream:
     """
     Encode prompts. The last one that fits warms up: it is no request, since prompt lookup would find its answer.
+    For the same reason a prompt that comes again is left out.
 
     Args:
         pair (`Pair`): The models.
         name (`str`): Of the stream.
-        prompts (`Sequence[Prompt]`): At least two that fit.
+        prompts (`Sequence[Prompt]`): At least two different ones that fit.
         max_new_tokens (`int`): Room to leave behind each of them.
         count (`int`, *optional*): Requests to serve one by one; the others are spare. Defaults to all.
 
     Raises:
-        InputError: Fewer than two prompts fit into the context of the models.
+        InputError: Fewer than two different prompts fit into the context of the models.
     """
-    *requests, warm_up = encode_prompts(pair, prompts, max_new_tokens)
+    encoded = encode_prompts(pair, prompts, max_new_tokens)
+    *requests, warm_up = {tuple(one["input_ids"].flatten().tolist()): one for one in encoded}.values()
     if not requests:
         raise InputError(f"stream {name!r} has one prompt that fits, and one that warms up is needed beside it")
     count = len(requests) if count is None else count
     return Stream(name, requests[:count], warm_up, requests[count:])
+
+
+def in_batches(stream: Stream, size: int, pad_token_id: int) -> Stream:
+    """
+    Return a stream whose requests are batches of one size; the last of them warms up.
+
+    Raises:
+        InputError: The stream's prompts do not fill two batches.
+    """
+    rows = [*stream.requests, *stream.spare, stream.warm_up]
+    *requests, warm_up = batches(rows, size, pad_token_id)
+    if not requests:
+        raise InputError(
+            f"stream {stream.name!r} has {len(rows)} different prompts that fit, and batches of {size} need {2 * size}"
+        )
+    return Stream(stream.name, requests[: max(len(stream.requests) // size, 1)], warm_up)
 
 
 def batches(requests: Sequence[Inputs], size: int, pad_token_id: int) -> list[Inputs]:

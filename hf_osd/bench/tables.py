@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..demo.results import PLAIN
-from .serving import ASSISTED
+_OVER = ("over plain", "over assisted", "over assisted, best")  # headings, in the order of the figures
 
 
 def print_result(console: Console, suite: str, figures: dict[str, Any]) -> None:
@@ -30,31 +29,21 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _serving(figures: dict[str, Any]) -> Iterator[Table]:
-    columns = (
-        "ms/token",
-        "total s",
-        "over plain",
-        "over assisted",
-        "over assisted, best",
-        "accepted",
-        "lookups",
-        "tokens/pass",
-    )
+    told = ("acceptance", "lookup_acceptance", "tokens_per_pass", "engine_efficiency")
     for name, stream in figures["streams"].items():
-        table = _table(f"serving: {name}", "contender", *columns, "efficiency")
-        over = stream["speedup_over"]
-        best = next(key for key in over if key not in (PLAIN, ASSISTED))
+        over = dict(zip(stream["speedup_over"], _OVER, strict=False))
+        columns = ("ms/token", "total s", *over.values(), "accepted", "lookups", "tokens/pass", "efficiency")
+        table = _table(f"serving: {name}", "contender", *columns)
         for contender, one in stream["contenders"].items():
             table.add_row(
                 contender,
                 _number(one["ms_per_token"]),
                 _number(one["total_seconds"], 1),
-                *(f"{over[key][contender]:.2f}x" for key in (PLAIN, ASSISTED, best)),
-                *(
-                    _number(one[key])
-                    for key in ("acceptance", "lookup_acceptance", "tokens_per_pass", "engine_efficiency")
-                ),
+                *(f"{stream['speedup_over'][key][contender]:.2f}x" for key in over),
+                *(_number(one[key]) for key in told),
             )
+        left_out = stream.get("peers", {}).get("left_out", {})
+        table.caption = escape("\n".join(f"{peer} is left out: {reason}" for peer, reason in left_out.items())) or None
         yield table
 
 

@@ -123,6 +123,19 @@ _Compiled = Annotated[
         show_default=False,
     ),
 ]
+_Batch = Annotated[int, typer.Option(min=1, help="Prompts of each request in serving.")]
+_Peers = Annotated[
+    bool, typer.Option("--peers", help="Let economize and flashspec serve too (extra peers); in serving alone.")
+]
+_Eagle3 = Annotated[
+    Path | None,
+    typer.Option(
+        parser=_folder,
+        metavar="FOLDER",
+        help="With --peers: an EAGLE-3 head that economize has trained for the target.",
+        show_default=False,
+    ),
+]
 _BenchOutput = Annotated[
     Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for a JSON and a plot of each suite.")
 ]
@@ -208,6 +221,9 @@ def bench(
     requests: _StreamRequests = 32,
     max_new_tokens: _MaxNewTokens = 64,
     compiled: _Compiled = None,
+    batch: _Batch = 1,
+    peers: _Peers = False,
+    eagle3: _Eagle3 = None,
     seed: _Seed = 0,
     device: _Device = "auto",
     dtype: _Dtype = "auto",

@@ -41,10 +41,10 @@ def _processor() -> str:
     return next(names, platform.processor())
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that serve or learn."""
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of Python, of the packages that serve or learn, and of others by name."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *others):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
