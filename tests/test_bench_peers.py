@@ -283,3 +283,17 @@ def test_the_real_package_says_what_the_target_says(session: Session, package: s
     assert hooks == [len(one._forward_hooks) + len(one._forward_pre_hooks) for one in target.modules()]
     assert not target.training
     assert all(parameter.requires_grad for parameter in target.parameters())
+
+
+def test_a_trained_head_drafts_for_the_target(session: Session, tmp_path: Path) -> None:
+    """Would catch a checkpoint that is read and not used, and a head in another dtype than the target's."""
+    economize = pytest.importorskip("economize", reason='economize is not installed: pip install "hf-osd[peers]"')
+    from economize.techniques.eagle3 import Eagle3Config
+
+    target, request = session.pair.target.to(torch.bfloat16), session.streams[0].requests[0]
+    economize.save(economize.apply(target, Eagle3Config(draft_vocab=100)), tmp_path)
+    with ExitStack() as stack:
+        found = peers.open_peers(session.pair, session.streams[0].warm_up, session.options, stack, tmp_path)
+        contender = found.makers["economize, eagle3"](2)
+        assert contender._model.techniques["eagle3"].dtype == torch.bfloat16
+        assert contender.answer(request, **session.options)[1].drafted > 0
