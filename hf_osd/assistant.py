@@ -19,6 +19,7 @@ from transformers.utils import logging
 from ._compat import execution_device, is_offloaded
 from .config import OnlineConfig
 from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
+from .drafts.features import FeatureDraft
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
 from .learning.background import OnlineLearner
@@ -32,6 +33,7 @@ from .saving import load_config, load_tokenizer, saved_config
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
+from .serving.states import TargetStates
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
@@ -47,11 +49,11 @@ class Request:
         recorder (`Recorder`, *optional*): Where serving notes mismatches; `None` where nothing is to be recorded.
     """
 
-    def __init__(self, assistant: "OnlineAssistant", recorded_rows: list[bool]) -> None:
+    def __init__(self, assistant: "OnlineAssistant", recorded_rows: list[bool], states: TargetStates | None) -> None:
         self._assistant = assistant
         self.observations: list[Observation] = []
         self.recorder = (
-            Recorder(assistant.config.top_k_teacher, recorded_rows, self.observations.append)
+            Recorder(assistant.config.top_k_teacher, recorded_rows, self.observations.append, states)
             if any(recorded_rows)
             else None
         )
@@ -59,6 +61,7 @@ class Request:
     def finish(self, engine: Engine, seconds: float) -> None:
         """Count the request, and make its observations."""
         self._assistant._count(engine, seconds)
+        self._assistant._note_tokens(engine)
         if self.recorder is not None:
             self.recorder.finish(engine.sequences)
 
@@ -108,6 +111,8 @@ class OnlineAssistant:
         check_target(target)
         self.draft = draft = unwrap(draft)
         check_draft(target, draft)
+        if isinstance(draft, FeatureDraft):
+            draft.borrow(target)
         self.tokenizer = tokenizer
         self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
@@ -238,19 +243,20 @@ class OnlineAssistant:
             logger.warning("Served without %s, and so will be others for the same reason: %s.", without, why)
 
     @contextmanager
-    def request(self, rows: int, records: bool = True) -> Iterator[Request]:
+    def request(self, rows: int, records: bool = True, states: TargetStates | None = None) -> Iterator[Request]:
         """
         Open one call of `generate`. On leaving it without an error, its observations go to the learner.
 
         Args:
             rows (`int`): Prompts in the batch.
             records (`bool`, defaults to `True`): Whether the request may be learned from.
+            states (`TargetStates`, *optional*): What the draft reads of the target.
 
         Raises:
             ClosedError: The assistant is closed.
         """
         self.check_open()
-        request = Request(self, self._choose_rows(rows) if records else [False] * rows)
+        request = Request(self, self._choose_rows(rows) if records else [False] * rows, states)
         with self._learner.serving():
             yield request
         for observation in request.observations:
@@ -287,6 +293,11 @@ class OnlineAssistant:
         }
         with self._lock:
             self._totals.update(counted)
+
+    def _note_tokens(self, engine: Engine) -> None:
+        if isinstance(self.draft, FeatureDraft):
+            for row in range(engine.sequences.batch):
+                self.draft.vocabulary.note(engine.sequences.text(row)[1].tolist())
 
     def stats(self) -> OnlineStats:
         """Return the counters as they are now."""
@@ -361,39 +372,3 @@ class OnlineAssistant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-_kept_lock = threading.Lock()
-_kept: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, OnlineAssistant]]" = weakref.WeakKeyDictionary()
-
-
-def resolve_assistant(
-    assistant: "OnlineAssistant | PreTrainedModel | str | Path", target: PreTrainedModel
-) -> OnlineAssistant:
-    """
-    Return the assistant to use: as given, or one that wraps a draft and is kept as long as the target lives.
-
-    Args:
-        assistant (`OnlineAssistant`, `PreTrainedModel`, `str` or `Path`): What the user passed.
-        target (`PreTrainedModel`): The model that `generate` was called with.
-
-    Raises:
-        UnsupportedModelError: The draft does not fit the target.
-        TypeError: Something else was passed.
-    """
-    if isinstance(assistant, OnlineAssistant):
-        return assistant
-    if not isinstance(assistant, torch.nn.Module | str | Path):
-        raise TypeError(
-            "online_assistant must be an OnlineAssistant, a draft model, or a Hub id or path of one, got "
-            f"{type(assistant).__name__}"
-        )
-    with _kept_lock:
-        kept = _kept.setdefault(target, {})
-        if isinstance(assistant, torch.nn.Module):
-            if id(assistant) not in kept:  # the id stays taken, since what is kept holds the draft
-                kept[id(assistant)] = OnlineAssistant(assistant, target)
-            return kept[id(assistant)]
-        if str(assistant) not in kept:
-            kept[str(assistant)] = OnlineAssistant.from_pretrained(assistant, target)
-        return kept[str(assistant)]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ._compat import (
     pad_token_of,
 )
 from .assistant import OnlineAssistant, Request
+from .drafts.features import FeatureDraft
 from .errors import UnsupportedError
 from .serving.choice import choose_decoder, choose_draft_decoder
 from .serving.decoder import Decoder
@@ -33,6 +35,7 @@ from .serving.processing import on_device
 from .serving.randomness import Randomness, seeded
 from .serving.sequences import Sequences
 from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
+from .serving.states import TargetStates
 from .serving.stopping import StopCheck
 from .serving.stopwatch import Stopwatch
 from .serving.support import MODELS, REQUESTS, SETTINGS, Asked, check_limits
@@ -81,12 +84,14 @@ class Setup:
     Attributes:
         sequences (`Sequences`): Its rows.
         make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; no draft, no proposals of one.
+        states (`TargetStates`, *optional*): What the draft reads of the target, besides tokens.
         sees_more (`bool`): Whether the target sees more than the tokens that are recorded.
     """
 
     sequences: Sequences
     make_target: Callable[[], Decoder]
     make_draft: Callable[[], Decoder] | None
+    states: TargetStates | None
     sees_more: bool
 
 
@@ -147,7 +152,10 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     assistant.check_usable(model)
     trial = Trial(sequences.ids[:, :width], padding, preparation, config, bool(config.return_dict_in_generate))
     make_target = choose_decoder(model, trial, sequences.ids.shape[1], length=length, cache=cache, is_prefix=is_prefix)
-    return Setup(sequences, make_target, _draft_decoder(assistant, sequences), not preparation.is_plain)
+    make_draft, states = _draft(assistant, model, sequences)
+    if states is not None:
+        make_target = partial(make_target, states=states)
+    return Setup(sequences, make_target, make_draft, states, not preparation.is_plain)
 
 
 def _callers_cache(inputs: dict[str, Any]) -> Any:
@@ -175,17 +183,25 @@ def _sequences(call: Call, padding: Sequence[int], draft_length: int) -> Sequenc
     )
 
 
-def _draft_decoder(assistant: OnlineAssistant, sequences: Sequences) -> Callable[[], Decoder] | None:
-    """A draft that does not fit this batch leaves it to the lookup in the text."""
+def _draft(
+    assistant: OnlineAssistant, target: PreTrainedModel, sequences: Sequences
+) -> tuple[Callable[[], Decoder] | None, TargetStates | None]:
+    """What makes the draft's decoder, and what it reads; one that does not fit leaves it to the lookup in the text."""
     if assistant.config.draft_length == 0:
-        return None
+        return None, None
+    draft, padding = assistant.draft, sequences.padding
     try:
         with assistant.weights:  # trying it out reads them
             prompts = sequences.ids[:, : sequences.prompt_length]
-            return choose_draft_decoder(assistant.draft, prompts, sequences.padding, sequences.limit)
+            make = choose_draft_decoder(draft, prompts, padding, sequences.limit)
+        if not isinstance(draft, FeatureDraft):
+            return make, None
+        states = TargetStates(target, draft.state_layers, padding, sequences.ids.shape[1])
     except UnsupportedError as error:
         assistant.fall_back(error, sequences.batch, without="the draft")
-        return None
+        return None, None
+    vocabulary = draft.vocabulary.tokens([*prompts.flatten().tolist(), *sequences.eos_token_ids])
+    return partial(make, source=states, vocabulary=vocabulary), states
 
 
 def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
@@ -193,7 +209,7 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
     config.max_length = sequences.limit
     started = time.perf_counter()
     records = not (setup.sees_more and assistant.config.needs_target)  # learning would run the target on tokens alone
-    with assistant.request(sequences.batch, records) as request:
+    with assistant.request(sequences.batch, records, setup.states) as request:
         engine = _engine(call, setup, assistant, request)
         try:
             engine.run()
@@ -247,6 +263,7 @@ def _drafter(
         recorder=request.recorder,
         weights=assistant.weights,
         make_decoder=setup.make_draft,
+        states=setup.states,
     )
 
 

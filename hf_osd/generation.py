@@ -14,10 +14,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ._compat import dropped_streamer, text_length
-from .assistant import OnlineAssistant, resolve_assistant
+from .assistant import OnlineAssistant
 from .decoding import Call, Output, decode
 from .drafts.compatibility import check_target
 from .errors import InputError, UnsupportedError
+from .resolving import resolve_assistant
 from .serving.randomness import seeded
 from .serving.support import MODELS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode

@@ -76,6 +76,8 @@ class Observation:
         draft_ids (`torch.LongTensor` of shape `(output,)`): The token the draft chose there; -1 where it chose none (a
             bonus token, or a round without drafting).
         accepted (`torch.BoolTensor` of shape `(output,)`): Whether that is the token in the output.
+        states (`torch.BFloat16Tensor` of shape `(prompt + output - 1, size)`, *optional*): Hidden states of the target
+            at every token but the last, for a draft that reads them; `None` where they are not kept.
     """
 
     prompt_ids: torch.Tensor
@@ -85,6 +87,7 @@ class Observation:
     teacher_tail: torch.Tensor
     draft_ids: torch.Tensor
     accepted: torch.Tensor
+    states: torch.Tensor | None = None
 
     @property
     def rejected(self) -> torch.Tensor:

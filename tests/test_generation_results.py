@@ -163,7 +163,7 @@ def test_through_model_generate():
 
 def test_a_draft_model_is_wrapped_and_kept():
     """Catches an assistant made anew at each call, which would forget all it has learned."""
-    from hf_osd.assistant import resolve_assistant
+    from hf_osd.resolving import resolve_assistant
 
     draft = wrong_draft(LLAMA, "noisy")
     expected = LLAMA.generate(**prompts(1), max_new_tokens=8, do_sample=False)

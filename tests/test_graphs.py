@@ -8,7 +8,8 @@ import torch
 from fakes import ARCHITECTURES, prompts, tiny_model, wrong_draft
 
 import hf_osd
-from hf_osd import OnlineAssistant, OnlineConfig
+from hf_osd import OnlineAssistant, OnlineAssistedGenerator, OnlineConfig, decoding
+from hf_osd.drafts.features import FeatureDraft
 from hf_osd.serving import graphs, kept
 
 ALWAYS = {"draft_length_schedule": "constant", "draft_length": 5}
@@ -19,16 +20,18 @@ class Replayed:
 
     made = 0
 
-    def __init__(self, forward, tokens, positions, pool):
+    def __init__(self, forward, inputs, pool):
         type(self).made += 1
-        self.forward, self.tokens, self.positions = forward, tokens.clone(), positions.clone()
-        self.logits = forward(self.tokens, self.positions).clone()
+        self.forward, self.inputs = forward, [value.clone() for value in inputs]
+        self.output = [value.clone() if torch.is_tensor(value) else None for value in forward(*self.inputs)]
 
-    def __call__(self, tokens, positions):
-        self.tokens.copy_(tokens)
-        self.positions.copy_(positions)
-        self.logits.copy_(self.forward(self.tokens, self.positions))
-        return self.logits
+    def __call__(self, *inputs):
+        for buffer, value in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(value)
+        for buffer, value in zip(self.output, self.forward(*self.inputs), strict=True):
+            if buffer is not None:
+                buffer.copy_(value)
+        return self.output
 
 
 @pytest.fixture
@@ -55,6 +58,39 @@ def test_replayed_forwards_are_lossless(kind, batch, replayed):
             for ours, theirs in zip(actual.logits, expected.logits, strict=True):
                 torch.testing.assert_close(ours, theirs)
     assert Replayed.made > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replayed_feature_drafts_are_lossless(batch, replayed, monkeypatch):
+    """Catches states that a replay does not write, and graphs of the target's states replayed for the draft's own."""
+    target = tiny_model("llama", layers=4)
+    drafts = [FeatureDraft.of(target) for _ in range(2)]
+    drafts[1].load_state_dict(drafts[0].state_dict())
+    proposed = []
+    for captures, draft in zip((True, False), drafts, strict=True):
+        monkeypatch.setattr(kept, "can_capture", lambda model, captures=captures: captures)
+        assistant = OnlineAssistant(draft, target, OnlineConfig(learn=False, **ALWAYS))
+        proposed.append([])
+        noted(monkeypatch, proposed[-1])
+        for seed in range(2):
+            inputs = prompts(batch, seed=seed)
+            expected = target.generate(**inputs, max_new_tokens=40, do_sample=False)
+            ours = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=40, do_sample=False)
+            assert torch.equal(ours, expected)
+    assert proposed[0] == proposed[1] != []
+    assert Replayed.made > 0
+
+
+def noted(monkeypatch, proposed):
+    """Note every proposal."""
+
+    class Noting(OnlineAssistedGenerator):
+        def propose(self, *args, **kwargs):
+            proposal = super().propose(*args, **kwargs)
+            proposed.append(proposal.tokens.tolist())
+            return proposal
+
+    monkeypatch.setattr(decoding, "OnlineAssistedGenerator", Noting)
 
 
 def test_captured_once_for_all_calls_and_updates(replayed):
@@ -109,7 +145,7 @@ def test_graphs_are_bounded(replayed, monkeypatch):
     found, model = graphs.ForwardGraphs(), tiny_model("llama")
     for _ in range(4):
         for width in range(1, 9):
-            found.run(model, 128, lambda tokens, positions: tokens + 1, torch.zeros(1, width), torch.zeros(1, width))
+            found.run(model, (128,), lambda tokens: (tokens + 1,), torch.zeros(1, width))
     assert len(found._captured) == 3
 
 

@@ -9,17 +9,16 @@ vocabulary that is proposed from can change with the traffic. Not covered: what 
 
 import copy
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache
@@ -27,60 +26,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat import attention_implementation, cache_argument, cache_of
 from ..errors import UnsupportedModelError
+from .borrowing import Borrowed
+from .feature_config import FeatureDraftConfig
 from .states import decoder_of, layers_of
+from .vocabulary import TrafficVocabulary
 
+_GENERAL = 4096  # tokens of the vocabulary that a cold draft always proposes from
 _STATES_SHARE = 0.3  # of the last state in a cold draft's input: the target's own guess of what comes next
-
-
-class FeatureDraftConfig(PreTrainedConfig):
-    """
-    Configuration of a [`FeatureDraft`].
-
-    Args:
-        text_config (`PreTrainedConfig` or `dict`, *optional*): Of the draft's own layers: the target's text config,
-            with fewer of them.
-        state_layers (`Sequence[int]`, defaults to `()`): Layers of the target after which its states are read,
-            counted from 1; none for a draft that reads tokens alone.
-        target (`str`, defaults to `""`): Hub id or folder of the target it was made for.
-        general_tokens (`int`, defaults to 0): Tokens of the vocabulary that it always proposes from; 0 for all.
-    """
-
-    model_type = "hf_osd_feature_draft"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 -- transformers' own convention
-
-    def __init__(
-        self,
-        text_config: Any = None,
-        state_layers: Sequence[int] = (),
-        target: str = "",
-        general_tokens: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
-        self.state_layers = list(state_layers)
-        self.target = target
-        self.general_tokens = general_tokens
-        super().__init__(**kwargs)
-
-
-class Borrowed:
-    """
-    Embedding and output head of the target, for a draft that reads them where they lie.
-
-    They are no parameters of the draft: nothing trains, moves, counts, copies or saves them.
-    """
-
-    def __init__(self) -> None:
-        self.embedding: Any = None
-        self.head: Any = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Borrowed":
-        return self
-
-    def __reduce__(self) -> Any:
-        return Borrowed, ()
 
 
 class FeatureDraft(PreTrainedModel, GenerationMixin):
@@ -140,16 +92,19 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             state_layers (`Sequence[int]`, *optional*): See [`FeatureDraftConfig`]; defaults to three spread over the
                 target and its last.
             general (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that it always proposes from.
+                Defaults to the first 4,096, which are the most frequent pieces of a vocabulary made by merging.
 
         Raises:
             UnsupportedModelError: Nothing can be made of this architecture.
         """
         chosen = default_state_layers(target) if state_layers is None else tuple(state_layers)
+        if general is None:
+            general = torch.arange(min(_GENERAL, target.config.get_text_config(decoder=True).vocab_size))
         config = FeatureDraftConfig(
             text_config=_body_config(target, layers),
             state_layers=chosen,
             target=target.config._name_or_path,
-            general_tokens=0 if general is None else len(general),
+            general_tokens=len(general),
         )
         try:
             draft = cls(config)
@@ -158,8 +113,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             raise UnsupportedModelError(
                 f"no draft can be made of the layers of {type(target).__name__}: {error}", "draft: cannot be made"
             ) from error
-        if general is not None:
-            draft.general.copy_(general)
+        draft.general.copy_(general)
         model: nn.Module = draft
         model.to(device=target.device, dtype=target.dtype)
         model.eval()
@@ -198,7 +152,19 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
                 "draft: made for another target",
             )
         self._borrowed.embedding, self._borrowed.head = embedding, head
+        self._borrowed.target = weakref.ref(target)
+        self._borrowed.vocabulary = TrafficVocabulary(self.general.tolist())
         return self
+
+    @property
+    def target(self) -> PreTrainedModel | None:
+        """The target it was last lent from, or `None` once nobody else uses it."""
+        return self._borrowed.target()
+
+    @property
+    def vocabulary(self) -> TrafficVocabulary:
+        """The tokens that it proposes from, which follow the traffic; the copies of a draft share them."""
+        return self._borrowed.vocabulary
 
     @property
     def vocab_size(self) -> int:
@@ -241,24 +207,29 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             embeds = embeds + self.from_states(torch.cat(normed, dim=-1))
         return embeds
 
-    def logits_of(self, hidden: torch.Tensor, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
+    def head_of(self, vocabulary: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Score tokens.
+        Return the target's output head for some tokens, in the draft's dtype.
 
         Args:
-            hidden (`torch.FloatTensor` of shape `(..., hidden)`): Its last states.
             vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Which tokens; defaults to all.
 
         Returns:
-            `torch.FloatTensor` of shape `(..., tokens)`: Logits.
+            `tuple[torch.Tensor, torch.Tensor | None]`: Weights `(tokens, hidden)`, and biases `(tokens,)` where it
+            has any. Of all tokens, the target's own memory where the dtype is the same.
         """
-        head = self._borrowed.head
-        rows, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        head, dtype = self._borrowed.head, next(self.body.parameters()).dtype
+        found = [None if part is None else part.detach() for part in (head.weight, head.bias)]
         if vocabulary is not None:
-            rows, bias = rows[vocabulary], None if bias is None else bias[vocabulary]
-        bias = None if bias is None else bias.to(hidden.dtype)
-        logits: torch.Tensor = nn.functional.linear(hidden, rows.to(hidden.dtype), bias)
-        return logits
+            found = [None if part is None else part[vocabulary] for part in found]
+        weight, bias = (None if part is None else part.to(dtype) for part in found)
+        assert weight is not None
+        return weight, bias
+
+    def hidden(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """Return its last states, `(batch, time, hidden)`, for the inputs of [`forward`] with a cache."""
+        embeds = self._embed(input_ids, inputs.get("states"), inputs.get("own_states"))
+        return self._run(embeds, inputs.get("attention_mask"), inputs.get("position_ids"), cache_of(inputs), True)[0]
 
     def forward(
         self,
@@ -300,10 +271,11 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         cache = cache_of({"past_key_values": past_key_values, **others})
         if own_steps:
             steps = torch.stack(self._unrolled(input_ids, states, attention_mask, position_ids, own_steps))
-            return _output(self.logits_of(steps[:, :, -logits_to_keep:], vocabulary))
+            return _output(nn.functional.linear(steps[:, :, -logits_to_keep:], *self.head_of(vocabulary)))
         embeds = self._embed(input_ids, states, own_states)
         hidden, cache = self._run(embeds, attention_mask, position_ids, cache, bool(use_cache))
-        return _output(self.logits_of(hidden[:, -logits_to_keep:], vocabulary), hidden, cache)
+        logits = nn.functional.linear(hidden[:, -logits_to_keep:], *self.head_of(vocabulary))
+        return _output(logits, hidden, cache)
 
     def _run(
         self, embeds: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None, cache: Any, keeps: bool
@@ -385,5 +357,4 @@ def _body_config(target: PreTrainedModel, layers: int) -> Any:
     return config
 
 
-AutoConfig.register(FeatureDraftConfig.model_type, FeatureDraftConfig)
 AutoModelForCausalLM.register(FeatureDraftConfig, FeatureDraft)

@@ -27,7 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
-from .collation import ObservationCollator
+from .features import reader_of
 from .forwards import Reader, longest_request
 from .isolation import global_seed_untouched
 from .losses import student_outcomes, teacher_outcomes, token_loss
@@ -199,13 +199,13 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
         length = longest_request(model, config.max_length)
-        self._reader = Reader.of(model, vocab_size)  # TRL replaces `model.forward`
+        self._reader = reader_of(model, vocab_size)  # TRL replaces `model.forward`
         with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer), _adapted_output_allowed(model):
             super().__init__(
                 model=model,
                 teacher_model=_NoTeacher(model.config),
                 args=arguments,
-                data_collator=ObservationCollator(length, config.positions, self._reader.known),
+                data_collator=self._reader.collator(length, config.positions),
                 train_dataset=Dataset.from_dict({"input_ids": [[0]]}),  # required; get_train_dataloader has the data
                 processing_class=_placeholder_tokenizer(),
                 callbacks=[callback],
@@ -280,13 +280,14 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             `(batch, verified, vocab)`.
         """
         mask = inputs["learn_mask"]
-        logits = self._reader.logits(model, inputs)
-        student = logits[mask].float()
-        divergence = self._divergence(student, inputs)
-        loss = divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
+        loss, first = torch.zeros((), device=mask.device), None
+        for weight, logits in self._reader.steps(model, inputs):
+            divergence = self._divergence(logits[mask].float(), inputs)
+            loss = loss + weight * divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
+            first = logits if first is None else first
         self._loss_sum += loss.detach()
         self._session.give_way()  # before the backward pass
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": first}) if return_outputs else loss
 
     def _divergence(self, student: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = inputs["learn_mask"]

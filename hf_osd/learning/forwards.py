@@ -1,11 +1,14 @@
 """The forward pass of a batch of recorded requests, for training and for judging alike."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from .collation import ObservationCollator
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,24 @@ class Reader:
         if "logits_to_keep" in self.parameters:
             options["logits_to_keep"] = inputs["learn_mask"].shape[1]
         return {**options, "use_cache": False}
+
+    def collator(self, max_length: int, positions: str) -> ObservationCollator:
+        """Return what makes batches of requests for [`options`]; see [`ObservationCollator`]."""
+        return ObservationCollator(max_length, positions, self.known)
+
+    def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
+        """
+        Run a draft over a batch, for training.
+
+        Args:
+            model (`torch.nn.Module`): The draft.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
+
+        Returns:
+            `Iterator[tuple[float, torch.FloatTensor]]`: Logits as those of [`logits`], with their weight in the loss;
+            several where a draft also learns to go on from its own states.
+        """
+        return iter([(1.0, self.logits(model, inputs))])
 
     def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """

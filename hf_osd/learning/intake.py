@@ -19,7 +19,9 @@ def usable(observation: Observation) -> Observation | None:
         return None
     fields = {name: getattr(observation, name) for name in observation.__slots__}
     with torch.inference_mode(False):
-        copies = {name: tensor.clone() for name, tensor in fields.items() if tensor.is_inference()}
+        copies = {
+            name: tensor.clone() for name, tensor in fields.items() if tensor is not None and tensor.is_inference()
+        }
     return replace(observation, **copies) if copies else observation
 
 

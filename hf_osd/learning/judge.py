@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ..records import Observation
 from .adapters import carries_adapter, enable_adapter
-from .collation import ObservationCollator
-from .forwards import Reader, longest_request
+from .features import reader_of
+from .forwards import longest_request
 from .losses import overlap
 
 Weights = Mapping[str, torch.Tensor]
@@ -68,8 +68,8 @@ class Judge:
     ) -> None:
         self._draft = draft
         self._skeleton = _skeleton(draft)
-        self._reader = Reader.of(draft, vocab_size)
-        self._collate = ObservationCollator(longest_request(draft, max_length), "all")
+        self._reader = reader_of(draft, vocab_size)
+        self._collate = self._reader.collator(longest_request(draft, max_length), "all")
         self._batch_size = batch_size
         self._pause = pause
 

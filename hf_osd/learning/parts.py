@@ -33,7 +33,10 @@ class BatchParts:
         """
         start, end = 0, len(batch["learn_mask"])
         while start < end:
-            rows = {name: tensor[start : start + self._rows] for name, tensor in batch.items()}
+            rows = {
+                name: tensor if name == "vocabulary" else tensor[start : start + self._rows]
+                for name, tensor in batch.items()
+            }
             start += self._rows
             if bool(rows["learn_mask"].any()):
                 yield _trimmed(rows)
@@ -49,5 +52,6 @@ class BatchParts:
 def _trimmed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     first_input = int(rows["attention_mask"].any(0).int().argmax())  # of (rows, time)
     first_learned = int(rows["learn_mask"].any(0).int().argmax())  # of (rows, verified)
-    inputs = ("input_ids", "attention_mask", "position_ids")
-    return {name: tensor[:, first_input if name in inputs else first_learned :] for name, tensor in rows.items()}
+    begins = {name: first_learned for name in rows if name.startswith(("teacher", "learn"))}
+    begins |= dict.fromkeys(("input_ids", "attention_mask", "position_ids", "states"), first_input)
+    return {name: tensor[:, begins[name] :] if name in begins else tensor for name, tensor in rows.items()}

@@ -9,14 +9,19 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .._compat import attention_implementation, execution_device, has_recurrent_state
+from ..drafts.features import FeatureDraft
 from ..errors import UnsupportedModelError
 from .decoder import CroppableDecoder, Decoder, RaggedDecoder
+from .feature_decoder import FeatureDecoder
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
 from .weights import describe
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
 _UNLIMITED = 2**62
+
+MakeDecoder = Callable[..., Decoder]
+"""Takes where the hidden states go (`states`) or come from (`source`), and the `vocabulary` of a feature draft."""
 
 
 def choose_decoder(
@@ -28,7 +33,8 @@ def choose_decoder(
     role: str = "target",
     cache: Cache | None = None,
     is_prefix: bool = True,
-) -> Callable[[], Decoder]:
+    ragged: Callable[..., RaggedDecoder] = RaggedDecoder,
+) -> MakeDecoder:
     """
     Choose the decoder for a model and a request.
 
@@ -40,9 +46,11 @@ def choose_decoder(
         role (`str`, defaults to `"target"`): What to call the model in errors.
         cache (`Cache`, *optional*): A filled cache to go on from.
         is_prefix (`bool`, defaults to `True`): Whether the text of that cache is part of the prompt.
+        ragged (`Callable`, defaults to `RaggedDecoder`): Makes the decoder on the ragged cache.
 
     Returns:
-        `Callable[[], Decoder]`: Makes the decoder; nothing has been fed or allocated yet.
+        `Callable[..., Decoder]`: Makes the decoder, given where its states go or come from; nothing has been fed or
+        allocated yet.
 
     Raises:
         UnsupportedModelError: Neither cache gives the model's own logits at this batch size and length.
@@ -56,9 +64,9 @@ def choose_decoder(
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
     if cache is None and _feeds_tokens(trial) and length <= attention_span(model) and _may_be_ragged(model):
-        finding = probe(model, "ragged", partial(RaggedDecoder, model), trial)
+        finding = probe(model, "ragged", partial(ragged, model), trial)
         if finding.suits:
-            return partial(RaggedDecoder, model, padding, width, preparation)
+            return partial(ragged, model, padding, width, preparation)
     _check_dynamic(model, trial, length, name, role, finding.why)
     return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
 
@@ -95,7 +103,7 @@ def _feeds_tokens(trial: Trial) -> bool:
 
 def choose_draft_decoder(
     model: PreTrainedModel, prompts: torch.Tensor, padding: Sequence[int], width: int
-) -> Callable[[], Decoder]:
+) -> MakeDecoder:
     """
     Choose the decoder of a draft; see [`choose_decoder`].
 
@@ -107,7 +115,15 @@ def choose_draft_decoder(
     """
     known = model.config.get_text_config(decoder=True).vocab_size
     prompts = prompts.to(execution_device(model)).clamp(max=known - 1)
-    return choose_decoder(model, Trial(prompts, padding), width, role="draft")
+    ragged: Callable[..., RaggedDecoder] = FeatureDecoder if isinstance(model, FeatureDraft) else RaggedDecoder
+    made = choose_decoder(model, Trial(prompts, padding), width, role="draft", ragged=ragged)
+    if isinstance(model, FeatureDraft) and getattr(made, "func", None) is not FeatureDecoder:
+        raise UnsupportedModelError(
+            f"the draft {describe(model)} reads its target's states, for which it needs the ragged cache; its layers "
+            "do not go on it",
+            "draft: its layers do not go on the ragged cache",
+        )
+    return made
 
 
 def attention_span(model: PreTrainedModel) -> int:

@@ -3,8 +3,9 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -23,9 +24,25 @@ from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back
 from .preparation import Preparation
+from .states import TargetStates
 from .transfer import upload
 
 PREFILL_CHUNK = 1024  # columns in one forward: a 4D mask over a whole long prompt would not fit into memory
+
+
+class Pass(NamedTuple):
+    """
+    What one forward gave.
+
+    Attributes:
+        logits (`torch.FloatTensor` of shape `(batch, keep, vocab)`): Of the last positions, float32.
+        states (`torch.Tensor` of shape `(batch, q, size)`, *optional*): Hidden states, where somebody reads them.
+        cache (`Cache`, *optional*): The cache that the model went on with.
+    """
+
+    logits: torch.Tensor
+    states: torch.Tensor | None
+    cache: Cache | None = None
 
 
 class Decoder(ABC):
@@ -41,12 +58,20 @@ class Decoder(ABC):
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns of the buffer that may ever be fed.
         preparation (`Preparation`, *optional*): The inputs of the first pass, where they are more than tokens.
+        states (`TargetStates`, *optional*): Where the hidden states of what is fed go.
     """
 
     def __init__(
-        self, model: PreTrainedModel, padding: Sequence[int], width: int, preparation: Preparation | None = None
+        self,
+        model: PreTrainedModel,
+        padding: Sequence[int],
+        width: int,
+        preparation: Preparation | None = None,
+        states: TargetStates | None = None,
     ) -> None:
         self.model = model
+        self._states = states
+        self._layers = states.layers if states is not None else ()
         self.padding = list(padding)
         self.context = context_length(model)
         self.cached = list(padding)  # first column of each row that is not in the cache
@@ -90,24 +115,34 @@ class Decoder(ABC):
             failed (`bool`, defaults to `False`): Whether an exception ended the request.
         """
 
-    def _logits(self, keep: int, **inputs: Any) -> torch.Tensor:
-        return self._run(keep, **inputs)[0]
-
-    def _run(self, keep: int, **inputs: Any) -> tuple[torch.Tensor, Cache | None]:
+    def _run(self, keep: int, **inputs: Any) -> Pass:
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
-        output: Any = self.model(**{**inputs, "use_cache": True, "return_dict": True})
+        with self._states.reading() if self._states is not None else nullcontext({}) as found:
+            output: Any = self.model(**{**inputs, "use_cache": True, "return_dict": True})
         self._first = False
-        return output.logits[:, -keep:].to(torch.float32), cache_of(output)  # float32 before any processor, as there
+        states = self._states.joined(found) if self._states is not None else None
+        logits = output.logits[:, -keep:].to(torch.float32)  # before any processor, as there
+        return Pass(logits, states, cache_of(output))
+
+    def _take(self, states: torch.Tensor | None, ends: Sequence[int]) -> None:
+        """Leave the states of a pass, whose last columns are those before `ends`, to whoever reads them."""
+        if states is not None and self._states is not None:
+            self._states.write(states, ends)
 
 
 class RaggedDecoder(Decoder):
     """Any batch, any acceptance pattern, on a [`RaggedCache`]."""
 
     def __init__(
-        self, model: PreTrainedModel, padding: Sequence[int], width: int, preparation: Preparation | None = None
+        self,
+        model: PreTrainedModel,
+        padding: Sequence[int],
+        width: int,
+        preparation: Preparation | None = None,
+        states: TargetStates | None = None,
     ) -> None:
-        super().__init__(model, padding, width, preparation)
+        super().__init__(model, padding, width, preparation, states)
         self._device = execution_device(model)
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
@@ -131,19 +166,29 @@ class RaggedDecoder(Decoder):
         graphs, width = self._kept.graphs, captured_width(q)
         if graphs is not None and width is not None and self._preparation is None:
             span = captured_span(self._span(ends), self.cache.capacity)
-            forward = partial(self._forward, span=span)
-            logits = graphs.run(self.model, span, forward, *self._columns(ids, ends, width))[:, -keep:]
+            tokens, positions = self._columns(ids, ends, width)
+            read = self._read(positions)
+            forward = partial(self._forward, span=span, names=tuple(read))
+            key, inputs = (span, *self._layers, *read), (tokens, positions, *read.values())
+            logits, states, _ = graphs.run(self.model, key, forward, *inputs)
         elif len(ends) == 1 and self._is_inside(ends[0], q):
-            first = ends[0] - q - self.padding[0]
-            positions = self.cache.stage_run(first, q)
-            # transformers knows what a prompt sees, and that one token sees all: faster paths than with a mask.
-            is_known = (q == 1 or first == 0) and not self._additive_mask and self._positions is None
-            mask = None if is_known else self.cache.mask_of(positions)
-            logits = self._call(ids[:, ends[0] - q : ends[0]], positions, mask, keep)
+            logits, states, _ = self._feed_run(ids, ends[0], q, keep)
         else:
-            logits = self._forward(*self._columns(ids, ends, q), span=self._span(ends), keep=keep)
+            tokens, positions = self._columns(ids, ends, q)
+            mask = self.cache.stage(positions, self._span(ends))
+            logits, states, _ = self._call(tokens, positions.clamp(min=0), mask, keep, self._read(positions))
+        self._take(states, ends)
         self.cached = list(ends)
-        return logits
+        return logits[:, -keep:]
+
+    def _feed_run(self, ids: torch.Tensor, end: int, q: int, keep: int) -> Pass:
+        """The only row's last `q` columns before `end`."""
+        first = end - q - self.padding[0]
+        positions = self.cache.stage_run(first, q)
+        # transformers knows what a prompt sees, and that one token sees all: faster paths than with a mask.
+        is_known = (q == 1 or first == 0) and not self._additive_mask and self._positions is None
+        mask = None if is_known else self.cache.mask_of(positions)
+        return self._call(ids[:, end - q : end], positions, mask, keep, self._read(positions))
 
     def _span(self, ends: Sequence[int]) -> int:
         spans = (end - pad for end, pad in zip(ends, self.padding, strict=True))
@@ -158,24 +203,37 @@ class RaggedDecoder(Decoder):
         positions = columns - self._padding
         return ids.gather(1, columns.clamp_(0, ids.shape[1] - 1)), positions
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, *, span: int, keep: int = 0) -> torch.Tensor:
-        """Every kernel of a forward, the mask's included; `keep` 0 means all."""
+    def _read(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model reads at positions `(batch, q)` besides tokens, by the names of its arguments."""
+        return {}
+
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, *read: torch.Tensor, span: int, names: Sequence[str]
+    ) -> Pass:
+        """Every kernel of a forward, the mask's included."""
         mask = self.cache.stage(positions, span)
-        return self._call(tokens, positions.clamp(min=0), mask, keep or tokens.shape[1])
+        named = dict(zip(names, read, strict=True))
+        return self._call(tokens, positions.clamp(min=0), mask, tokens.shape[1], named)
 
     def _call(
-        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int
-    ) -> torch.Tensor:
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        keep: int,
+        read: dict[str, torch.Tensor],
+    ) -> Pass:
         extras = self._preparation.extras_of(tokens.shape[1]) if self._preparation and self._first else {}
         if self._positions is not None:
             positions = self._positions.positions_at(positions + self._padding)
-        return self._logits(
+        return self._run(
             keep,
             input_ids=tokens,
             position_ids=positions,
             attention_mask=None if mask is None else self._as_model_mask(mask),
             **cache_argument(self._parameters, self.cache),
             **extras,
+            **read,
         )
 
     def _as_model_mask(self, mask: torch.Tensor) -> torch.Tensor:
@@ -215,7 +273,7 @@ class CroppableDecoder(Decoder):
     [`~hf_osd.serving.choice.choose_decoder`].
 
     Args:
-        model, padding, width, preparation: See [`Decoder`].
+        model, padding, width, preparation, states: See [`Decoder`].
         cache (`Cache`, *optional*): A cache to go on from, updated in place; defaults to an empty one.
         is_prefix (`bool`, defaults to `True`): Whether the buffer holds the text of the cache as well, or only what
             comes after it.
@@ -229,8 +287,9 @@ class CroppableDecoder(Decoder):
         preparation: Preparation | None = None,
         cache: Cache | None = None,
         is_prefix: bool = True,
+        states: TargetStates | None = None,
     ) -> None:
-        super().__init__(model, padding, width, preparation)
+        super().__init__(model, padding, width, preparation, states)
         held = cache.get_seq_length() if cache is not None else 0
         self.cached = [self.padding[0] + (held if is_prefix else 0)]
         self._adopt(cache if cache is not None else DynamicCache(config=model.config.get_text_config(decoder=True)))
@@ -250,7 +309,8 @@ class CroppableDecoder(Decoder):
             (start,) = self.cached
         prepares = self.reads_prompt_alone
         inputs = self._prepared(ids, start, end) if prepares else self._plain(ids, start, end)
-        logits, cache = self._run(keep, **inputs)
+        logits, states, cache = self._run(keep, **inputs)
+        self._take(None if states is None else states[:, start - end :], [end])  # a soft prompt comes before the text
         if prepares:
             self._note_first_pass(inputs, cache, end)
         if self.cache.get_seq_length() - self._ahead != end - self.padding[0]:

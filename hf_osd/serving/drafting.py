@@ -17,6 +17,7 @@ from .decoder import Decoder, context_length
 from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
+from .states import TargetStates
 from .transfer import upload
 from .verification import sample
 
@@ -73,6 +74,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             never seen half done.
         make_decoder (`Callable[[], Decoder]`, *optional*): Makes the draft's decoder, when it is first needed.
             Defaults to choosing one then.
+        states (`TargetStates`, *optional*): What the draft reads of the target; it proposes nothing before there are
+            any.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         recorder: Recorder | None = None,
         weights: AbstractContextManager[Any] | None = None,
         make_decoder: Callable[[], Decoder] | None = None,
+        states: TargetStates | None = None,
     ) -> None:
         attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
         prompt: Any = input_ids  # torch.LongTensor to its parent, which no tensor is to a type checker
@@ -119,13 +123,16 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
         self._choose_decoder = partial(choose_draft_decoder, assistant_model, input_ids, self._padding, width)
         self._make_decoder = make_decoder
+        self._states = states
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
         self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=self.device))
         self._last: Proposal | None = None
         self._starts: list[int] = []  # where the last proposal of each row began
 
     def room(self, ends: Sequence[int]) -> int:
-        """Return how many tokens the draft's context still takes behind the longest row."""
+        """Return how many tokens the draft's context still takes behind the longest row; 0 where it cannot begin."""
+        if self._states is not None and not self._states.known:
+            return 0
         return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
 
     @torch.no_grad()

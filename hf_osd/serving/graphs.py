@@ -8,7 +8,7 @@ copied into buffers of its own, the ragged cache is kept from call to call, and 
 import logging
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ _SPANS = 128  # the keys that a graph reads are a power of two of these
 _GRAPHS = 24  # graphs of one cache; the one not used for longest makes room
 _PATIENCE = 2  # uses of a shape before it is captured: a prompt of rare length is not worth it
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Output = tuple[torch.Tensor | Any, ...]
+"""Tensors that the next replay overwrites; other entries are `None`."""
+
+Forward = Callable[..., Output]
 
 # Models whose capture failed, which are served without.
 _not_capturable: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()
@@ -34,78 +37,76 @@ class CapturedForward:
     One forward of fixed shape, with its input and output buffers.
 
     Args:
-        forward (`Callable`): Takes tokens and positions, returns logits; the same kernels every time.
-        tokens, positions (`torch.LongTensor` of shape `(batch, q)`): The inputs of its first use.
+        forward (`Callable`): Takes the inputs, returns tensors; the same kernels every time.
+        inputs (`Sequence[torch.Tensor]`): Those of its first use.
         pool (`Any`): Memory pool that the graphs of one cache share. Each replay may overwrite the output of another,
             so an output has to be used, in the order of the stream, before the next replay.
     """
 
-    def __init__(self, forward: Forward, tokens: torch.Tensor, positions: torch.Tensor, pool: Any) -> None:
-        self._tokens, self._positions = tokens.clone(), positions.clone()
+    def __init__(self, forward: Forward, inputs: Sequence[torch.Tensor], pool: Any) -> None:
+        self._inputs, device = [value.clone() for value in inputs], inputs[0].device
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(tokens.device))
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # what is set up lazily must not be captured
-            forward(self._tokens, self._positions)
-        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+            forward(*self._inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
         # Other threads, such as the one that trains, go on allocating meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._logits = forward(self._tokens, self._positions)
+            self._output = forward(*self._inputs)
 
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Output:
         """Replay it; the result is overwritten by the next replay of any graph of the same cache."""
-        self._tokens.copy_(tokens)
-        self._positions.copy_(positions)
+        for buffer, value in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(value)
         self._graph.replay()
-        return self._logits
+        return self._output
 
 
 class ForwardGraphs:
-    """The captured forwards on one ragged cache, by tokens fed and keys read."""
+    """The captured forwards on one ragged cache, by shapes of their inputs and keys read."""
 
     def __init__(self) -> None:
-        self._uses: Counter[tuple[int, int]] = Counter()
-        self._captured: OrderedDict[tuple[int, int], CapturedForward] = OrderedDict()
+        self._uses: Counter[Any] = Counter()
+        self._captured: OrderedDict[Any, CapturedForward] = OrderedDict()
         self._pool: Any = None
 
     def run(
         self,
         model: PreTrainedModel,
-        span: int,
+        kind: tuple[Any, ...],
         forward: Forward,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> torch.Tensor:
+        *inputs: torch.Tensor,
+    ) -> Output:
         """
         Run a forward, captured if its shape has been seen before.
 
         Args:
             model (`PreTrainedModel`): Whose forward it is.
-            span (`int`): Keys that it reads.
+            kind (`tuple`): What tells it from others besides the shapes of its inputs, such as the keys it reads.
             forward (`Callable`): See [`CapturedForward`].
-            tokens, positions (`torch.LongTensor` of shape `(batch, q)`): Its inputs.
+            inputs (`torch.Tensor`): Its inputs: tokens and positions `(batch, q)`, and what else the model reads.
         """
-        key = (tokens.shape[1], span)
+        key = (*kind, *(tuple(value.shape) for value in inputs))
         self._uses[key] += 1
         if key not in self._captured and self._uses[key] > _PATIENCE and model not in _not_capturable:
-            self._capture(key, model, forward, tokens, positions)
+            self._capture(key, model, forward, inputs)
         if key not in self._captured:
-            return forward(tokens, positions)
+            return forward(*inputs)
         self._captured.move_to_end(key)
-        return self._captured[key](tokens, positions)
+        return self._captured[key](*inputs)
 
     def _capture(
         self,
-        key: tuple[int, int],
+        key: Any,
         model: PreTrainedModel,
         forward: Forward,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
     ) -> None:
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._captured[key] = CapturedForward(forward, tokens, positions, self._pool)
+            self._captured[key] = CapturedForward(forward, inputs, self._pool)
         except Exception as error:  # any model may do anything in its forward; it is served as it is then
             _not_capturable.add(model)
             logger.warning("%s cannot be captured as a CUDA graph, and runs without: %s", type(model).__name__, error)

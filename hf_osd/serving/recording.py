@@ -7,6 +7,7 @@ import torch
 
 from ..records import Observation, sparse_teacher
 from .sequences import Sequences
+from .states import TargetStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,17 @@ class Recorder:
         top_k (`int`): Log-probabilities to keep at a position.
         rows (`Sequence[bool]`): Which rows to record.
         deliver (`Callable`): Takes each observation.
+        states (`TargetStates`, *optional*): What the draft reads of the target.
     """
 
-    def __init__(self, top_k: int, rows: Sequence[bool], deliver: Callable[[Observation], None]) -> None:
+    def __init__(
+        self,
+        top_k: int,
+        rows: Sequence[bool],
+        deliver: Callable[[Observation], None],
+        states: TargetStates | None = None,
+    ) -> None:
+        self._states = states
         self._top_k = top_k
         self._rows = list(rows)
         self._deliver = deliver
@@ -79,11 +88,20 @@ class Recorder:
         for row in range(sequences.batch):
             prompt_ids, output_ids = sequences.text(row)
             if self._rows[row] and len(output_ids):
-                self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu()))
+                states = self._states_of(row, sequences.ends[row] - 1)
+                self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu(), states))
+
+    def _states_of(self, row: int, end: int) -> torch.Tensor | None:
+        """The states of a row in half precision, for there are many; bfloat16 has the range of all of them."""
+        return None if self._states is None else self._states.of(row, end).to("cpu", torch.bfloat16, copy=True)
 
 
 def _observation(
-    rounds: Sequence[_Round], row: int, prompt_ids: torch.Tensor, output_ids: torch.Tensor
+    rounds: Sequence[_Round],
+    row: int,
+    prompt_ids: torch.Tensor,
+    output_ids: torch.Tensor,
+    states: torch.Tensor | None,
 ) -> Observation:
     def gather(name: str) -> torch.Tensor:
         return torch.cat([getattr(r, name)[row, : r.taken[row]] for r in rounds])[: len(output_ids)]
@@ -99,4 +117,5 @@ def _observation(
         teacher_tail=gather("teacher_tail"),
         draft_ids=gather("drafted").masked_fill(~mark("judged"), -1),
         accepted=mark("right"),
+        states=states,
     )

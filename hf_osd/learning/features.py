@@ -1,0 +1,124 @@
+"""Recorded requests for a draft that reads its target's states: these states, and places in its vocabulary."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..drafts.features import FeatureDraft
+from ..drafts.states import StateTap
+from ..errors import LearningError
+from ..records import Observation
+from .collation import ObservationCollator
+from .forwards import Reader
+
+OWN_STEPS = 1
+"""Tokens that the training copy drafts from its own states behind each position, besides the first."""
+
+_STEP_WEIGHT = 0.6  # of each of them in the loss, relative to the one before: the target rarely gets to judge it
+
+
+def reader_of(model: Any, proposed: int | None = None) -> Reader:
+    """Return what reads recorded requests for a draft; see [`~hf_osd.learning.forwards.Reader`]."""
+    unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
+    draft = unwrap() if callable(unwrap) else model
+    if not isinstance(draft, FeatureDraft):
+        return Reader.of(model, proposed)
+    plain = Reader.of(model, proposed)
+    return FeatureReader(plain.parameters, plain.known, None, draft)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReader(Reader):
+    """
+    How a [`~hf_osd.drafts.features.FeatureDraft`] reads recorded requests.
+
+    Attributes:
+        draft (`FeatureDraft`): It, or a copy: they borrow the same.
+    """
+
+    draft: Any = field(default=None, kw_only=False)
+
+    def collator(self, max_length: int, positions: str) -> ObservationCollator:
+        """See [`~hf_osd.learning.forwards.Reader.collator`]."""
+        return FeatureCollator(max_length, positions, self.draft)
+
+    def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """See [`~hf_osd.learning.forwards.Reader.options`]."""
+        more = {name: inputs[name] for name in ("states", "vocabulary") if name in inputs}
+        return super(FeatureReader, self).options(inputs) | more
+
+    def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
+        """See [`~hf_osd.learning.forwards.Reader.steps`]."""
+        count = OWN_STEPS if self.draft.state_layers else 0
+        logits = model(**self.options(inputs), own_steps=count).logits
+        weights = [_STEP_WEIGHT**step for step in range(count + 1)]
+        return zip((weight / sum(weights) for weight in weights), logits if count else [logits], strict=True)
+
+
+class FeatureCollator(ObservationCollator):
+    """
+    Pads requests to one batch; see [`~hf_osd.learning.collation.ObservationCollator`].
+
+    Args:
+        max_length, positions: See there.
+        draft (`FeatureDraft`): The draft.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Besides, `vocabulary` of shape `(tokens,)`, what the draft proposes from as the
+        traffic is now; `states` of shape `(batch, time, size)`, those of the token before each; and `teacher_ids` as
+        places in the vocabulary, its size standing for tokens that are not in it.
+    """
+
+    def __init__(self, max_length: int, positions: str, draft: FeatureDraft) -> None:
+        super().__init__(max_length, positions)
+        self._draft = draft
+
+    def __call__(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
+        """Pad a batch; see the class."""
+        batch = super().__call__(observations)
+        batch["vocabulary"] = self._draft.vocabulary.tokens(batch["input_ids"].flatten().tolist())
+        batch["teacher_ids"] = _places(batch["teacher_ids"], batch["vocabulary"])
+        batch["learn_mask"] &= (batch["teacher_ids"] < len(batch["vocabulary"])).any(-1)
+        if self._draft.state_layers:
+            batch["states"] = self._states(observations, batch["input_ids"].shape)
+        return batch
+
+    def _states(self, observations: Sequence[Observation], shape: torch.Size) -> torch.Tensor:
+        padded = torch.zeros(*shape, self._draft.state_size, dtype=torch.bfloat16)
+        for row, observation in enumerate(with_states(self._draft, observations)):
+            assert observation.states is not None
+            count = min(len(observation.states), shape[1]) - 1  # before the first token there is nothing
+            if count > 0:
+                padded[row, -count:] = observation.states[-count - 1 : -1]
+        return padded
+
+
+def _places(ids: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
+    """Return where tokens stand in an ascending vocabulary; its size where they do not."""
+    places = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+    return places.where(vocabulary[places] == ids, torch.full_like(places, len(vocabulary)))
+
+
+@torch.no_grad()
+def with_states(draft: FeatureDraft, observations: Sequence[Observation]) -> list[Observation]:
+    """
+    Return requests with the target's states, which are read again, in one pass each, where they are not kept.
+
+    Raises:
+        LearningError: They have to be read, and the target is gone.
+    """
+    return [o if o.states is not None else replace(o, states=_read(draft, o)) for o in observations]
+
+
+def _read(draft: FeatureDraft, observation: Observation) -> torch.Tensor:
+    target: Any = draft.target
+    if target is None:
+        raise LearningError("the target is gone, whose states the draft learns from")
+    tap = StateTap.of(target, draft.state_layers)
+    ids = torch.cat((observation.prompt_ids, observation.output_ids))[None, :-1].to(target.device)
+    with torch.autocast(target.device.type, enabled=False), tap.reading() as found:
+        target.get_decoder()(ids, use_cache=False)
+    return tap.joined(found)[0].to("cpu", torch.bfloat16)

@@ -1,0 +1,77 @@
+"""The decoder of a draft that reads its target's states: which states it reads where, and which tokens it scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..drafts.features import FeatureDraft
+from .decoder import Pass, RaggedDecoder
+from .preparation import Preparation
+from .states import TargetStates
+
+_NEVER = -1e30  # the logit of tokens outside the vocabulary: finite, for a processor may allow nothing else
+
+
+class FeatureDecoder(RaggedDecoder):
+    """
+    Reads the target's states up to the end of the text, and the draft's own states behind it.
+
+    The first pass after a rollback reads the target's; those that follow it, one token each, go on from the draft's
+    own. What these leave in the cache is forgotten at the next rollback: by then the target has read the tokens.
+
+    Args:
+        model ([`~hf_osd.drafts.features.FeatureDraft`]): The draft, in eval mode.
+        padding, width, preparation: See [`~hf_osd.serving.decoder.Decoder`].
+        source (`TargetStates`, *optional*): The target's states; without, it goes on tokens alone.
+        vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that may be proposed; defaults to all.
+    """
+
+    model: FeatureDraft
+
+    def __init__(
+        self,
+        model: FeatureDraft,
+        padding: Sequence[int],
+        width: int,
+        preparation: Preparation | None = None,
+        source: TargetStates | None = None,
+        vocabulary: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(model, padding, width, preparation)
+        self._source = source if model.state_layers else None
+        self._vocabulary = None if vocabulary is None else vocabulary.to(self._device)
+        self._head = model.head_of(self._vocabulary)
+        self._own: torch.Tensor | None = None  # (batch, 1, hidden), behind the last pass since the rollback
+        self._read_to = list(padding)  # columns that were read with the target's states
+
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        """Feed tokens, and score those that may be proposed; see [`~hf_osd.serving.decoder.Decoder.feed`]."""
+        hidden = super().feed(ids, ends, keep)
+        if self._own is None or self._source is None:
+            self._read_to = list(ends)
+        self._own = hidden[:, -1:]
+        return self._scores(hidden)
+
+    def rollback(self, ends: Sequence[int]) -> None:
+        """Forget also what was read without the target; see [`~hf_osd.serving.decoder.Decoder.rollback`]."""
+        self._own = None
+        super().rollback([min(end, read) for end, read in zip(ends, self._read_to, strict=True)])
+
+    def _read(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._source is None:
+            return {}
+        if self._own is not None:
+            return {"own_states": self._own}
+        return {"states": self._source.before(positions + self._padding, positions).to(self._device)}
+
+    def _run(self, keep: int, **inputs: Any) -> Pass:
+        """Its last states in the place of logits: the head follows the prompt, and so stays out of captured graphs."""
+        return Pass(self.model.hidden(**inputs)[:, -keep:], None)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores = torch.nn.functional.linear(hidden, *self._head).float()
+        if self._vocabulary is None:
+            return scores
+        everything = scores.new_full((*scores.shape[:-1], self.model.vocab_size), _NEVER)
+        return everything.index_copy_(-1, self._vocabulary, scores)

@@ -1,0 +1,85 @@
+"""The target's hidden states of one batch, column by column: written by its own passes, read by a draft."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from ..drafts.states import Pass, StateTap
+from .transfer import upload
+
+
+class TargetStates:
+    """
+    States of the tokens that a target has read.
+
+    What a rejected token left behind is overwritten by the pass that reads another one in its place. Columns that
+    were never read, such as those of a cache that the caller brought along, are zeros.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        layers (`Sequence[int]`): See [`~hf_osd.drafts.states.StateTap`].
+        padding (`Sequence[int]`): Padding columns of each row.
+        columns (`int`): Columns of the token buffer.
+
+    Attributes:
+        known (`bool`): Whether the target has read the prompt.
+        layers (`tuple[int, ...]`): As given.
+    """
+
+    def __init__(self, target: PreTrainedModel, layers: Sequence[int], padding: Sequence[int], columns: int) -> None:
+        self.known = False
+        self.layers = tuple(layers)
+        self._tap = StateTap.of(target, layers)
+        self._padding = list(padding)
+        self._columns = columns
+        self._values = torch.empty(0)  # (batch, columns + 1, size): column c lies at c + 1
+
+    def reading(self) -> AbstractContextManager[Pass]:
+        """See [`~hf_osd.drafts.states.StateTap.reading`]."""
+        return self._tap.reading()
+
+    def joined(self, found: Pass) -> torch.Tensor:
+        """See [`~hf_osd.drafts.states.StateTap.joined`]."""
+        return self._tap.joined(found)
+
+    def write(self, states: torch.Tensor, ends: Sequence[int]) -> None:
+        """
+        Take in a pass.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch, q, size)`): Of the last q columns before the end of each row.
+            ends (`Sequence[int]`): Column behind each row's last one.
+        """
+        if not self._values.numel():
+            self._values = states.new_zeros(len(states), self._columns + 1, states.shape[-1])
+        self.known, q = True, states.shape[1]
+        if len(ends) == 1:
+            count = min(q, ends[0])
+            self._values[0, ends[0] - count + 1 : ends[0] + 1] = states[0, -count:]
+            return
+        columns = upload(ends, states.device)[:, None] + torch.arange(1 - q, 1, device=states.device)
+        rows = torch.arange(len(ends), device=states.device)[:, None]
+        self._values[rows, columns.clamp(min=0)] = states
+
+    def before(self, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Return the states of the tokens before some others.
+
+        Args:
+            columns (`torch.LongTensor` of shape `(batch, q)`): Columns of the others.
+            positions (`torch.LongTensor` of shape `(batch, q)`): Their positions; before position 0 there is nothing.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, q, size)`: On the target's device.
+        """
+        device = self._values.device
+        columns, positions = columns.to(device), positions.to(device)
+        rows = torch.arange(len(columns), device=device)[:, None]
+        found = self._values[rows, columns.clamp(0, self._columns)]
+        return found.masked_fill_((positions <= 0)[..., None], 0.0)
+
+    def of(self, row: int, end: int) -> torch.Tensor:
+        """Return the states of a row's tokens up to a column, without its padding: `(tokens, size)`."""
+        return self._values[row, self._padding[row] + 1 : end + 1]
