@@ -139,6 +139,26 @@ _Eagle3 = Annotated[
 _BenchOutput = Annotated[
     Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for a JSON and a plot of each suite.")
 ]
+_VerifiedTarget = Annotated[
+    str | None,
+    typer.Argument(help="Hub id or folder of the target; the embedded pair if left out.", show_default=False),
+]
+_VerifiedAssistant = Annotated[
+    str | None,
+    typer.Option(help="Hub id or folder of the draft; the target's first layer if left out.", show_default=False),
+]
+_VerifiedRequests = Annotated[int, typer.Option(min=1, help="Prompts to answer.")]
+_Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A torch dtype to decode in; repeat for more. auto, if left out: the checkpoint's, or float32 on a CPU "
+        "slower in half precision.",
+        show_default=False,
+    ),
+]
+_JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.", show_default=False)
+]
 _Replot = Annotated[
     Path | None,
     typer.Option(
@@ -248,6 +268,32 @@ def bench(
             run_replot(folder)
             raise typer.Exit
         lossless = BenchCommand(**options).run()
+    raise typer.Exit(code=0 if lossless else 1)
+
+
+@app.command()
+def verify(
+    target: _VerifiedTarget = None,
+    assistant: _VerifiedAssistant = None,
+    prompts: _Prompts = None,
+    requests: _VerifiedRequests = 24,
+    max_new_tokens: _MaxNewTokens = 64,
+    dtype: _Dtypes = None,
+    device: _Device = "auto",
+    threads: _Threads = None,
+    output: _JsonFile = None,
+) -> None:
+    """
+    Count the greedy outputs that differ from the target's own, beside those of its own generate in batches.
+
+    Exits with 1 if an output of hf_osd differs by more than rounding explains, and with 2 if the run cannot start.
+    """
+    options: dict[str, Any] = dict(locals())
+    options["dtypes"] = tuple(options.pop("dtype") or ("auto",))
+    with _errors():
+        from ..verify.command import VerifyCommand
+
+        lossless = VerifyCommand(**options).run()
     raise typer.Exit(code=0 if lossless else 1)
 
 

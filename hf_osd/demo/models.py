@@ -37,13 +37,19 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_pair(target: str | None, assistant: str | None, device: str = "auto", dtype: str = "auto") -> Pair:
+MakeDraft = Callable[[PreTrainedModel], PreTrainedModel]
+"""Makes a draft of its target."""
+
+
+def load_pair(
+    target: str | None, assistant: str | MakeDraft | None, device: str = "auto", dtype: str = "auto"
+) -> Pair:
     """
     Load a target and its draft, and let transformers decode a few tokens with them.
 
     Args:
         target (`str`, *optional*): Hub id or folder; with `assistant` left out too, the embedded pair is loaded.
-        assistant (`str`, *optional*): Hub id or folder of the draft.
+        assistant (`str` or `MakeDraft`, *optional*): Hub id or folder of the draft, or what makes it of the target.
         device (`str`, defaults to `"auto"`): A torch device; `"auto"` takes an accelerator where there is one.
         dtype (`str`, defaults to `"auto"`):
             A torch dtype by name. `"auto"` is each checkpoint's own, or float32 on a CPU that is slower in half
@@ -58,11 +64,16 @@ def load_pair(target: str | None, assistant: str | None, device: str = "auto", d
         raise ConfigError("target and assistant are a pair: give both, or neither for the embedded pair")
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
-    names = (target or str(EMBEDDED_PAIR / "target"), assistant or str(EMBEDDED_PAIR / "draft"))
-    models = [_load(name, lambda name: _load_model(name, where, kind)) for name in names]
-    pair = Pair(models[0], models[1], _load(names[0], AutoTokenizer.from_pretrained))
+
+    def load(name: str) -> Any:
+        return _load(name, lambda name: _load_model(name, where, kind))
+
+    name = target or str(EMBEDDED_PAIR / "target")
+    loaded = load(name)
+    draft = assistant(loaded) if callable(assistant) else load(assistant or str(EMBEDDED_PAIR / "draft"))
+    pair = Pair(loaded, draft, _load(name, AutoTokenizer.from_pretrained))
     check_pair(pair.target, pair.draft)
-    _try_target(names[0], pair.target)
+    _try_target(name, pair.target)
     _try_decoding(pair)
     return pair
 

@@ -1,0 +1,103 @@
+"""What a verification found. Counts and logits only: never a text."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """
+    An output that is not that of plain `generate`.
+
+    Attributes:
+        request (`int`): Index of the prompt.
+        position (`int`): First position of the output that differs.
+        gap (`float`, *optional*):
+            How far the token there lies below the best one, in the scores that plain `generate` chose from. `None`
+            where there is no such distance: an output that is too long or too short, a token that is forbidden.
+        step (`float`): Two units in the last place of the best score, in the target's dtype.
+    """
+
+    request: int
+    position: int
+    gap: float | None
+    step: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """
+    What one way to decode wrote.
+
+    Attributes:
+        is_ours (`bool`): Whether it is hf_osd's.
+        differences (`list[Difference]`): One for each output that differs.
+        tokens_per_pass (`float`, *optional*): Tokens for each forward of the target; where it is hf_osd's.
+        fallbacks (`dict[str, int]`): Outputs that hf_osd wrote without the draft or without speculation, by reason.
+    """
+
+    is_ours: bool = False
+    differences: list[Difference] = field(default_factory=list)
+    tokens_per_pass: float | None = None
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def largest_gap(self) -> float | None:
+        """The largest distance among the differences that have one."""
+        return max((one.gap for one in self.differences if one.gap is not None), default=None)
+
+
+@dataclass(slots=True)
+class Verification:
+    """
+    All outputs, compared with those of plain `generate`, one prompt at a time.
+
+    Attributes:
+        dtype (`str`): The target's.
+        outcomes (`dict[str, Outcome]`): By way to decode.
+        requests (`int`): Prompts.
+        tokens (`int`): Tokens of the outputs that the others are compared with.
+        rounding (`float`):
+            The largest change of the distance between the target's two best tokens, over all positions of these
+            outputs, when the target computes their logits in one pass or in a batch instead of token by token.
+    """
+
+    dtype: str
+    outcomes: dict[str, Outcome]
+    requests: int = 0
+    tokens: int = 0
+    rounding: float = 0.0
+
+    def explains(self, difference: Difference) -> bool:
+        """
+        Say whether rounding explains a difference.
+
+        It does where the gap is no larger than what the target itself shows as rounding, or than two units in the
+        last place: one for each of the two logits.
+        """
+        return difference.gap is not None and difference.gap <= max(self.rounding, difference.step)
+
+    def unexplained(self, outcome: Outcome) -> list[Difference]:
+        """Return the differences of an outcome that rounding does not explain."""
+        return [one for one in outcome.differences if not self.explains(one)]
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether rounding explains every difference of hf_osd's outputs."""
+        return not any(self.unexplained(one) for one in self.outcomes.values() if one.is_ours)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures, ready for JSON."""
+        decoding = {
+            name: {
+                "outputs_that_differ": len(one.differences),
+                "outside_rounding": len(self.unexplained(one)),
+                "largest_gap": one.largest_gap,
+                "tokens_per_pass": one.tokens_per_pass,
+                "fallbacks": one.fallbacks,
+                "differences": [asdict(difference) for difference in one.differences],
+            }
+            for name, one in self.outcomes.items()
+        }
+        names = ("dtype", "requests", "tokens", "rounding")
+        return {**{name: getattr(self, name) for name in names}, "decoding": decoding}

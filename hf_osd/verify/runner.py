@@ -1,0 +1,119 @@
+"""The verification itself: every prompt goes to plain `generate` first, then to every other way to decode."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..assistant import OnlineAssistant
+from ..bench.contenders import Assisted, Contender, Generate
+from ..bench.streams import join
+from ..config import OnlineConfig
+from ..demo.models import Inputs, Pair, generate_options
+from .answers import plain_answers, until_end
+from .comparison import find_difference, measure_rounding
+from .results import Outcome, Verification
+
+BATCH = 4
+GENERATE = f"generate, batches of {BATCH}"
+ASSISTED = "transformers assisted"
+LOOKUP = "transformers prompt lookup"
+OURS = "hf_osd"
+OURS_IN_BATCHES = f"hf_osd, batches of {BATCH}"
+
+_LOOKUP = {"prompt_lookup_num_tokens": 10}  # what transformers' own documentation proposes
+
+
+def verify(
+    pair: Pair,
+    requests: Sequence[Inputs],
+    *,
+    max_new_tokens: int = 64,
+    assisted: bool = True,
+    observer: Callable[[], None] = lambda: None,
+) -> Verification:
+    """
+    Decode prompts greedily in four ways, and compare each output with that of plain `generate`.
+
+    These are `generate` in batches of four, transformers' assisted generation, and hf_osd, one prompt at a time and in
+    batches of four. The draft does not learn: what it knows decides what is proposed, not what is written.
+
+    Args:
+        pair (`Pair`): The models.
+        requests (`Sequence[Inputs]`): Prompts, as [`~hf_osd.demo.models.encode_prompts`] returns them.
+        max_new_tokens (`int`, defaults to 64): Longest answer.
+        assisted (`bool`, defaults to `True`): Whether transformers uses the draft too; else it looks up the prompt.
+        observer (`Callable[[], None]`, *optional*): Hears of every four prompts.
+
+    Returns:
+        `Verification`: What differs, by way to decode, and what rounding explains.
+    """
+    options = generate_options(pair, max_new_tokens)
+    with ExitStack() as stack:
+        decoders = _open_decoders(pair, assisted, stack)
+        outcomes = {GENERATE: Outcome()} | {name: Outcome(one.assistant is not None) for name, one in decoders.items()}
+        found = Verification(str(pair.target.dtype).removeprefix("torch."), outcomes)
+        for start in range(0, len(requests), BATCH):
+            _decode_group(found, pair.target, decoders, requests[start : start + BATCH], options)
+            observer()
+        for name, decoder in decoders.items():
+            decoder.report(outcomes[name])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """A way to decode: one prompt after the other, or a group at once."""
+
+    contender: Contender
+    in_batches: bool = False
+    assistant: OnlineAssistant | None = None
+
+    def write(self, group: Sequence[Inputs], options: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the new tokens of each prompt, `(new,)`, padding included."""
+        calls = [join(group, options["pad_token_id"])] if self.in_batches else group
+        return [row for inputs in calls for row in self.contender.answer(inputs, **options)[0]]
+
+    def report(self, outcome: Outcome) -> None:
+        """Note how much of the work was speculation."""
+        if self.assistant is not None:
+            stats = self.assistant.stats()
+            outcome.tokens_per_pass = stats.tokens_per_target_pass
+            outcome.fallbacks = dict(stats.fallback_reasons)
+
+
+def _open_decoders(pair: Pair, assisted: bool, stack: ExitStack) -> dict[str, _Decoder]:
+    """Each of ours has an assistant of its own: its lookup remembers what it has served."""
+    target, draft, config = pair.target, pair.draft, OnlineConfig(learn=False)
+    alone, batched = (stack.enter_context(OnlineAssistant(draft, target, config)) for _ in range(2))
+    stock = Generate(ASSISTED, target, draft) if assisted else Generate(LOOKUP, target, settings=_LOOKUP)
+    return {
+        stock.name: _Decoder(stock),
+        OURS: _Decoder(Assisted(OURS, target, alone), assistant=alone),
+        OURS_IN_BATCHES: _Decoder(Assisted(OURS_IN_BATCHES, target, batched), in_batches=True, assistant=batched),
+    }
+
+
+def _decode_group(
+    found: Verification,
+    target: Any,
+    decoders: dict[str, _Decoder],
+    group: Sequence[Inputs],
+    options: dict[str, Any],
+) -> None:
+    """Let everybody answer a few prompts; logits are kept no longer than that."""
+    answers = [plain_answers(target, one, options)[0] for one in group]
+    batch = plain_answers(target, join(group, options["pad_token_id"]), options)
+    outputs = {GENERATE: [one.tokens for one in batch]}
+    outputs |= {name: decoder.write(group, options) for name, decoder in decoders.items()}
+    for name, rows in outputs.items():
+        for number, (answer, row) in enumerate(zip(answers, rows, strict=True), start=found.requests):
+            tokens = until_end(row.to(answer.tokens.device), target)
+            difference = find_difference(number, answer, tokens, target.dtype)
+            found.outcomes[name].differences += [] if difference is None else [difference]
+    changes = (measure_rounding(target, *one) for one in zip(group, answers, batch, strict=True))
+    found.rounding = max(found.rounding, *changes)
+    found.requests += len(group)
+    found.tokens += sum(len(answer.tokens) for answer in answers)
