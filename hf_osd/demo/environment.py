@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
+
+from ..drafts.machine import processor_name
 
 _PACKAGES = ("hf-osd", "torch", "transformers", "trl", "datasets", "accelerate")
 
@@ -23,7 +24,7 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         device (`torch.device`, *optional*): Where the models are; a GPU is named.
     """
     described = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cpu_count": os.cpu_count(),
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -31,14 +32,6 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None and device.type == "cuda":
         described["gpu"] = torch.cuda.get_device_name(device)
     return described
-
-
-def _processor() -> str:
-    """Return the processor's name: Linux says it in a file, other systems to `platform`."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def versions(*others: str) -> dict[str, str]:

@@ -1,0 +1,87 @@
+"""How often a draft would say what its target says, at given positions: no serving, one pass of the draft."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .._compat import execution_device
+from ..errors import InputError
+from ..records import Observation, sparse_teacher
+
+TOP_TOKENS = 32
+"""Tokens whose probability is kept of the target's distributions; the rest counts as refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """
+    How a draft compares with its target, given the target's own text before each position.
+
+    Attributes:
+        agreement (`float`): Share of positions where both like the same token best: acceptance of greedy decoding.
+        acceptance (`float`): Mean of sum_x min(p(x), q(x)): acceptance of sampling.
+        positions (`int`): How many positions that was measured at.
+    """
+
+    agreement: float
+    acceptance: float
+    positions: int
+
+
+@torch.no_grad()
+def read(target: PreTrainedModel, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> Observation:
+    """
+    Read what a target says along a text, in one pass.
+
+    Args:
+        target (`PreTrainedModel`): The target, in eval mode.
+        prompt_ids (`torch.LongTensor` of shape `(prompt,)`): Text before it, at least one token.
+        output_ids (`torch.LongTensor` of shape `(output,)`): The text, at least one token.
+
+    Returns:
+        [`Observation`]: Of a draft that chose nothing.
+
+    Raises:
+        InputError: One of them is empty.
+    """
+    if not len(prompt_ids) or not len(output_ids):
+        raise InputError("a text to read needs at least one token of prompt and one of output")
+    logits = _logits(target, prompt_ids, output_ids)
+    tokens, log_probs, tail = (part.cpu() for part in sparse_teacher(logits, TOP_TOKENS))
+    nothing = torch.full_like(output_ids, -1)
+    return Observation(prompt_ids, output_ids, tokens, log_probs, tail, nothing, nothing >= 0)
+
+
+@torch.no_grad()
+def likeness(draft: PreTrainedModel, observations: Sequence[Observation]) -> Likeness:
+    """
+    Compare a draft with what its target has said.
+
+    Args:
+        draft (`PreTrainedModel`): The draft, in eval mode, which reads tokens alone.
+        observations (`Sequence[Observation]`): Of [`read`], or of serving.
+
+    Raises:
+        InputError: There are no observations.
+    """
+    if not observations:
+        raise InputError("a draft is compared with its target along some text: pass at least one observation")
+    same, shared = zip(*(_compare(draft, one) for one in observations), strict=True)
+    return Likeness(torch.cat(same).mean().item(), torch.cat(shared).mean().item(), sum(map(len, same)))
+
+
+def _compare(draft: PreTrainedModel, one: Observation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return, for each position, whether the first choices are the same, and the probability that is shared."""
+    log_probs = _logits(draft, one.prompt_ids, one.output_ids).log_softmax(-1)  # (output, vocab)
+    teacher_ids, teacher = one.teacher_ids.to(log_probs.device), one.teacher_log_probs.to(log_probs.device)
+    shared = torch.minimum(log_probs.gather(1, teacher_ids), teacher).exp().sum(-1)
+    return (log_probs.argmax(-1) == teacher_ids[:, 0]).float().cpu(), shared.cpu()
+
+
+def _logits(model: PreTrainedModel, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of each output token: `(output, vocab)`, float32."""
+    ids = torch.cat([prompt_ids, output_ids])[None, :-1].to(execution_device(model))
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0, -len(output_ids) :].float()
