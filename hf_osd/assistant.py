@@ -291,6 +291,8 @@ class OnlineAssistant:
             "decode_seconds": seconds,
             **{f"{stage}_seconds": stages[stage] for stage in STAGES},
         }
+        seconds_a_pass = stages["verify"] / max(engine.target_passes, 1)
+        counted["saved_seconds"] = counts.accepted * self.journal.learned_share * seconds_a_pass
         with self._lock:
             self._totals.update(counted)
 

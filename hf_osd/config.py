@@ -16,6 +16,7 @@ Schedule = Literal["measured", "heuristic", "constant"]
 Positions = Literal["all", "rejected"]
 Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
 Unsupported = Literal["warn", "error"]
+LearningShare = float | Literal["auto"] | None
 
 _SHOWN = 80  # characters of a text that a message repeats, at most; three times as many of a collection
 _LONGEST_REASON = 300  # characters of another package's message, which may list hundreds of classes
@@ -173,6 +174,11 @@ class OnlineConfig:
         duty_cycle (`float`, defaults to 0.1):
             With `background`, the share of the time that learning may take while requests are in flight, in
             [1e-6, 1]. 1.0 learns as fast as it can; while serving is idle, it always does.
+        learning_share (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            Seconds of learning for each second of serving, at most, in [1e-6, 1e6]; an update that makes a request
+            wait ends once it has taken as long as the request itself. `None` sets no limit. `"auto"` is 0.1 for a
+            draft that reads the target's states, and no limit for others. What a limit lets through depends on the
+            clock: for results that repeat, set none.
         record_fraction (`float`, defaults to 1.0):
             Fraction of requests to record, in [0, 1].
         top_k_teacher (`int`, defaults to 32):
@@ -264,6 +270,7 @@ class OnlineConfig:
     update_every: int = 8
     background: bool = False
     duty_cycle: float = 0.1
+    learning_share: LearningShare = "auto"
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
@@ -309,6 +316,10 @@ RULES: dict[str, Rule] = {
     "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
     "background": FLAG,
     "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
+    "learning_share": Rule(
+        "in [1e-06, 1e+06] (a number), None or 'auto'",
+        lambda value: value is None or value == "auto" or number(1e-6, 1e6).accepts(value),
+    ),
     "record_fraction": number(0, 1),
     "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
     "replay_size": integer(1, 10**6),

@@ -45,6 +45,7 @@ _COUNTERS = {
     "accept_seconds": "Part of it that comparing the two took.",
     "record_seconds": "Part of it that recording took.",
     "learn_seconds": "Wall time of training, without pauses.",
+    "saved_seconds": "Time of the target that what was learned has saved, as far as can be told.",
 }
 _GAUGES = {
     "tokens_per_target_pass": "Tokens that a pass of the target yields, since the start.",

@@ -30,7 +30,9 @@ class OnlineStats:
         verify_seconds (`float`): Part of it that the target took.
         accept_seconds (`float`): Part of it that comparing the two took.
         record_seconds (`float`): Part of it that recording took.
-        learn_seconds (`float`): Wall time of training, without pauses.
+        learn_seconds (`float`): Wall time of training, without pauses: what learning has cost.
+        saved_seconds (`float`): What it has won, as far as can be told: the passes of the target that were saved by
+            drafted tokens which the draft, as it was at first, would not have got right.
         learned_steps (`int`): Steps of the optimiser.
         learned_positions (`int`): Positions that these learned from, counted once a step.
     """
@@ -53,6 +55,7 @@ class OnlineStats:
     accept_seconds: float = 0.0
     record_seconds: float = 0.0
     learn_seconds: float = 0.0
+    saved_seconds: float = 0.0
     learned_steps: int = 0
     learned_positions: int = 0
 

@@ -42,7 +42,7 @@ def test_it_is_ready_for_json() -> None:
     journal.add(UpdateRecord(1, "refused", "worse", 0.7, 1e-3, -0.2, 0.1, 1.0, 0.5))
     journal.add(Drift(1, 0.1, 0.6))
     assert json.loads(json.dumps(journal.to_dict())) == {
-        "requests": [{"request": 1, "acceptance": 0.5, "positions": 10, "accepted": 1.5}],
+        "requests": [{"request": 1, "acceptance": 0.5, "positions": 10, "accepted": 1.5, "initially": None}],
         "updates": [
             {
                 "request": 1,
@@ -58,3 +58,15 @@ def test_it_is_ready_for_json() -> None:
         ],
         "drifts": [{"request": 1, "short": 0.1, "long": 0.6}],
     }
+
+
+def test_what_is_owed_to_learning():
+    """Catches a share that counts requests alike, however long, or those that were not compared."""
+    journal = Journal()
+    assert journal.learned_share == 0.0
+    journal.add(JudgedRequest(1, 0.5, 10, 2.0, initially=1.0))
+    journal.add(JudgedRequest(2, 0.5, 30, 2.0, initially=2.0))
+    journal.add(JudgedRequest(3, 0.5, 99, 2.0))
+    assert journal.learned_share == pytest.approx(1 - 70 / 80)
+    journal.add(JudgedRequest(4, 0.5, 10, 1.0, initially=9.0))
+    assert journal.learned_share == 0.0  # it costs more than it has won, which is told by the acceptance

@@ -23,6 +23,9 @@ class Once:
     def learning_rate_scale(self) -> float:
         return 1.0
 
+    def is_out_of_time(self) -> bool:
+        return False
+
     def give_way(self) -> float:
         return 1.0
 

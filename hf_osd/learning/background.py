@@ -15,8 +15,9 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from .adapters import carries_adapter, check_adapter
+from .importing import import_distillation
 from .journal import Journal
-from .loop import Publish, TrainingLoop, import_distillation
+from .loop import Publish, TrainingLoop
 from .resuming import keep_on_disk, load, save
 from .sharing import has_own_weights
 from .student import Student
@@ -144,7 +145,7 @@ class OnlineLearner:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Mark a request of this thread as in flight: background learning keeps to `config.duty_cycle` meanwhile."""
-        with self._loop.duty.serving():
+        with self._loop.budget.serving(), self._loop.duty.serving():
             self._here.requests = self._requests_here + 1
             try:
                 yield

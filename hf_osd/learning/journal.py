@@ -8,6 +8,7 @@ from typing import Any, Literal
 Decision = Literal["published", "held", "refused", "rolled back", "restored", "failed"]
 
 _ENTRIES = 10_000
+_LATEST = 64  # judged requests that say what learning is worth now
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +21,14 @@ class JudgedRequest:
         acceptance (`float`): Positions where the draft's choice was the target's, in [0, 1].
         positions (`int`): Positions of its output.
         accepted (`float`): Tokens of a proposal that the target would take on average.
+        initially (`float`, *optional*): The same of the draft before it learned anything, where that was judged.
     """
 
     request: int
     acceptance: float
     positions: int
     accepted: float
+    initially: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,15 @@ class Journal:
     def drifts(self) -> list[Drift]:
         """Changes of the traffic, oldest first."""
         return self._copy(Drift)
+
+    @property
+    def learned_share(self) -> float:
+        """Share of the draft's tokens that the target takes of late only because the draft has learned; in [0, 1]."""
+        with self._lock:
+            latest = list(self._entries[JudgedRequest])[-_LATEST:]
+        pairs = [(one.accepted, one.initially, one.positions) for one in latest if one.initially is not None]
+        now, then = (sum(pair[side] * pair[2] for pair in pairs) for side in (0, 1))
+        return max(1.0 - then / now, 0.0) if now > 0.0 else 0.0
 
     def _copy(self, kind: type) -> list[Any]:
         with self._lock:

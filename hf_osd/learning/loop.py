@@ -1,14 +1,11 @@
 """The training thread: judges requests as they come, and trains when an update is due."""
 
 import logging
-import random
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +15,8 @@ from ..errors import ClosedError, LearningError
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from . import identity
+from .budget import LearningBudget, learning_share
+from .importing import import_distillation
 from .intake import usable
 from .journal import Journal
 from .moments import by_parameter, flat_moments
@@ -45,17 +44,6 @@ _COLLECT_PATIENCE = 1.0
 # Requests that wait for the thread; where it cannot keep up, the oldest go unnoticed.
 _MOST_WAITING = 1024
 _COUNTERS = ("updates", "failures", "steps", "positions", "last_loss", "seconds")
-
-
-def import_distillation() -> ModuleType:
-    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
-    state = random.getstate()
-    first = f"{__package__}.distillation" not in sys.modules
-    from . import distillation
-
-    if first:  # rich, which comes with TRL, draws from it while it is imported
-        random.setstate(state)
-    return distillation
 
 
 class TrainingLoop:
@@ -88,6 +76,7 @@ class TrainingLoop:
         self.stopped = False
         # Inline, a request in flight may be one that waits for this very update.
         self.duty = DutyCycle(config.duty_cycle if config.background else 1.0)
+        self.budget = LearningBudget(learning_share(config, draft))
         self.disk: StateDirectory | None = None
         self.initial: identity.Sample = identity.sample(draft.named_parameters())  # of before it learned anything
         self._stream = TrainingStream(draft.device if config.background else torch.device("cpu"))
@@ -266,7 +255,7 @@ class TrainingLoop:
             supervisor.take(self._batch)
             if self._is_asked and not len(self.replay):
                 raise LearningError("no request has anything to learn from")
-            if self._is_asked or supervisor.is_due():
+            if self._is_asked or (supervisor.is_due() and self.budget.allows_update()):
                 supervisor.begin_update()
                 return True
         self._rest()
@@ -276,14 +265,21 @@ class TrainingLoop:
         """Let others at the state, and those go on who waited."""
         self._working = False
         self._updating.release()
+        worked = time.perf_counter() - self._began
+        self.budget.spend(worked)
         with self._changed:
-            self.seconds += time.perf_counter() - self._began
+            self.seconds += worked
             self._handled, self._finished = self._taken, self._started
             self._changed.notify_all()
 
     def is_stopped(self) -> bool:
         """Whether training has to end at the next step."""
         return self.stopped
+
+    def is_out_of_time(self) -> bool:
+        """Whether the update in progress has to end with this step: nobody waits for one in the background."""
+        inline = not (self.config.background or self._is_asked)
+        return inline and self.budget.is_used_up(time.perf_counter() - self._began)
 
     def give_way(self) -> float:
         """Let serving go first; return the seconds worked since the last call."""

@@ -17,6 +17,10 @@ class UpdateSession(Protocol):
         """Whether training has to end at the next step."""
         ...
 
+    def is_out_of_time(self) -> bool:
+        """Whether the update in progress has to end with this step."""
+        ...
+
     def give_way(self) -> float:
         """Let serving go first; return the seconds worked since the last call."""
         ...
@@ -62,7 +66,7 @@ class OnlineUpdateCallback(TrainerCallback):
 
     Args:
         session (`UpdateSession`): Says when an update is due, and takes the weights.
-        steps_per_update (`int`): Optimiser steps between two waits.
+        steps_per_update (`int`): Optimiser steps between two waits, at most.
         optimizer_state (`Mapping[int, Any]`, *optional*): State of the optimiser to go on from, by parameter.
     """
 
@@ -98,7 +102,7 @@ class OnlineUpdateCallback(TrainerCallback):
         """Publish and wait after the last step of an update."""
         self.session.count_step(self.trainer.take_positions())
         self._steps += 1
-        if self._steps == self.steps_per_update:
+        if self._steps == self.steps_per_update or self.session.is_out_of_time():
             self._steps = 0
             loss = self.trainer.take_mean_loss()
             # First the log, which reads the trainer's state: whoever waits for the update goes on at once.

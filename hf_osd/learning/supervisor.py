@@ -137,7 +137,8 @@ class Supervisor:
         self.requests += 1
         self.fresh += 1
         self._latest.append(observation)
-        self.journal.add(JudgedRequest(self.requests, live.acceptance, live.positions, live.accepted))
+        judged = live.acceptance, live.positions, live.accepted, initial.accepted
+        self.journal.add(JudgedRequest(self.requests, *judged))
         self._keep([observation])
         alarm = self._watch.add(observation, live, initial)
         if not self._config.gate:
