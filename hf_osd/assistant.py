@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ._compat import execution_device, is_offloaded
 from .config import OnlineConfig
-from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers
+from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers, made_draft
 from .drafts.features import FeatureDraft
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
@@ -74,8 +74,10 @@ class OnlineAssistant:
     concurrent calls from several threads.
 
     Args:
-        draft (`PreTrainedModel`):
-            The draft. Its weights are updated in place.
+        draft (`PreTrainedModel` or `"auto"`):
+            The draft. Its weights are updated in place. `"auto"` makes a [`~hf_osd.drafts.features.FeatureDraft`] of
+            the target's last layer, in seconds; it begins without knowledge, and until it has learned, the lookup in
+            the text serves.
         target (`PreTrainedModel`):
             The model it drafts for. Never changed.
         config (`OnlineConfig`, *optional*):
@@ -84,7 +86,8 @@ class OnlineAssistant:
             Saved beside the draft by [`save_pretrained`]; not needed otherwise.
 
     Raises:
-        UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself. With
+        UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself; or
+            `"auto"` cannot make one of this target. With
             `OnlineConfig(unsupported="error")` also where it cannot work for the target: another vocabulary, a
             recurrent state, an encoder. By default such a draft is left out, with a warning, and requests are served
             by the target's own decoding.
@@ -100,16 +103,16 @@ class OnlineAssistant:
 
     def __init__(
         self,
-        draft: PreTrainedModel,
+        draft: PreTrainedModel | str,
         target: PreTrainedModel,
         config: OnlineConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.config = config or OnlineConfig()
-        self._given = draft
         check_target(target)
-        self.draft = draft = unwrap(draft)
+        self._given = given = made_draft(draft, target) if isinstance(draft, str) else draft
+        self.draft = draft = unwrap(given)
         check_draft(target, draft)
         if isinstance(draft, FeatureDraft):
             draft.borrow(target)

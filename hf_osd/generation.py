@@ -59,7 +59,8 @@ def generate(
             As in transformers; the same holds.
         online_assistant (`OnlineAssistant`, `PreTrainedModel` or `str`):
             The draft. A model, or a Hub id or local path of one, is wrapped into an [`OnlineAssistant`] with default
-            settings, which is kept for the next call with the same target.
+            settings, which is kept for the next call with the same target. `"auto"` makes a draft of the target
+            itself, which learns from the requests it sees.
         streamer (`BaseStreamer`, *optional*):
             Gets the prompt, then each token as soon as it is final.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):

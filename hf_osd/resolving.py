@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .assistant import OnlineAssistant
+from .drafts.compatibility import AUTO
 
 _kept_lock = threading.Lock()
 _kept: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, OnlineAssistant]]" = weakref.WeakKeyDictionary()
@@ -21,7 +22,8 @@ def resolve_assistant(
     Return the assistant to use: as given, or one that wraps a draft and is kept as long as the target lives.
 
     Args:
-        assistant (`OnlineAssistant`, `PreTrainedModel`, `str` or `Path`): What the user passed.
+        assistant (`OnlineAssistant`, `PreTrainedModel`, `str` or `Path`): What the user passed; `"auto"` makes a draft
+            of the target.
         target (`PreTrainedModel`): The model that `generate` was called with.
 
     Raises:
@@ -42,5 +44,9 @@ def resolve_assistant(
                 kept[id(assistant)] = OnlineAssistant(assistant, target)
             return kept[id(assistant)]
         if str(assistant) not in kept:
-            kept[str(assistant)] = OnlineAssistant.from_pretrained(assistant, target)
+            kept[str(assistant)] = (
+                OnlineAssistant(AUTO, target)
+                if assistant == AUTO
+                else OnlineAssistant.from_pretrained(assistant, target)
+            )
         return kept[str(assistant)]

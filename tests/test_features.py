@@ -1,6 +1,8 @@
 """A draft that reads its target's states: what it computes, what it borrows, how it serves and learns."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hf_osd import OnlineAssistant, OnlineConfig, UnsupportedModelError
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.drafts.states import StateTap
 from hf_osd.learning.features import FeatureCollator, with_states
+from hf_osd.resolving import resolve_assistant
 from hf_osd.serving.feature_decoder import FeatureDecoder
 from hf_osd.serving.states import TargetStates
 
@@ -294,3 +297,48 @@ def test_sampling_has_the_targets_distribution():
         counts += torch.bincount(places, minlength=expected.numel())
         assert assistant.stats().accepted_tokens > 0
     assert chi_square(counts, expected.flatten()) > 1e-4
+
+
+def test_auto_makes_a_draft_and_keeps_it():
+    """Catches a draft made anew for every request, which would never learn."""
+    target = tiny_model(layers=4)
+    for _ in range(2):
+        out = hf_osd.generate(target, **prompts(1), online_assistant="auto", **GREEDY)
+        assert torch.equal(out, target.generate(**prompts(1), **GREEDY))
+    assert resolve_assistant("auto", target).stats().requests == 2
+    assert isinstance(resolve_assistant("auto", target).draft, FeatureDraft)
+
+
+def test_auto_says_where_no_draft_can_be_made():
+    """Catches an AttributeError of some architecture's own code."""
+    with pytest.raises(UnsupportedModelError, match="recurrent state or is offloaded: pass a draft"):
+        OnlineAssistant("auto", tiny_model("mamba"))
+    with pytest.raises(UnsupportedModelError, match="or 'auto', got 'gpt2': load it with"):
+        OnlineAssistant("gpt2", tiny_model())
+
+
+def test_auto_does_not_keep_the_target_alive():
+    """Catches a draft that holds the model it borrows from: every target would stay in memory for ever."""
+    target = tiny_model(layers=4)
+    hf_osd.generate(target, **prompts(1), online_assistant="auto", **GREEDY)
+    gone = weakref.ref(target)
+    del target
+    gc.collect()
+    assert gone() is None
+
+
+def test_saved_with_what_it_learned(tmp_path):
+    """Catches an assistant that cannot be saved or resumed with such a draft."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    config = OnlineConfig(update_every=4, learning_share=None)
+    with OnlineAssistant("auto", target, config) as assistant:
+        for seed in range(8):
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, **GREEDY)
+        assistant.save_pretrained(tmp_path)
+        steps = assistant.stats().learned_steps
+    with OnlineAssistant.from_pretrained(tmp_path, target) as again:
+        assert again.stats().learned_steps == steps > 0
+        for seed in range(8, 12):
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=again, **GREEDY)
+        assert again.stats().learned_steps > steps
+        assert again.stats().failed_updates == 0

@@ -5,12 +5,17 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import has_recurrent_state, is_offloaded
+from ..config import shown
 from ..errors import UnsupportedModelError
+from .features import FeatureDraft
 from .wrapping import held_model_hint
 
 # Vocabularies are padded to round sizes for speed, differently in each size of a family (Qwen2.5: 152,064 in 7B,
 # 151,936 in 0.5B). Beyond that, two sizes mean two tokenizers.
 MAX_PADDING = 1024
+
+AUTO = "auto"
+"""Stands for a draft that is made of the target on the spot."""
 
 
 def check_target(target: Any) -> None:
@@ -20,6 +25,26 @@ def check_target(target: Any) -> None:
             f"the target must be a transformers model that generates, got {type(target).__name__}"
             f"{held_model_hint(target)}"
         )
+
+
+def made_draft(name: str, target: PreTrainedModel) -> FeatureDraft:
+    """
+    Make the draft that `"auto"` stands for: a cold one of the target's last layer.
+
+    Raises:
+        UnsupportedModelError: None can be made of this target, or something else was asked for by name.
+    """
+    if name != AUTO:
+        raise UnsupportedModelError(
+            f"the draft must be a model or {AUTO!r}, got {shown(name)}: load it with OnlineAssistant.from_pretrained"
+        )
+    if target.config.is_encoder_decoder or has_recurrent_state(target) or is_offloaded(target):
+        raise UnsupportedModelError(
+            f"no draft can be made of the layers of {type(target).__name__}, which has an encoder, keeps a recurrent "
+            "state or is offloaded: pass a draft",
+            "draft: cannot be made",
+        )
+    return FeatureDraft.of(target)
 
 
 def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
