@@ -16,6 +16,7 @@ LAYERS = {
     "cli": 13,
     "verify": 12,  # shares the benchmark's contenders
     "bench": 11,  # shares the demo's models, prompts and check of outputs
+    "design": 11,  # likewise
     "demo": 10,
     "hub": 10,
     "generation": 9,

@@ -215,14 +215,14 @@ def _lengths(model: PreTrainedModel) -> int:
 
 def _encode(pair: Pair, prompt: Prompt, number: int) -> Inputs:
     try:
-        ids = _token_ids(pair.tokenizer, prompt)
+        ids = token_ids(pair.tokenizer, prompt)
     except Exception as error:  # a chat template is a program of whoever made the checkpoint
         raise InputError(f"prompt {number} cannot be encoded: {reason_of(error)}") from error
     return {"input_ids": ids.to(pair.target.device), "attention_mask": torch.ones_like(ids).to(pair.target.device)}
 
 
-def _token_ids(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
-    """Encode one prompt, `(1, prompt)`."""
+def token_ids(tokenizer: Any, prompt: Prompt) -> torch.Tensor:
+    """Encode one prompt by the tokenizer's chat template where it has one; `(1, prompt)`."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}

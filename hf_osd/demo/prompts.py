@@ -47,7 +47,7 @@ def load_prompts(source: str | None, limit: int) -> list[Prompt]:
     """
     if source is None:
         return [*stdlib_prompts()[:limit]]
-    if prompts := [_to_prompt(row, where) for where, row in islice(read_rows(source), min(limit, sys.maxsize))]:
+    if prompts := [to_prompt(row, where) for where, row in islice(read_rows(source), min(limit, sys.maxsize))]:
         return prompts
     raise PromptSourceError(f"{source}: no prompts in it")
 
@@ -119,7 +119,13 @@ def _walk_statements(tree: ast.Module) -> Iterator[ast.AST]:
         yield node
 
 
-def _to_prompt(row: Any, where: str) -> Prompt:
+def to_prompt(row: Any, where: str) -> Prompt:
+    """
+    Return the prompt of a row: a text, or what stands under one of `PROMPT_COLUMNS` or `messages`.
+
+    Raises:
+        PromptSourceError: There is none, or it is no text that a tokenizer takes.
+    """
     if isinstance(row, str) and row.strip():
         return checked_text(row, where)
     if not isinstance(row, Mapping):

@@ -1,0 +1,109 @@
+"""What the target writes by itself: answers to prompts, and prompts out of nothing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UnsupportedModelError
+from .requests import template_head
+from .texts import Text
+
+_ROWS = 32  # texts written at a time: on a CPU, twice as many are no faster
+_PROMPT_TOKENS = 96  # of a prompt that the target writes; longer ones are left out
+_TOP_P = 0.95  # prompts are sampled, without the last twentieth: single odd tokens derail a small model
+
+
+@torch.no_grad()
+def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> list[torch.Tensor]:
+    """
+    Let the target answer prompts, greedily, those of similar length together.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        prompts (`Sequence[torch.LongTensor]`): Each of shape `(prompt,)`, on the CPU.
+        max_new_tokens (`int`): Tokens of an answer at most.
+
+    Returns:
+        `list[torch.LongTensor]`: Each of shape `(answer,)`, on the CPU, the end of text included.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), _ROWS):
+        indices = order[start : start + _ROWS]
+        written = _continue(target, [prompts[index] for index in indices], max_new_tokens, do_sample=False)
+        answers |= dict(zip(indices, written, strict=True))
+    return [answers[index] for index in range(len(prompts))]
+
+
+@torch.no_grad()
+def write_prompts(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int = 0,
+    tell: Callable[[int], object] = lambda done: None,
+) -> list[Text]:
+    """
+    Let the target write prompts of users: what it samples behind the head of the chat template's user turn.
+
+    Magpie (https://arxiv.org/abs/2406.08464). They are of the kind that the target was tuned on, and need no data.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
+        count (`int`): How many to write; a few of them may turn out empty, too long or the same, and are left out.
+        seed (`int`, defaults to 0): Of the sampling. The global random state is left as it was.
+        tell (`Callable[[int], object]`, *optional*): Told how many are written, again and again.
+
+    Raises:
+        UnsupportedModelError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UnsupportedModelError("the target writes no prompts, since its tokenizer has no chat template")
+    head, found = template_head(tokenizer), dict[str, None]()
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, count, _ROWS):
+            heads = [head] * min(_ROWS, count - start)
+            written = _continue(target, heads, _PROMPT_TOKENS, do_sample=True, top_p=_TOP_P)
+            found |= dict.fromkeys(map(str.strip, _texts(tokenizer, written)))
+            tell(start + len(heads))
+    return [Text(prompt) for prompt in found if prompt]
+
+
+def _texts(tokenizer: Any, written: Sequence[torch.Tensor]) -> list[str]:
+    """Return what ended by itself, as text."""
+    whole = [ids for ids in written if len(ids) < _PROMPT_TOKENS]
+    texts: list[str] = tokenizer.batch_decode(whole, skip_special_tokens=True)
+    return texts
+
+
+def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[torch.Tensor]:
+    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    ends = end_tokens(target)
+    text = target.generate(
+        input_ids=ids.to(target.device),
+        attention_mask=mask.to(target.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=ends[0] if ends else 0,
+        **{"temperature": None, "top_k": None, "top_p": None, **options},  # a checkpoint's own settings warn
+    )
+    return [_until_end(row, ends) for row in text[:, ids.shape[1] :].cpu()]
+
+
+def end_tokens(target: PreTrainedModel) -> list[int]:
+    """Return the tokens at which the target ends a text."""
+    ends = target.generation_config.eos_token_id if target.generation_config else None
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _until_end(written: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Cut behind the first end of text, which belongs to the text; `(answer,)`."""
+    places = torch.isin(written, torch.tensor(ends, dtype=torch.long)).nonzero()
+    return written[: int(places[0]) + 1] if len(places) else written
