@@ -81,7 +81,7 @@ class OnlineAssistant:
         target (`PreTrainedModel`):
             The model it drafts for. Never changed.
         config (`OnlineConfig`, *optional*):
-            Settings; defaults to `OnlineConfig()`.
+            Settings; defaults to what the draft recommends, [`OnlineConfig.for_draft`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Saved beside the draft by [`save_pretrained`]; not needed otherwise.
 
@@ -109,11 +109,11 @@ class OnlineAssistant:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.config = config or OnlineConfig()
         check_target(target)
         self._given = given = made_draft(draft, target) if isinstance(draft, str) else draft
         self.draft = draft = unwrap(given)
         check_draft(target, draft)
+        self.config = config or OnlineConfig.for_draft(draft)
         if isinstance(draft, FeatureDraft):
             draft.borrow(target)
         self.tokenizer = tokenizer
@@ -170,7 +170,7 @@ class OnlineAssistant:
         Args:
             draft (`str` or `Path`): Hub id or local folder.
             target (`PreTrainedModel`): The model it drafts for.
-            config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to `OnlineConfig()`.
+            config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to those of the draft.
             kwargs: For `AutoModelForCausalLM.from_pretrained`; `dtype` and `device_map` default to the target's.
 
         Raises:

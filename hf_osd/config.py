@@ -16,7 +16,6 @@ Schedule = Literal["measured", "heuristic", "constant"]
 Positions = Literal["all", "rejected"]
 Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
 Unsupported = Literal["warn", "error"]
-LearningShare = float | Literal["auto"] | None
 
 _SHOWN = 80  # characters of a text that a message repeats, at most; three times as many of a collection
 _LONGEST_REASON = 300  # characters of another package's message, which may list hundreds of classes
@@ -174,11 +173,10 @@ class OnlineConfig:
         duty_cycle (`float`, defaults to 0.1):
             With `background`, the share of the time that learning may take while requests are in flight, in
             [1e-6, 1]. 1.0 learns as fast as it can; while serving is idle, it always does.
-        learning_share (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+        learning_share (`float`, *optional*):
             Seconds of learning for each second of serving, at most, in [1e-6, 1e6]; an update that makes a request
-            wait ends once it has taken as long as the request itself. `None` sets no limit. `"auto"` is 0.1 for a
-            draft that reads the target's states, and no limit for others. What a limit lets through depends on the
-            clock: for results that repeat, set none.
+            wait ends once it has taken as long as the request itself. Defaults to no limit: what one lets through
+            depends on the clock, and without it results repeat.
         record_fraction (`float`, defaults to 1.0):
             Fraction of requests to record, in [0, 1].
         top_k_teacher (`int`, defaults to 32):
@@ -245,6 +243,9 @@ class OnlineConfig:
             Seed of the replay sampling and of the recording fraction, in [-2**63, 2**64 - 1]. The global random state
             is never touched.
 
+    A draft that reads the target's states brings settings of its own, as a model brings its generation config:
+    [`OnlineConfig.for_draft`] starts from them.
+
     Values are checked when they are set, and mappings and adapters are copied, so that later changes do not matter.
     Scalars of numpy are taken for Python's own.
 
@@ -270,7 +271,7 @@ class OnlineConfig:
     update_every: int = 8
     background: bool = False
     duty_cycle: float = 0.1
-    learning_share: LearningShare = "auto"
+    learning_share: float | None = None
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
@@ -295,6 +296,20 @@ class OnlineConfig:
     redact: Callable[[Any], Any] | None = None
     seed: int = 0
 
+    @classmethod
+    def for_draft(cls, draft: Any, **settings: Any) -> "OnlineConfig":
+        """
+        Return the settings that a draft recommends for itself, some of them replaced.
+
+        Args:
+            draft (`PreTrainedModel`): The draft; what it recommends is `draft.config.online`, if anything.
+            settings: Fields of the config.
+
+        Raises:
+            ConfigError: See the class.
+        """
+        return cls(**{**getattr(draft.config, "online", {}), **settings})
+
     @property
     def needs_target(self) -> bool:
         """Whether learning runs the target itself."""
@@ -316,10 +331,7 @@ RULES: dict[str, Rule] = {
     "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
     "background": FLAG,
     "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
-    "learning_share": Rule(
-        "in [1e-06, 1e+06] (a number), None or 'auto'",
-        lambda value: value is None or value == "auto" or number(1e-6, 1e6).accepts(value),
-    ),
+    "learning_share": optional(number(1e-6, 1e6)),
     "record_fraction": number(0, 1),
     "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
     "replay_size": integer(1, 10**6),

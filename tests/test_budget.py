@@ -8,9 +8,10 @@ from fakes import VOCAB, prompts, tiny_model, wrong_draft
 
 import hf_osd
 from hf_osd import ConfigError, OnlineAssistant, OnlineConfig
+from hf_osd.drafts.feature_config import LEARNING
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.learning import budget
-from hf_osd.learning.budget import LearningBudget, learning_share
+from hf_osd.learning.budget import LearningBudget
 
 
 class Clock:
@@ -56,18 +57,17 @@ def test_without_a_limit_time_does_not_matter(monkeypatch):
     assert not of.is_used_up(1e9)
 
 
-def test_share_by_kind_of_draft():
-    """Catches a default that slows down drafts whose results are promised to repeat."""
+def test_settings_that_a_draft_recommends():
+    """Catches a default that slows down drafts whose results are promised to repeat, and ignored recommendations."""
     target = tiny_model(layers=4)
     plain, feature = wrong_draft(target, "noisy"), FeatureDraft.of(target, general=torch.arange(VOCAB))
-    assert learning_share(OnlineConfig(), plain) is None
-    assert learning_share(OnlineConfig(), feature) == 0.1
-    for draft in (plain, feature):
-        assert learning_share(OnlineConfig(learning_share=0.3), draft) == 0.3
-        assert learning_share(OnlineConfig(learning_share=None), draft) is None
+    assert OnlineAssistant(plain, target).config == OnlineConfig()
+    assert OnlineAssistant(feature, target).config == OnlineConfig(**LEARNING)
+    assert OnlineAssistant(feature, target, OnlineConfig()).config.learning_share is None
+    assert OnlineConfig.for_draft(feature, learning_rate=0.5) == OnlineConfig(**{**LEARNING, "learning_rate": 0.5})
 
 
-@pytest.mark.parametrize("value", [0, -1, "all", True, float("nan")])
+@pytest.mark.parametrize("value", [0, -1, "all", float("nan")])
 def test_bad_shares_are_refused(value):
     """Catches a share that stops learning for ever, or means something else than it says."""
     with pytest.raises(ConfigError, match="learning_share must be in"):

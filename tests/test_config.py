@@ -33,7 +33,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "update_every": st.integers(1, 2**31),
     "background": st.booleans(),
     "duty_cycle": st.floats(1e-6, 1.0),
-    "learning_share": st.none() | st.just("auto") | st.floats(1e-6, 1e6),
+    "learning_share": st.none() | st.floats(1e-6, 1e6),
     "record_fraction": UNIT,
     "top_k_teacher": st.integers(1, 300_000),
     "replay_size": st.integers(1, 10**6),

@@ -1,9 +1,17 @@
 """The configuration of a draft that reads its target's states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+LEARNING: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "steps_per_update": 3,
+    "gate": False,
+    "learning_share": 0.1,
+}
+"""How such a draft learns online: short updates, which go live at once and take a tenth of the time of serving."""
 
 
 class FeatureDraftConfig(PreTrainedConfig):
@@ -17,6 +25,8 @@ class FeatureDraftConfig(PreTrainedConfig):
             counted from 1; none for a draft that reads tokens alone.
         target (`str`, defaults to `""`): Hub id or folder of the target it was made for.
         general_tokens (`int`, defaults to 0): How many tokens it proposes from whatever the traffic.
+        online (`Mapping[str, Any]`, *optional*): Fields of [`~hf_osd.OnlineConfig`] that suit it, used where the user
+            gives no config; defaults to [`LEARNING`].
     """
 
     model_type = "hf_osd_feature_draft"
@@ -28,6 +38,7 @@ class FeatureDraftConfig(PreTrainedConfig):
         state_layers: Sequence[int] = (),
         target: str = "",
         general_tokens: int = 0,
+        online: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -36,6 +47,7 @@ class FeatureDraftConfig(PreTrainedConfig):
         self.state_layers = list(state_layers)
         self.target = target
         self.general_tokens = general_tokens
+        self.online = dict(LEARNING if online is None else online)
         super().__init__(**kwargs)
 
 

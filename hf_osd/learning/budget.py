@@ -4,19 +4,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from ..config import OnlineConfig
-from ..drafts.features import FeatureDraft
-
-_SHARE = 0.1  # seconds of learning for each second of serving, by default, for a draft that reads its target's states
-
-
-def learning_share(config: OnlineConfig, draft: Any) -> float | None:
-    """Return the share of the time of serving that a draft may learn for; `None` for no limit."""
-    if config.learning_share == "auto":
-        return _SHARE if isinstance(draft, FeatureDraft) else None
-    return config.learning_share
 
 
 class LearningBudget:

@@ -15,7 +15,7 @@ from ..errors import ClosedError, LearningError
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from . import identity
-from .budget import LearningBudget, learning_share
+from .budget import LearningBudget
 from .importing import import_distillation
 from .intake import usable
 from .journal import Journal
@@ -76,7 +76,7 @@ class TrainingLoop:
         self.stopped = False
         # Inline, a request in flight may be one that waits for this very update.
         self.duty = DutyCycle(config.duty_cycle if config.background else 1.0)
-        self.budget = LearningBudget(learning_share(config, draft))
+        self.budget = LearningBudget(config.learning_share)
         self.disk: StateDirectory | None = None
         self.initial: identity.Sample = identity.sample(draft.named_parameters())  # of before it learned anything
         self._stream = TrainingStream(draft.device if config.background else torch.device("cpu"))
