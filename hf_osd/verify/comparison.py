@@ -3,7 +3,8 @@ Where an output leaves that of plain `generate`, and whether rounding explains i
 
 A greedy output differs by rounding where another way to compute the same logits puts the second best token above the
 best one: the distance between the two then changes by at least what it was. How far it changes by rounding alone, the
-target itself shows: in one forward over the whole text, and in its own `generate` of a batch.
+target itself shows: in one forward over the whole text, and in its own `generate` of a batch. What that writes is the
+target's own too, for an output of the same batch.
 """
 
 import math
@@ -16,7 +17,9 @@ from .answers import Answer, logits_of_one_pass
 from .results import Difference
 
 
-def find_difference(request: int, answer: Answer, tokens: torch.Tensor, dtype: torch.dtype) -> Difference | None:
+def find_difference(
+    request: int, answer: Answer, tokens: torch.Tensor, dtype: torch.dtype, in_batch: torch.Tensor | None = None
+) -> Difference | None:
     """
     Compare an output with that of plain `generate`.
 
@@ -25,6 +28,8 @@ def find_difference(request: int, answer: Answer, tokens: torch.Tensor, dtype: t
         answer (`Answer`): What plain `generate` wrote.
         tokens (`torch.LongTensor` of shape `(new,)`): What somebody else wrote.
         dtype (`torch.dtype`): The target's.
+        in_batch (`torch.LongTensor` of shape `(new,)`, *optional*):
+            What `generate` wrote for the batch that the tokens were written in.
 
     Returns:
         `Difference`, *optional*: `None` where the two are the same.
@@ -32,12 +37,13 @@ def find_difference(request: int, answer: Answer, tokens: torch.Tensor, dtype: t
     position = first_difference(answer.tokens, tokens)
     if position is None:
         return None
+    is_batch = in_batch is not None and torch.equal(in_batch[: position + 1], tokens[: position + 1])
     if position >= min(len(answer.tokens), len(tokens)):  # one of them ends where nothing says so
-        return Difference(request, position, gap=None, step=0.0)
+        return Difference(request, position, None, 0.0, is_batch)
     scores = answer.scores[position]
     best, written = float(scores.max()), float(scores[tokens[position]])
     gap = best - written
-    return Difference(request, position, gap if math.isfinite(gap) else None, 2 * _last_place(best, dtype))
+    return Difference(request, position, gap if math.isfinite(gap) else None, 2 * _last_place(best, dtype), is_batch)
 
 
 def measure_rounding(target: Any, request: Inputs, answer: Answer, in_batch: Answer) -> float:

@@ -16,12 +16,16 @@ class Difference:
             How far the token there lies below the best one, in the scores that plain `generate` chose from. `None`
             where there is no such distance: an output that is too long or too short, a token that is forbidden.
         step (`float`): Two units in the last place of the best score, in the target's dtype.
+        is_batch (`bool`):
+            Whether `generate` of the same batch writes the same up to there. Beside rounding, that may be a logits
+            processor that takes padding for text.
     """
 
     request: int
     position: int
     gap: float | None
     step: float
+    is_batch: bool = False
 
 
 @dataclass(slots=True)
@@ -70,12 +74,13 @@ class Verification:
 
     def explains(self, difference: Difference) -> bool:
         """
-        Say whether rounding explains a difference.
+        Say whether rounding explains a difference, or the batch does.
 
-        It does where the gap is no larger than what the target itself shows as rounding, or than two units in the
-        last place: one for each of the two logits.
+        Rounding does where the gap is no larger than what the target itself shows as rounding, or than two units in
+        the last place: one for each of the two logits.
         """
-        return difference.gap is not None and difference.gap <= max(self.rounding, difference.step)
+        near = difference.gap is not None and difference.gap <= max(self.rounding, difference.step)
+        return near or difference.is_batch
 
     def unexplained(self, outcome: Outcome) -> list[Difference]:
         """Return the differences of an outcome that rounding does not explain."""

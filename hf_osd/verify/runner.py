@@ -12,9 +12,9 @@ from ..bench.contenders import Assisted, Contender, Generate
 from ..bench.streams import join
 from ..config import OnlineConfig
 from ..demo.models import Inputs, Pair, generate_options
-from .answers import plain_answers, until_end
+from .answers import Answer, plain_answers, until_end
 from .comparison import find_difference, measure_rounding
-from .results import Outcome, Verification
+from .results import Difference, Outcome, Verification
 
 BATCH = 4
 GENERATE = f"generate, batches of {BATCH}"
@@ -109,11 +109,21 @@ def _decode_group(
     outputs = {GENERATE: [one.tokens for one in batch]}
     outputs |= {name: decoder.write(group, options) for name, decoder in decoders.items()}
     for name, rows in outputs.items():
-        for number, (answer, row) in enumerate(zip(answers, rows, strict=True), start=found.requests):
-            tokens = until_end(row.to(answer.tokens.device), target)
-            difference = find_difference(number, answer, tokens, target.dtype)
-            found.outcomes[name].differences += [] if difference is None else [difference]
+        same = batch if name == GENERATE or decoders[name].in_batches else None
+        found.outcomes[name].differences += _compare(target, found.requests, answers, rows, same)
     changes = (measure_rounding(target, *one) for one in zip(group, answers, batch, strict=True))
     found.rounding = max(found.rounding, *changes)
     found.requests += len(group)
     found.tokens += sum(len(answer.tokens) for answer in answers)
+
+
+def _compare(
+    target: Any, first: int, answers: Sequence[Answer], rows: Sequence[torch.Tensor], batch: Sequence[Answer] | None
+) -> list[Difference]:
+    """Compare the outputs of a group; `batch` has those of `generate` where they were written in a batch."""
+    found = []
+    for row, (answer, tokens) in enumerate(zip(answers, rows, strict=True)):
+        tokens = until_end(tokens.to(answer.tokens.device), target)
+        in_batch = None if batch is None else batch[row].tokens
+        found.append(find_difference(first + row, answer, tokens, target.dtype, in_batch))
+    return [one for one in found if one is not None]
