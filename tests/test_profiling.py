@@ -99,7 +99,7 @@ def test_a_profile_is_kept_by_model_and_machine():
     assert len(seen) == 2 * count
     profile(model, **{**SMALL, "lengths": (1, 2)})
     assert len(seen) > 2 * count
-    others = [tiny_model(dtype=torch.float32), tiny_model(intermediate_size=40), tiny_model("qwen3")]
+    others = [tiny_model(dtype=torch.float32), tiny_model(hidden_act="relu"), tiny_model("qwen3")]
     for other in others:
         seen = watch(other)
         profile(other, **SMALL)

@@ -8,9 +8,10 @@ from fakes import prompts, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from hf_osd.design.reading import read_texts
 from hf_osd.drafts import width as width_module
 from hf_osd.drafts.depth import Depth, choose_layers
-from hf_osd.drafts.likeness import likeness, read
+from hf_osd.drafts.likeness import likeness
 from hf_osd.drafts.pruning import borrow, prune
 from hf_osd.drafts.states import layers_of
 from hf_osd.errors import InputError, MissingDependencyError, UnsupportedModelError
@@ -24,7 +25,7 @@ IDS = prompts(1, length=24)["input_ids"]
 def texts(target, count=2):
     """Texts of 20 tokens that a target has read."""
     rows = [prompts(1, length=20, seed=seed)["input_ids"][0] for seed in range(count)]
-    return [read(target, row[:8], row[8:]) for row in rows]
+    return read_texts(target, rows, [8] * count)
 
 
 def logits(model, ids=IDS):
@@ -111,11 +112,12 @@ def test_only_embedding_and_head_are_borrowed(kind, tied, width):
 def test_what_is_saved_is_loaded(kind, width, tmp_path):
     """Would catch a configuration that does not describe the weights beside it."""
     target = tiny_model(kind, layers=4)
+    target.generation_config.max_new_tokens = 7
     draft = prune(target, [0, 3], width=width, observations=texts(target))
     draft.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(draft)
-    assert loaded.generation_config.to_dict() == draft.generation_config.to_dict()
+    assert loaded.generation_config.max_new_tokens == 7
     assert_same(logits(loaded), logits(draft))
     borrow(loaded, target)
     assert loaded.get_input_embeddings().weight is target.get_input_embeddings().weight
@@ -185,8 +187,11 @@ def test_a_replaced_forward_comes_back():
 def test_layers_that_do_nothing_go_first(kind):
     """Would catch a choice of the layers that matter least, or of those that lie last."""
     target = without(tiny_model(kind, layers=5), [0, 3])
-    assert choose_layers(target, 2, texts(target)) == [0, 3]
-    assert choose_layers(target, 5, texts(target)) == [0, 1, 2, 3, 4]
+    assert choose_layers(target, (5, 2), texts(target)) == {5: [0, 1, 2, 3, 4], 2: [0, 3]}
+    with pytest.raises(InputError, match=r"counts must be in \[1, 5\], got \[6\]"):
+        choose_layers(target, [6], texts(target))
+    with pytest.raises(InputError, match="at least one observation"):
+        choose_layers(target, [1], [])
 
 
 def test_likeness_is_what_it_says():

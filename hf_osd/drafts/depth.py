@@ -55,9 +55,11 @@ class Depth:
             yield
 
 
-def choose_layers(target: PreTrainedModel, count: int, observations: Sequence[Observation]) -> list[int]:
+def choose_layers(
+    target: PreTrainedModel, counts: Collection[int], observations: Sequence[Observation]
+) -> dict[int, list[int]]:
     """
-    Choose the layers of a draft: again and again, the one that is missed least is left out.
+    Choose the layers of drafts: again and again, the one that is missed least is left out.
 
     By what a layer does to the output when it is not there, after those that have gone before (SLEB,
     https://arxiv.org/abs/2402.09025), instead of by what it does to the state (ShortGPT,
@@ -65,29 +67,31 @@ def choose_layers(target: PreTrainedModel, count: int, observations: Sequence[Ob
 
     Args:
         target (`PreTrainedModel`): A decoder-only model in eval mode, which nobody else may run meanwhile.
-        count (`int`): Layers of the draft.
-        observations (`Sequence[Observation]`): Text to measure on; see [`~hf_osd.drafts.likeness.read`]. A few hundred
-            tokens will do. It is read once for each layer that may go, in each turn.
+        counts (`Collection[int]`): How many layers the drafts have; one search serves all.
+        observations (`Sequence[Observation]`): What the target has said, to measure on. A few hundred tokens will do:
+            they are read once for each layer that may go, in each turn.
 
     Returns:
-        `list[int]`: Layers counted from 0, in ascending order.
+        `dict[int, list[int]]`: By their number, layers counted from 0, in ascending order.
 
     Raises:
-        InputError: `count` is out of range, or there are no observations.
+        InputError: A count is out of range, or there are no observations.
         UnsupportedModelError: The layers of the model cannot be told.
     """
     depth = Depth(target)
     kept = list(range(len(depth.layers)))
-    if not 1 <= count <= len(kept):
-        raise InputError(f"count must be in [1, {len(kept)}], got {shown(count)}")
+    if not counts or not all(1 <= count <= len(kept) for count in counts):
+        raise InputError(f"counts must be in [1, {len(kept)}], got {shown([*counts])}")
 
     def acceptance_without(layer: int) -> float:
         with depth.only({*kept} - {layer}):
             return likeness(target, observations).acceptance
 
-    while len(kept) > count:
+    chosen = {len(kept): [*kept]}
+    while len(kept) > min(counts):
         kept.remove(max(kept, key=acceptance_without))
-    return kept
+        chosen[len(kept)] = [*kept]
+    return {count: chosen[count] for count in counts}
 
 
 class _Bypass:

@@ -8,10 +8,7 @@ from transformers import PreTrainedModel
 
 from .._compat import execution_device
 from ..errors import InputError
-from ..records import Observation, sparse_teacher
-
-TOP_TOKENS = 32
-"""Tokens whose probability is kept of the target's distributions; the rest counts as refused."""
+from ..records import Observation
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +28,14 @@ class Likeness:
 
 
 @torch.no_grad()
-def read(target: PreTrainedModel, prompt_ids: torch.Tensor, output_ids: torch.Tensor) -> Observation:
-    """
-    Read what a target says along a text, in one pass.
-
-    Args:
-        target (`PreTrainedModel`): The target, in eval mode.
-        prompt_ids (`torch.LongTensor` of shape `(prompt,)`): Text before it, at least one token.
-        output_ids (`torch.LongTensor` of shape `(output,)`): The text, at least one token.
-
-    Returns:
-        [`Observation`]: Of a draft that chose nothing.
-
-    Raises:
-        InputError: One of them is empty.
-    """
-    if not len(prompt_ids) or not len(output_ids):
-        raise InputError("a text to read needs at least one token of prompt and one of output")
-    logits = _logits(target, prompt_ids, output_ids)
-    tokens, log_probs, tail = (part.cpu() for part in sparse_teacher(logits, TOP_TOKENS))
-    nothing = torch.full_like(output_ids, -1)
-    return Observation(prompt_ids, output_ids, tokens, log_probs, tail, nothing, nothing >= 0)
-
-
-@torch.no_grad()
 def likeness(draft: PreTrainedModel, observations: Sequence[Observation]) -> Likeness:
     """
     Compare a draft with what its target has said.
 
     Args:
         draft (`PreTrainedModel`): The draft, in eval mode, which reads tokens alone.
-        observations (`Sequence[Observation]`): Of [`read`], or of serving.
+        observations (`Sequence[Observation]`): Of serving, or of a target that has read some text. What they do not
+            hold of its distributions, the tail, counts as refused.
 
     Raises:
         InputError: There are no observations.

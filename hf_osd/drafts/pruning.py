@@ -42,8 +42,7 @@ def prune(
         layers (`Sequence[int]`): Which layers, counted from 0, in ascending order; see
             [`~hf_osd.drafts.depth.choose_layers`].
         width (`int`, *optional*): Neurons of each feed-forward part; defaults to all.
-        observations (`Sequence[Observation]`, defaults to `()`): Text by which neurons are chosen; see
-            [`~hf_osd.drafts.likeness.read`].
+        observations (`Sequence[Observation]`, defaults to `()`): Text by which neurons are chosen.
 
     Returns:
         [`~transformers.PreTrainedModel`]: A model of the target's class, in eval mode, on its device and in its dtype.
