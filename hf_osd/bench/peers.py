@@ -263,8 +263,8 @@ def _engine(name: str, models: dict[str, PreTrainedModel]) -> Maker:
 
 
 def named(name: str, length: int) -> str:
-    """Add the length to a contender's name."""
-    return f"{name}, {length} tokens"
+    """Add the tokens that a contender proposes in a round to its name."""
+    return f"{name} ({length})"
 
 
 def _eos(target: PreTrainedModel) -> list[int]:
