@@ -185,6 +185,9 @@ class OnlineConfig:
         replay_size (`int`, defaults to 256):
             Requests that the replay buffer holds; the oldest leaves first. As many again of traffic before the last
             change.
+        max_state_bytes (`int`, defaults to 268435456):
+            Bound on the target's states that are kept with recorded requests, 256 MiB, for a draft that reads them;
+            the target reads older requests again when they are learned from.
         steps_per_update (`int`, defaults to 8):
             Optimiser steps in one update.
         batch_size (`int`, defaults to 8):
@@ -275,6 +278,7 @@ class OnlineConfig:
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
+    max_state_bytes: int = 2**28
     steps_per_update: int = 8
     batch_size: int = 8
     positions: Positions = "all"
@@ -335,6 +339,7 @@ RULES: dict[str, Rule] = {
     "record_fraction": number(0, 1),
     "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
     "replay_size": integer(1, 10**6),
+    "max_state_bytes": integer(0, sys.maxsize),
     "steps_per_update": integer(1, 10**6),
     "batch_size": integer(1, 2**16),
     "positions": choice(*get_args(Positions)),

@@ -37,6 +37,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "record_fraction": UNIT,
     "top_k_teacher": st.integers(1, 300_000),
     "replay_size": st.integers(1, 10**6),
+    "max_state_bytes": st.integers(0, 2**40),
     "steps_per_update": st.integers(1, 10**6),
     "batch_size": st.integers(1, 2**16),
     "positions": st.sampled_from(["all", "rejected"]),

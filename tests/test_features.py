@@ -11,7 +11,7 @@ from test_speculation import chi_square, exact_distribution
 from transformers import AutoModelForCausalLM
 
 import hf_osd
-from hf_osd import OnlineAssistant, OnlineConfig, UnsupportedModelError
+from hf_osd import ConfigError, OnlineAssistant, OnlineConfig, UnsupportedModelError
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.drafts.states import StateTap
 from hf_osd.learning.features import FeatureCollator, with_states
@@ -342,3 +342,37 @@ def test_saved_with_what_it_learned(tmp_path):
             hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=again, **GREEDY)
         assert again.stats().learned_steps > steps
         assert again.stats().failed_updates == 0
+
+
+@pytest.mark.parametrize("settings", [{"lmbda": 0.5}, {"full_teacher": True}])
+def test_settings_that_it_cannot_learn_by_are_refused(settings):
+    """Catches an update that fails, for every request, in a thread."""
+    with pytest.raises(ConfigError, match="does not go with a draft that reads the target's states"):
+        OnlineAssistant("auto", tiny_model(layers=4), OnlineConfig(**settings))
+
+
+def test_states_are_kept_within_their_budget():
+    """Catches a replay buffer that grows by the hidden states of hundreds of requests."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    draft = draft_for(target)
+    size = (9 + 24 - 1) * draft.state_size * 2  # bytes of one request
+    config = OnlineConfig(update_every=4, steps_per_update=2, gate=False, max_state_bytes=3 * size)
+    with OnlineAssistant(draft, target, config) as assistant:
+        for seed in range(9):
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, **GREEDY)
+        kept = [request.states is not None for request in assistant._learner._loop.replay.observations()]
+        assert kept == [False] * 6 + [True] * 3
+        assert assistant.stats().updates == 2
+        assert assistant.stats().failed_updates == 0
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_learns_by_an_adapter(gate):
+    """Catches an adapter of the embedding that the draft does not have, or one that cannot be merged."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    config = OnlineConfig(update_every=4, steps_per_update=2, gate=gate, peft_config={})
+    with OnlineAssistant(draft_for(target), target, config) as assistant:
+        for seed in range(8):
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, **GREEDY)
+        assert assistant.stats().failed_updates == 0
+        assert assistant.stats().learned_steps == 4

@@ -15,6 +15,7 @@ from ..config import OnlineConfig
 from ..errors import ClosedError, LearningError
 from ..records import Observation
 from .adapters import carries_adapter, check_adapter
+from .features import check_settings
 from .importing import import_distillation
 from .journal import Journal
 from .loop import Publish, TrainingLoop
@@ -57,8 +58,8 @@ class OnlineLearner:
             Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
 
     Raises:
-        ConfigError: `config.training_arguments` names an unknown argument or has a bad value, or an adapter cannot be
-            trained.
+        ConfigError: `config.training_arguments` names an unknown argument or has a bad value, an adapter cannot be
+            trained, or a setting does not go with the draft.
         LearningError: `config.full_teacher` or `config.lmbda` without a target.
     """
 
@@ -75,6 +76,7 @@ class OnlineLearner:
     ) -> None:
         if config.needs_target and target is None:
             raise LearningError("full_teacher and lmbda need the target, got None")
+        check_settings(config, draft)
         self.learns = config.learn and has_own_weights(draft, frozen)
         if config.learn and frozen:
             _tell(frozen, self.learns)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import OnlineConfig
 from ..drafts.features import FeatureDraft
 from ..drafts.states import StateTap
-from ..errors import LearningError
+from ..errors import ConfigError, LearningError
 from ..records import Observation
 from .collation import ObservationCollator
 from .forwards import Reader
@@ -18,6 +19,23 @@ OWN_STEPS = 1
 """Tokens that the training copy drafts from its own states behind each position, besides the first."""
 
 _STEP_WEIGHT = 0.6  # of each of them in the loss, relative to the one before: the target rarely gets to judge it
+
+
+def check_settings(config: OnlineConfig, draft: Any) -> None:
+    """
+    Refuse what a draft that reads its target's states cannot learn from.
+
+    Raises:
+        ConfigError: Names the setting.
+    """
+    if not isinstance(draft, FeatureDraft):
+        return
+    for name, given in (("full_teacher", config.full_teacher), ("lmbda", config.lmbda > 0.0)):
+        if given:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does not go with a draft that reads the target's states: it scores "
+                "a part of the vocabulary, and learns from recorded texts alone; leave it out"
+            )
 
 
 def reader_of(model: Any, proposed: int | None = None) -> Reader:

@@ -67,9 +67,8 @@ class TrainingLoop:
         self.config = config
         self.frozen = frozen
         self.journal = Journal()
-        self.replay = ReplayBuffer(
-            config.replay_size, config.seed, config.replay_size * config.max_length, config.gate
-        )
+        bounds = config.replay_size * config.max_length, config.gate, config.max_state_bytes
+        self.replay = ReplayBuffer(config.replay_size, config.seed, *bounds)
         self.updates = self.failures = self.steps = self.positions = 0
         self.last_loss: float | None = None
         self.seconds = 0.0

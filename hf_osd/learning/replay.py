@@ -4,6 +4,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, LearningError
@@ -34,6 +35,9 @@ class ReplayBuffer:
             memory. The newest request always stays. Defaults to no bound.
         holds_out (`bool`, defaults to `False`):
             Whether to hold requests out.
+        max_state_bytes (`int`, *optional*):
+            Bound on the target's states that are kept with requests, for drafts that read them; those of the oldest
+            requests go first, and are read again when they are needed. Defaults to no bound.
 
     Raises:
         ConfigError: `capacity` or `max_tokens` is below 1.
@@ -47,13 +51,21 @@ class ReplayBuffer:
     ```
     """
 
-    def __init__(self, capacity: int, seed: int = 0, max_tokens: int | None = None, holds_out: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        holds_out: bool = False,
+        max_state_bytes: int | None = None,
+    ) -> None:
         for name, value in (("capacity", capacity), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value!r}")
         self.capacity = capacity
         self.max_tokens = max_tokens
         self._holds_out = holds_out
+        self._max_state_bytes = max_state_bytes
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._latest: deque[Observation] = deque()
@@ -87,6 +99,7 @@ class ReplayBuffer:
             if len(self._held) > _HELD_OUT:
                 self._latest.append(self._held.popleft())
             self._shorten()
+            self._forget_states()
 
     def _is_drawn(self) -> bool:
         """One of each four, at random: traffic may come in turns."""
@@ -138,6 +151,18 @@ class ReplayBuffer:
                 self._tokens -= _length(self._held.popleft())
             else:
                 return
+
+    def _forget_states(self) -> None:
+        """Keep the states of the newest requests, as many as there is room for."""
+        if self._max_state_bytes is None:
+            return
+        left = self._max_state_bytes
+        for part in (self._held, self._latest, self._past):
+            for place in reversed(range(len(part))):
+                states = part[place].states
+                left -= states.nbytes if states is not None else 0
+                if states is not None and left < 0:
+                    part[place] = replace(part[place], states=None)
 
     def sample(self, size: int) -> list[Observation]:
         """
