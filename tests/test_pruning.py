@@ -205,12 +205,16 @@ def test_likeness_is_what_it_says():
         for place in range(len(one.prompt_ids) - 1, ids.shape[1] - 1):
             top = p[place].argsort(descending=True)[:32]
             agreements.append(int(p[place].argmax() == q[place].argmax()))
-            acceptances.append(sum(min(float(p[place, token]), float(q[place, token])) for token in top))
+            others = [token for token in range(p.shape[1]) if token not in top]
+            pairs = [(p[place, token], q[place, token]) for token in top] + [(p[place, others], q[place, others])]
+            acceptances.append(sum(min(float(a.sum()), float(b.sum())) for a, b in pairs))
     found = likeness(draft, observed)
     assert found.positions == len(agreements) == 36
     assert found.agreement == pytest.approx(sum(agreements) / 36)
     assert found.acceptance == pytest.approx(sum(acceptances) / 36, abs=1e-5)
-    assert likeness(target, observed).agreement == 1
+    itself = likeness(target, observed)
+    assert itself.agreement == 1
+    assert itself.acceptance == pytest.approx(1, abs=1e-5)
 
 
 def test_a_layer_that_knows_its_place_cannot_be_moved():

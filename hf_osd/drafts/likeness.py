@@ -18,7 +18,8 @@ class Likeness:
 
     Attributes:
         agreement (`float`): Share of positions where both like the same token best: acceptance of greedy decoding.
-        acceptance (`float`): Mean of sum_x min(p(x), q(x)): acceptance of sampling.
+        acceptance (`float`): Mean of sum_x min(p(x), q(x)): acceptance of sampling, or an upper bound of it, since all
+            tokens that an observation does not hold of the target's distribution count as one.
         positions (`int`): How many positions that was measured at.
     """
 
@@ -34,8 +35,7 @@ def likeness(draft: PreTrainedModel, observations: Sequence[Observation]) -> Lik
 
     Args:
         draft (`PreTrainedModel`): The draft, in eval mode, which reads tokens alone.
-        observations (`Sequence[Observation]`): Of serving, or of a target that has read some text. What they do not
-            hold of its distributions, the tail, counts as refused.
+        observations (`Sequence[Observation]`): Of serving, or of a target that has read some text.
 
     Raises:
         InputError: There are no observations.
@@ -50,7 +50,9 @@ def _compare(draft: PreTrainedModel, one: Observation) -> tuple[torch.Tensor, to
     """Return, for each position, whether the first choices are the same, and the probability that is shared."""
     log_probs = _logits(draft, one.prompt_ids, one.output_ids).log_softmax(-1)  # (output, vocab)
     teacher_ids, teacher = one.teacher_ids.to(log_probs.device), one.teacher_log_probs.to(log_probs.device)
-    shared = torch.minimum(log_probs.gather(1, teacher_ids), teacher).exp().sum(-1)
+    kept = log_probs.gather(1, teacher_ids)
+    tail = torch.minimum(1 - kept.exp().sum(-1), one.teacher_tail.to(log_probs.device)).clamp(min=0)
+    shared = torch.minimum(kept, teacher).exp().sum(-1) + tail
     return (log_probs.argmax(-1) == teacher_ids[:, 0]).float().cpu(), shared.cpu()
 
 
