@@ -18,6 +18,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .assistant import OnlineAssistant
+    from .design.designing import design_draft
     from .generation import generate, online_decoding
     from .records import Observation
     from .serving.drafting import OnlineAssistedGenerator
@@ -42,6 +43,7 @@ __all__ = [
     "UnsupportedGenerationError",
     "UnsupportedModelError",
     "__version__",
+    "design_draft",
     "generate",
     "online_decoding",
 ]
@@ -52,6 +54,7 @@ _LAZY = {
     "OnlineAssistant": ".assistant",
     "OnlineAssistedGenerator": ".serving.drafting",
     "OnlineStats": ".stats",
+    "design_draft": ".design.designing",
     "generate": ".generation",
     "online_decoding": ".generation",
 }

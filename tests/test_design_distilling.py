@@ -18,7 +18,7 @@ from hf_osd.design.requests import Request
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import ConfigError
 
-RECIPE = Recipe(steps=45, learning_rate=1e-2, warmup_steps=5, batch_tokens=200, evaluations=3)
+RECIPE = Recipe(steps=45, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=200, evaluations=3)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_acceptance_rises_on_texts_that_were_held_out(world, tmp_path):
     assert [entry.step for entry in history] == [0, 15, 30, 45]
     assert told == history
     assert history[-1].quality.agreement > history[0].quality.agreement + 0.2
-    assert history[-1].quality.accepted > 1.5 * history[0].quality.accepted
+    assert history[-1].quality.accepted > history[0].quality.accepted + 0.2
     assert judge(draft, held_out) == max((entry.quality for entry in history), key=lambda one: one.accepted)
     assert read_history(tmp_path) == history
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
@@ -104,7 +104,7 @@ def test_half_precision_is_trained_in_float32(world, tmp_path):
     """Catches steps that bfloat16 rounds away, and a draft that changes its dtype."""
     target, learned, held_out = world
     draft = cold(copy.deepcopy(target).to(torch.bfloat16))
-    recipe = Recipe(steps=3, learning_rate=1e-5, warmup_steps=1, batch_tokens=100, evaluations=1)
+    recipe = Recipe(steps=3, matrix_rate=1e-4, warmup_steps=1, batch_tokens=100, evaluations=1)
     distil(draft, learned, held_out, tmp_path, recipe)
     assert draft.dtype == torch.bfloat16
     (saved,) = tmp_path.glob("checkpoint-*/model.safetensors")
@@ -127,7 +127,8 @@ def test_a_run_by_the_clock_ends(world, tmp_path):
 def test_a_run_that_gets_no_better_ends(world, tmp_path):
     """Catches minutes of training after the texts are used up."""
     target, learned, held_out = world
-    recipe = Recipe(steps=40, learning_rate=1e-9, warmup_steps=1, batch_tokens=50, evaluations=20, patience=2)
+    still = dict(matrix_rate=1e-9, vector_rate=1e-9)
+    recipe = Recipe(steps=40, warmup_steps=1, batch_tokens=50, evaluations=20, patience=2, **still)
     history = distil(cold(target), learned, held_out, tmp_path, recipe)
     assert [entry.step for entry in history] == [0, 2, 4]
 
@@ -185,7 +186,7 @@ def test_batches_hold_every_text_once_in_an_epoch():
 
 def test_bad_numbers_are_refused():
     """Catches a recipe that fails after the recording."""
-    for name, value in {"minutes": 0, "steps": 0, "learning_rate": -1.0, "evaluations": 0, "patience": "x"}.items():
+    for name, value in {"minutes": 0, "steps": 0, "matrix_rate": -1.0, "evaluations": 0, "patience": "x"}.items():
         with pytest.raises(ConfigError, match=name):
             Recipe(**{name: value})
 

@@ -156,6 +156,21 @@ _Dtypes = Annotated[
         show_default=False,
     ),
 ]
+_DesignedFor = Annotated[str, typer.Argument(help="Hub id or folder of the target.", show_default=False)]
+_DesignPrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Prompts like those to be served: a .jsonl file of prompt and maybe response, a .json or .txt file, a "
+        "datasets id, or a document in .md; repeat for more. Documented functions of the standard library and prompts "
+        "of the target's own if left out.",
+        show_default=False,
+    ),
+]
+_Texts = Annotated[int, typer.Option(min=1, help="Texts to record, at most.")]
+_Minutes = Annotated[float, typer.Option(min=0.001, help="Time to distil, beside that of recording.")]
+_DesignOutput = Annotated[
+    Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for the draft.", show_default=False)
+]
 _JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.", show_default=False)
 ]
@@ -295,6 +310,32 @@ def verify(
 
         lossless = VerifyCommand(**options).run()
     raise typer.Exit(code=0 if lossless else 1)
+
+
+@app.command()
+def design(
+    target: _DesignedFor,
+    output: _DesignOutput,
+    prompts: _DesignPrompts = None,
+    texts: _Texts = 2000,
+    minutes: _Minutes = 15.0,
+    seed: _Seed = 0,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    threads: _Threads = None,
+    plot: _Plot = True,
+) -> None:
+    """
+    Make a draft for a target, offline: it reads the target's states and learns from what the target says of texts.
+
+    Called again with the same options, it goes on where it was cut off. Exits with 2 if the run cannot start.
+    """
+    options: dict[str, Any] = dict(locals())
+    options["prompts"] = tuple(options["prompts"] or ())
+    with _errors():
+        from ..design.command import DesignCommand
+
+        DesignCommand(**options).run()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -14,6 +13,7 @@ from ..precision import multiplies_bfloat16
 from ..records import Observation
 from .history import Evaluation, is_over, read_history, write_history
 from .judging import Quality, judge
+from .processes import wait
 from .recipe import Recipe
 from .shards import Recording
 
@@ -77,7 +77,7 @@ def _train(
     callback = OfflineCallback(recipe, evaluate, note)
     trainer = OfflineTrainer(student.model, recording, recipe, callback, folder, bf16)
     trainer.train(resume_from_checkpoint=_checkpoint(folder))
-    PartialState().wait_for_everyone()  # until the first process has written the last of it
+    wait()  # until the first process has written the last of it
     return read_history(folder)
 
 

@@ -1,14 +1,19 @@
 """How a draft is distilled: numbers, and how far a run has come."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
 
 from ..config import check_fields, integer, number, optional
 
+_SMALLEST = 1e-3  # root mean square that a rate is relative to, at least: biases that begin at zero have to learn, too
 _RULES = {
     "minutes": number(1e-3, 1e5),
     "steps": optional(integer(1, 10**9)),
-    "learning_rate": number(1e-9, 1.0),
+    "matrix_rate": number(1e-9, 1.0),
+    "vector_rate": number(1e-9, 1.0),
     "warmup_steps": integer(1, 10**6),
     "batch_tokens": integer(1, 2**24),
     "evaluations": integer(1, 1000),
@@ -25,7 +30,10 @@ class Recipe:
     Args:
         minutes (`float`, defaults to 15): Wall-clock time, evaluations included. The learning rate falls over it.
         steps (`int`, *optional*): Optimiser steps in its place, for a run that is the same every time.
-        learning_rate (`float`, defaults to 1e-3): Its peak, for AdamW.
+        matrix_rate (`float`, defaults to 0.01): Peak of AdamW's learning rate for a matrix, relative to the root mean
+            square of its values at the start. The map in front of the layers and the layers themselves differ by a
+            factor of thirty in that; one rate for all is too small for the one or destroys the others.
+        vector_rate (`float`, defaults to 0.003): The same for norms and biases.
         warmup_steps (`int`, defaults to 30): Steps over which it rises.
         batch_tokens (`int`, defaults to 2048): Tokens of a step, padding included: some 12 texts.
         evaluations (`int`, defaults to 15): How often the held-out texts are drafted, and the run saved.
@@ -38,7 +46,8 @@ class Recipe:
 
     minutes: float = 15.0
     steps: int | None = None
-    learning_rate: float = 1e-3
+    matrix_rate: float = 0.01
+    vector_rate: float = 0.003
     warmup_steps: int = 30
     batch_tokens: int = 2048
     evaluations: int = 15
@@ -53,9 +62,22 @@ class Recipe:
         share = seconds / (60 * self.minutes) if self.steps is None else step / self.steps
         return min(share, 1.0)
 
+    def shared(self, count: int) -> "Recipe":
+        """Return the recipe for each of several drafts that share the time."""
+        steps = None if self.steps is None else -(-self.steps // count)
+        return replace(self, minutes=self.minutes / count, steps=steps)
+
     def rate(self, step: int, progress: float) -> float:
         """Return the factor on the learning rate: up in `warmup_steps`, then down in a straight line to zero."""
         return min(1.0, (step + 1) / self.warmup_steps) * (1.0 - progress)
+
+    def groups(self, weights: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        """Return what the optimiser takes: every weight with its own rate."""
+        return [{"params": [weight], "lr": self._peak(weight)} for weight in weights if weight.requires_grad]
+
+    def _peak(self, weight: nn.Parameter) -> float:
+        size = weight.detach().float().pow(2).mean().sqrt().item()
+        return max(size, _SMALLEST) * (self.matrix_rate if weight.ndim > 1 else self.vector_rate)
 
     def stopped_rising(self, values: Sequence[float]) -> bool:
         """Say whether the last evaluations brought no new best."""

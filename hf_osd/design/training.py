@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +15,7 @@ from ..records import Observation
 from .batches import Batches
 from .history import Evaluation, evaluations_in, is_over
 from .judging import Quality
+from .processes import shared
 from .recipe import Recipe
 from .shards import Recording
 
@@ -74,7 +74,7 @@ class OfflineCallback(TrainerCallback):
             control.should_training_stop = is_over(self._recipe, evaluations_in(state.log_history))
 
     def _look(self, state: TrainerState) -> None:
-        quality = self._shared(self._evaluate() if state.is_world_process_zero else None)
+        quality = shared(self._evaluate() if state.is_world_process_zero else None)
         loss = self.trainer.take_mean_loss() if state.global_step else None
         found = Evaluation(state.global_step, self._seconds() / 60, loss, quality)
         self.trainer.log(found.to_dict())
@@ -82,14 +82,10 @@ class OfflineCallback(TrainerCallback):
             self._note(evaluations_in(state.log_history))
 
     def _agreed(self, step: int) -> float:
-        return float(self._shared(self._recipe.progress(step, self._seconds())))
+        return float(shared(self._recipe.progress(step, self._seconds())))
 
     def _seconds(self) -> float:
         return self._before + perf_counter() - self._began
-
-    def _shared(self, value: Any) -> Any:
-        """Return what the first process has."""
-        return broadcast_object_list([value])[0]
 
 
 class OfflineTrainer(OnlineGKDTrainer):
@@ -117,7 +113,6 @@ class OfflineTrainer(OnlineGKDTrainer):
         self._recording, self._recipe, self._callback = recording, recipe, callback
         self._batches = Batches(recording.lengths, recipe.batch_tokens, recipe.seed)
         config = OnlineConfig(
-            learning_rate=recipe.learning_rate,
             max_length=_LONGEST_TEXT,
             seed=recipe.seed,
             training_arguments={
@@ -127,7 +122,6 @@ class OfflineTrainer(OnlineGKDTrainer):
                 "save_strategy": "steps",
                 "save_steps": _NEVER,  # the callback says when
                 "save_total_limit": 1,
-                "weight_decay": 0.01,
             },
         )
         super().__init__(model, self._draw, config, callback, bf16=bf16)  # type: ignore[arg-type]
@@ -136,6 +130,14 @@ class OfflineTrainer(OnlineGKDTrainer):
         """Return the next batch of this process."""
         number = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         return [self._recording[text] for text in self._batches[number]]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Give every weight the rate of the recipe."""
+        trained: Any = self.model
+        groups = self._recipe.groups(trained.parameters())
+        betas = (self.args.adam_beta1, self.args.adam_beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -100,15 +100,13 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         chosen = default_state_layers(target) if state_layers is None else tuple(state_layers)
         if general is None:
             general = torch.arange(min(_GENERAL, target.config.get_text_config(decoder=True).vocab_size))
-        config = FeatureDraftConfig(
-            text_config=_body_config(target, layers),
-            state_layers=chosen,
-            target=target.config._name_or_path,
-            general_tokens=len(general),
-        )
+        options: dict[str, Any] = {"target": target.config._name_or_path, "general_tokens": len(general)}
         try:
-            draft = cls(config)
+            body = _body_config(target, layers)
+            draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, **options))
             draft._start_from(target)
+        except UnsupportedModelError:
+            raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # any architecture in its own way
             raise UnsupportedModelError(
                 f"no draft can be made of the layers of {type(target).__name__}: {error}", "draft: cannot be made"

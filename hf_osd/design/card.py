@@ -1,0 +1,139 @@
+"""The model card of a designed draft: what it is, how it was made, and what it can do."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .history import Evaluation
+
+_CARD = """---
+library_name: transformers
+base_model: {target}
+tags:
+- speculative-decoding
+- hf-osd
+---
+
+# A draft for {target}
+
+It proposes tokens that `{target}` checks, several in one pass: the output is the target's own, and comes faster. It is
+a `FeatureDraft` of hf_osd, of {layers}, {parameters:.1f}M parameters, which reads the
+target's hidden states after layers {states}. Embedding and output head are the target's, borrowed where they lie:
+nothing of them is in this folder, and without its target the draft is of no use.
+
+```python
+import hf_osd
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+target = AutoModelForCausalLM.from_pretrained("{target}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{target}")
+assistant = hf_osd.OnlineAssistant.from_pretrained("{folder}", target)
+inputs = tokenizer("Hello", return_tensors="pt")
+output = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=64)
+```
+
+It goes on learning from what it serves.
+
+## Licence
+
+Its layers began as copies of layers of `{target}`, and it learned from what that model says: the licence of the target
+applies to it, and so may those of the texts below.
+
+## How it was made
+
+```
+{command}
+```
+
+| | |
+|---|---|
+{facts}
+
+Texts: {texts} to learn from, {given} of them with answers that were given and the others answered by the target
+itself; {held_out} prompts were held out. Sources: {sources}.
+
+## Acceptance by minute of distillation
+
+Share of positions in the target's answers to held-out prompts where the draft's first choice is the target's token,
+and how many of five tokens, drafted from its own states, the target accepts on average.
+
+{history}
+
+## Speed
+
+Measured on held-out prompts, one at a time, answers of up to {new_tokens} tokens, without learning: tokens per second.
+
+{speeds}
+"""
+
+
+def write_card(folder: Path, facts: dict[str, Any], history: Sequence[Evaluation]) -> Path:
+    """
+    Write `README.md`.
+
+    Args:
+        folder (`Path`): Where; must exist.
+        facts (`dict`): What `design.json` says; see [`~hf_osd.design.results.Design.facts`].
+        history (`Sequence[Evaluation]`): Of the draft's distillation.
+
+    Returns:
+        `Path`: The file.
+    """
+    draft, data = facts["draft"], facts["data"]
+    text = _CARD.format(
+        target=facts["target"],
+        folder=folder.name,
+        layers="one layer" if draft["layers"] == 1 else f"{draft['layers']} layers",
+        parameters=draft["parameters"] / 1e6,
+        states=_joined(draft["state_layers"]),
+        command=facts["command"],
+        facts="\n".join(f"| {name} | {value} |" for name, value in _about(facts)),
+        texts=data["texts"],
+        given=data["with_given_answers"],
+        held_out=data["held_out"],
+        sources=_sources(data),
+        history=_history(history),
+        new_tokens=facts["new_tokens"],
+        speeds=_speeds(facts),
+    )
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _about(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    yield "dtype", facts["dtype"]
+    yield "vocabulary", f"{facts['draft']['general_tokens']:,} tokens, besides those of prompts and earlier outputs"
+    yield from ((name.replace("_", " "), value) for name, value in facts["machine"].items())
+    yield from facts["versions"].items()
+
+
+def _sources(data: dict[str, Any]) -> str:
+    if data["sources"]:
+        return ", ".join(f"`{Path(source).name}`" for source in data["sources"])
+    own = (
+        f", and {data['prompts_by_the_target']} prompts that the target wrote" if data["prompts_by_the_target"] else ""
+    )
+    return f"documented functions of Python's standard library{own}"
+
+
+def _history(history: Sequence[Evaluation]) -> str:
+    head = ["| minute | step | first token | accepted of five |", "|---|---|---|---|"]
+    return "\n".join(
+        head
+        + [
+            f"| {one.minutes:.1f} | {one.step} | {one.quality.agreement:.3f} | {one.quality.accepted:.2f} |"
+            for one in history
+        ]
+    )
+
+
+def _speeds(facts: dict[str, Any]) -> str:
+    rates = facts["tokens_per_second"]
+    rows = ["| | tokens per second | over plain |", "|---|---|---|"]
+    rows += [f"| {name} | {rate:.1f} | {rate / rates['plain']:.2f} |" for name, rate in rates.items()]
+    return "\n".join(rows)
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

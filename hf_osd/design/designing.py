@@ -1,0 +1,190 @@
+"""Makes a draft for a target: gathers texts, records them, weighs drafts, distils, measures and chooses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..demo.output import try_output, writing
+from ..drafts.features import FeatureDraft, default_state_layers
+from .candidates import Candidate, make_draft, promising, weigh
+from .costs import target_costs
+from .display import Display
+from .distilling import distil
+from .gathering import ANSWER_TOKENS, Material, gather
+from .history import Evaluation
+from .processes import first_alone, is_first, shared
+from .recipe import Recipe
+from .recording import record
+from .requests import Request, template_tokens
+from .results import Design
+from .shards import Recording
+from .speed import PLAIN, Speed, measure_speeds
+from .starting import start
+from .vocabulary import most_used
+from .writing import end_tokens
+
+WORK = "work"
+"""Folder beside the draft that a run goes on from: recorded texts and checkpoints. It can be deleted afterwards."""
+
+_TIMED = 13  # held-out prompts that are answered for the choice, the first of which warms up
+
+
+def design_draft(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: str | Path,
+    *,
+    prompts: Sequence[str] = (),
+    texts: int = 2000,
+    recipe: Recipe | None = None,
+    plot: bool = True,
+    console: Console | None = None,
+    command: str = "hf_osd.design_draft(...)",
+) -> Design:
+    """
+    Make a draft for a decoder-only target, offline, and write it to a folder.
+
+    The draft reads the target's hidden states, borrows its embedding and output head, and proposes from the tokens
+    that are used most. Its layers start as copies of the target's last ones. A run that is cut off goes on where it
+    was when it is called again with the same arguments.
+
+    Args:
+        target (`PreTrainedModel`): The target, where it is going to run. Never changed.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        output (`str` or `Path`): Folder to write; made if missing. `work` in it holds what a run goes on from.
+        prompts (`Sequence[str]`, *optional*): Files and data sets of prompts, with answers or without, like those the
+            draft is going to serve; see [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
+            standard library and prompts that the target writes itself.
+        texts (`int`, defaults to 2000): How many texts to record, at most.
+        recipe (`Recipe`, *optional*): How to distil; defaults to `Recipe()`, which takes 15 minutes.
+        plot (`bool`, defaults to `True`): Whether to draw `frontier.png`, which needs matplotlib.
+        console (`Console`, *optional*): Where to say how far it is; nowhere if left out.
+        command (`str`, *optional*): What the model card says that it was made by.
+
+    Returns:
+        [`~hf_osd.design.results.Design`]: The draft, and what was found on the way.
+
+    Raises:
+        PromptSourceError: A source cannot be read.
+        InputError: Too few texts fit into the target's context.
+        UnsupportedModelError: No draft can be made of this architecture.
+        ConfigError: The folder cannot be written.
+
+    Example:
+
+    ```python
+    >>> import hf_osd
+    >>> design = hf_osd.design_draft(target, tokenizer, "draft", prompts=["my.jsonl"])
+    >>> assistant = hf_osd.OnlineAssistant(design.draft, target)
+    ```
+    """
+    folder, recipe = Path(output), recipe or Recipe()
+    try_output(folder)
+    make_draft(target, 1, torch.arange(1))  # refuses what no draft can be made of, before the work
+    designer = _Designer(target, tokenizer, folder / WORK, recipe, Display(console if is_first() else None))
+    design = designer.run(prompts, texts, command)
+    if is_first():
+        with writing(folder):
+            design.write(folder, target, plot)
+    return design
+
+
+class _Designer:
+    """The stages of a design. Of several processes, the first records and measures, and all distil."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        work: Path,
+        recipe: Recipe,
+        display: Display,
+    ) -> None:
+        self._target, self._tokenizer = target, tokenizer
+        self._work, self._recipe, self._display = work, recipe, display
+
+    def run(self, sources: Sequence[str], limit: int, command: str) -> Design:
+        material = self._gather(sources, limit)
+        held_out = self._record("prompts to judge by", material.held_out)
+        learned = self._record("texts to learn from", material.learned)
+        general = self._general(learned)
+        costs, candidates = shared(self._weigh(general) if is_first() else None)
+        drafts, histories = {}, {}
+        worth_it = promising(candidates)
+        for one in worth_it:
+            draft = self._started(make_draft(self._target, one.layers, general), one, learned)
+            histories[one.name] = self._distil(one, draft, learned, held_out, self._recipe.shared(len(worth_it)))
+            drafts[one.name] = draft
+        speeds = shared(self._measure(drafts, material.held_out) if is_first() else None)
+        chosen = max(drafts, key=lambda name: speeds[name].rate)
+        made = (drafts[chosen], chosen, candidates, histories, speeds, costs)
+        design = Design(*made, data=material.about, recipe=self._recipe, command=command)
+        self._display.say(
+            f"{chosen}: {speeds[chosen].rate:.1f} tokens per second on held-out prompts, plain decoding "
+            f"{speeds[PLAIN].rate:.1f}: {design.speedup:.2f} times"
+        )
+        return design
+
+    def _gather(self, sources: Sequence[str], limit: int) -> Material:
+        with first_alone(), self._display.progress("prompts by the target", limit // 2) as tell:
+            return gather(self._target, self._tokenizer, sources, limit, self._work, self._recipe.seed, tell)
+
+    def _record(self, label: str, requests: Sequence[Request]) -> Recording:
+        with first_alone(), self._display.progress(label, len(requests)) as tell:
+            found = record(
+                self._target,
+                requests,
+                self._work / "recording",
+                state_layers=default_state_layers(self._target),
+                max_new_tokens=ANSWER_TOKENS,
+                tell=tell,
+            )
+        self._display.say(f"{len(found)} {label}: {sum(found.lengths):,} tokens")
+        return found
+
+    def _general(self, learned: Recording) -> torch.Tensor:
+        always = {*end_tokens(self._target), *template_tokens(self._tokenizer)}
+        return most_used(learned, self._target.config.get_text_config(decoder=True).vocab_size, always)
+
+    def _weigh(self, general: torch.Tensor) -> tuple[object, list[Candidate]]:
+        costs = target_costs(self._target)
+        candidates = weigh(self._target, costs, general)
+        for one in candidates:
+            self._display.say(
+                f"{one.name}: {1e3 * one.step_seconds:.2f} ms a token, {one.speedup:.2f} times plain decoding if it "
+                "learns as well as may be hoped"
+            )
+        return costs, candidates
+
+    def _started(self, draft: FeatureDraft, candidate: Candidate, learned: Recording) -> FeatureDraft:
+        """Start a draft in closed form, or as an earlier run did."""
+        path = self._work / candidate.name / "start.safetensors"
+        with first_alone():
+            if not path.is_file():
+                start(draft, learned)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({name: weight.contiguous() for name, weight in draft.state_dict().items()}, path)
+            draft.load_state_dict(load_file(path))
+        return draft
+
+    def _distil(
+        self, candidate: Candidate, draft: FeatureDraft, learned: Recording, held_out: Recording, recipe: Recipe
+    ) -> list[Evaluation]:
+        name = candidate.name
+        with self._display.progress(f"distilling {name}", 100) as tell:
+
+            def note(found: Evaluation) -> None:
+                tell(100 * recipe.progress(found.step, 60 * found.minutes))
+                self._display.evaluation(name, found)
+
+            return distil(draft, learned, [*held_out], self._work / name, recipe, note)
+
+    def _measure(self, drafts: dict[str, FeatureDraft], held_out: Sequence[Request]) -> dict[str, Speed]:
+        prompts = [request.prompt_ids for request in held_out[:_TIMED]]
+        prompts = prompts if len(prompts) > 1 else prompts * 2  # one to warm up
+        with self._display.progress("timing", len(prompts)) as tell:
+            return measure_speeds(self._target, drafts, prompts, tell=tell)

@@ -1,0 +1,137 @@
+"""Which texts a draft is made of, and which it is judged by."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..drafts.machine import digest
+from ..errors import InputError
+from ..learning.forwards import longest_request
+from ..learning.identity import sample
+from .requests import Request, encode_texts
+from .texts import Text, load_texts
+from .writing import end_tokens, write_prompts
+
+ANSWER_TOKENS = 96
+"""Tokens that the target writes to a prompt, at most: what comes later in an answer is of the same kind."""
+
+_LONGEST = 512  # tokens of a text: the cost of a step grows with it, and prompts are rarely longer
+_HELD_OUT = 48  # texts that are only judged by: some 4,000 positions, which tell shares apart by .02
+_FEWEST = 8  # texts
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """
+    Texts in tokens.
+
+    Attributes:
+        learned (`list[Request]`): What is learned from.
+        held_out (`list[Request]`): Prompts whose answers the draft is judged by; no prompt of them is learned from.
+        about (`dict`): What they are, in figures.
+    """
+
+    learned: list[Request]
+    held_out: list[Request]
+    about: dict[str, int | list[str]]
+
+
+def gather(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    limit: int,
+    folder: Path,
+    seed: int = 0,
+    tell: Callable[[int], object] = lambda done: None,
+) -> Material:
+    """
+    Collect texts, mix them, and hold some out.
+
+    Every second text with an answer is learned from as it is, which takes one pass of the target; the others, and all
+    without an answer, the target answers itself, as it will when it serves.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        sources (`Sequence[str]`): See [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
+            standard library, and as many prompts of the target's own where its tokenizer has a chat template.
+        limit (`int`): How many texts, at most.
+        folder (`Path`): Where prompts that the target has written are kept for another run.
+        seed (`int`, defaults to 0): Of their order, and of what the target writes.
+        tell (`Callable[[int], object]`, *optional*): Told how many prompts the target has written.
+
+    Raises:
+        PromptSourceError: A source cannot be read.
+        InputError: Too few texts fit.
+    """
+    texts = _distinct(load_texts(sources, limit))
+    written = 0
+    if not sources and tokenizer.chat_template:
+        own = _own_prompts(target, tokenizer, limit // 2, folder, seed, tell)
+        texts, written = texts[: limit - len(own)] + own, len(own)
+    random.Random(seed).shuffle(texts)
+    count = max(1, min(_HELD_OUT, len(texts) // 8))
+    longest = longest_request(target, _LONGEST)
+    room = min(ANSWER_TOKENS, longest // 2)
+    ends = end_tokens(target)
+
+    def encoded(some: Sequence[Text]) -> list[Request]:
+        return encode_texts(tokenizer, some, ends[0] if ends else None, longest, room)
+
+    learned = encoded([_mixed(text, number) for number, text in enumerate(texts[count:])])
+    held_out = [_asked(request) for request in encoded(texts[:count])]
+    if len(learned) < _FEWEST or not held_out:
+        raise InputError(
+            f"{len(learned)} texts to learn from and {len(held_out)} to judge by are too few, of {len(texts)} read: "
+            f"give more than {2 * _FEWEST}, with prompts of up to {longest - room} tokens"
+        )
+    answered = sum(request.answer_ids is not None for request in learned)
+    about: dict[str, int | list[str]] = {
+        "sources": [*sources],
+        "prompts_by_the_target": written,
+        "texts": len(learned),
+        "with_given_answers": answered,
+        "held_out": len(held_out),
+    }
+    return Material(learned, held_out, about)
+
+
+def _distinct(texts: Sequence[Text]) -> list[Text]:
+    """Drop prompts that come again: what is held out must not be learned."""
+    return [*{json.dumps(text.answer if text.prompt is None else [text.prompt]): text for text in texts}.values()]
+
+
+def _mixed(text: Text, number: int) -> Text:
+    """Leave the answer of every second prompt to the target."""
+    return replace(text, answer=None) if text.prompt is not None and number % 2 else text
+
+
+def _asked(request: Request) -> Request:
+    """Turn a text into a prompt, all of which is known; a document is to be continued from its middle."""
+    prompt = request.prompt_ids
+    if len(prompt) == 1 and request.answer_ids is not None:
+        prompt = torch.cat((prompt, request.answer_ids[: len(request.answer_ids) // 2]))
+    return Request(prompt, None, len(prompt))
+
+
+def _own_prompts(
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    folder: Path,
+    seed: int,
+    tell: Callable[[int], object],
+) -> list[Text]:
+    weights = {name: values.tolist() for name, values in sample(target.named_parameters()).items()}
+    path = folder / f"prompts-{digest([weights, count, seed])}.json"
+    if not path.is_file():
+        written = [text.prompt for text in write_prompts(target, tokenizer, count, seed, tell)]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    return [Text(prompt) for prompt in json.loads(path.read_text(encoding="utf-8"))]

@@ -1,0 +1,38 @@
+"""
+Several processes, as `accelerate launch` starts them: the first one looks at the clock, and all go by what it says.
+
+A process that is alone asks nobody, and leaves accelerate's state to the trainer.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+def _is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def is_first() -> bool:
+    """Say whether this is the first process, or the only one."""
+    return _is_alone() or bool(PartialState().is_main_process)
+
+
+def shared(value: Any) -> Any:
+    """Return what the first process has; the others wait for it."""
+    return value if _is_alone() else broadcast_object_list([value])[0]
+
+
+def first_alone() -> AbstractContextManager[None]:
+    """Let the first process do something before the others, which find its files then."""
+    waiting: AbstractContextManager[None] = nullcontext() if _is_alone() else PartialState().main_process_first()
+    return waiting
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    if not _is_alone():
+        PartialState().wait_for_everyone()
