@@ -1,6 +1,10 @@
 """A design from texts to a folder: what it refuses, what it writes, and that the folder serves."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,16 @@ from hf_osd.design.vocabulary import most_used
 from hf_osd.errors import ConfigError, InputError, PromptSourceError, UnsupportedModelError
 
 RECIPE = Recipe(steps=30, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=300, evaluations=3)
+_SEVERAL = """
+import sys
+from rich.console import Console
+from test_design import END, RECIPE, design_draft, predictable_model, word_tokenizer
+target = predictable_model()
+target.generation_config.eos_token_id = END
+options = dict(prompts=[sys.argv[1]], recipe=RECIPE, plot=False, console=Console(width=200))
+design = design_draft(target, word_tokenizer(), sys.argv[2], **options)
+print("sum", sum(weight.double().sum().item() for weight in design.draft.parameters()), flush=True)
+"""
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 
 
@@ -207,6 +221,36 @@ def test_the_command_makes_a_draft(tmp_path):
     assert json.loads((tmp_path / "draft" / "design.json").read_text())["recipe"]["minutes"] == 0.02
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "draft").config.target == str(tmp_path / "target")
     assert not (tmp_path / "draft" / "frontier.png").exists()
+
+
+def test_auto_classes_know_the_draft_by_one_import(made):
+    """Catches a folder that only the process that made it can load."""
+    _, _, folder, _ = made
+    code = (
+        "import sys, hf_osd.drafts; from transformers import AutoModelForCausalLM; "
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "FeatureDraft"
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_draft(tmp_path):
+    """Catches processes that disagree about the time, the candidates or the weights, and so wait for ever."""
+    prompts = prompt_file(tmp_path / "a.jsonl", 64)
+    script = tmp_path / "run.py"
+    script.write_text(_SEVERAL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script), prompts]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(hf_osd.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [*command, str(tmp_path / "draft")], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert found.returncode == 0, found.stderr
+    sums = [line for line in found.stdout.splitlines() if line.startswith("sum")]
+    assert len(sums) == 2
+    assert sums[0] == sums[1]
+    assert found.stdout.count("prompts to judge by") == 1
 
 
 def test_options_are_checked():

@@ -8,6 +8,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -16,9 +17,15 @@ def _is_alone() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
+def _state() -> Any:
+    return PartialState(
+        cpu=not torch.accelerator.is_available()
+    )  # it would not connect processes on the CPU by itself
+
+
 def is_first() -> bool:
     """Say whether this is the first process, or the only one."""
-    return _is_alone() or bool(PartialState().is_main_process)
+    return _is_alone() or bool(_state().is_main_process)
 
 
 def shared(value: Any) -> Any:
@@ -28,11 +35,11 @@ def shared(value: Any) -> Any:
 
 def first_alone() -> AbstractContextManager[None]:
     """Let the first process do something before the others, which find its files then."""
-    waiting: AbstractContextManager[None] = nullcontext() if _is_alone() else PartialState().main_process_first()
+    waiting: AbstractContextManager[None] = nullcontext() if _is_alone() else _state().main_process_first()
     return waiting
 
 
 def wait() -> None:
     """Wait until all processes have come here."""
     if not _is_alone():
-        PartialState().wait_for_everyone()
+        _state().wait_for_everyone()
