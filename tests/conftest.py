@@ -12,6 +12,12 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, database=No
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def no_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's real target may be installed; tests serve the embedded pair."""
+    monkeypatch.setattr("hf_osd.demo.smollm2.find_target", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which the next flush does everything: 15 small shards and 2 snapshots."""

@@ -64,7 +64,7 @@ def test_the_command_line_loads_without_what_the_demo_needs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--target", "somewhere"], 2, "target and assistant are a pair"),
+        (["--assistant", "somewhere"], 2, "an assistant needs its target"),
         (["--prompts", "missing.jsonl"], 2, "missing.jsonl: cannot be read"),
         (["--prompts", "p.txt", "--target", "no/such/model", "--assistant", "x"], 2, "cannot load 'no/such/model'"),
         (["--prompts", "p.txt", "--device", "abacus"], 2, "device must be a torch device"),

@@ -31,9 +31,16 @@ def _folder(name: str | Path) -> Path:
 
 
 _Target = Annotated[
-    str | None, typer.Option(help="Hub id or folder of the target; the embedded pair if left out.", show_default=False)
+    str | None,
+    typer.Option(help="Hub id, folder or GGUF file of the target; a pair of its own if left out.", show_default=False),
 ]
-_Assistant = Annotated[str | None, typer.Option(help="Hub id or folder of the draft.", show_default=False)]
+_Assistant = Annotated[
+    str | None,
+    typer.Option(help="Hub id or folder of the draft; made of the target if left out.", show_default=False),
+]
+_Embedded = Annotated[
+    bool, typer.Option("--embedded", help="Serve the tiny embedded pair, even where SmolLM2 is on this machine.")
+]
 _Prompts = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +67,7 @@ _Budget = Annotated[
     float | None,
     typer.Option(
         min=0.001,
-        help="Start no request after so many seconds; 240 for the embedded pair if left out.",
+        help="Start no request after so many seconds; 300 for the demo's own pairs if left out.",
         show_default=False,
     ),
 ]
@@ -143,10 +150,6 @@ _VerifiedTarget = Annotated[
     str | None,
     typer.Argument(help="Hub id or folder of the target; the embedded pair if left out.", show_default=False),
 ]
-_VerifiedAssistant = Annotated[
-    str | None,
-    typer.Option(help="Hub id or folder of the draft; the target's first layer if left out.", show_default=False),
-]
 _VerifiedRequests = Annotated[int, typer.Option(min=1, help="Prompts to answer.")]
 _Dtypes = Annotated[
     list[str] | None,
@@ -212,6 +215,7 @@ def root(
 def demo(
     target: _Target = None,
     assistant: _Assistant = None,
+    embedded: _Embedded = False,
     prompts: _Prompts = None,
     requests: _Requests = 160,
     max_new_tokens: _MaxNewTokens = 48,
@@ -289,7 +293,7 @@ def bench(
 @app.command()
 def verify(
     target: _VerifiedTarget = None,
-    assistant: _VerifiedAssistant = None,
+    assistant: _Assistant = None,
     prompts: _Prompts = None,
     requests: _VerifiedRequests = 24,
     max_new_tokens: _MaxNewTokens = 64,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..config import check_fields
+from ..config import FLAG, check_fields
+from . import smollm2
 from .display import open_display
 from .environment import quiet
 from .models import Pair, load_pair
@@ -22,7 +23,7 @@ from .report import print_report, run_paths, write_json
 from .results import DemoResult
 from .runner import DemoSettings, run_demo
 
-_EMBEDDED_BUDGET = 240.0  # seconds; with loading and reporting, the whole stays below five minutes
+_BUDGET = 300.0  # seconds of a run without options; with loading and reporting, it stays below six minutes
 _EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
 
 
@@ -43,6 +44,7 @@ class DemoCommand:
 
     target: str | None = None
     assistant: str | None = None
+    embedded: bool = False
     prompts: str | None = None
     requests: int = 160
     max_new_tokens: int = 48
@@ -58,7 +60,7 @@ class DemoCommand:
     plot: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, OPTIONS | {"prompts": NAME})
+        check_fields(self, OPTIONS | {"prompts": NAME, "embedded": FLAG})
         self._settings()  # checks the rest
 
     def run(self, console: Console | None = None) -> bool:
@@ -75,13 +77,14 @@ class DemoCommand:
             HfOsdError: The run cannot start, or its files cannot be written, after the figures were printed.
         """
         console, started = console or Console(), perf_counter()
+        target, assistant = self._names(console)
         if self.plot:
             require_matplotlib()
         try_output(self.output)
-        _set_threads(self.threads or (_EMBEDDED_THREADS if self._is_embedded else None))
+        _set_threads(self.threads or (_EMBEDDED_THREADS if target is None else None))
         with quiet(), console.status("Loading prompts and models ..."):
             prompts = load_prompts(self.prompts, self.requests + 1)
-            pair = load_pair(self.target, self.assistant, self.device, self.dtype)
+            pair = load_pair(target, assistant, self.device, self.dtype)
         requests = min(self.requests, len(prompts))
         console.print(self._headline(pair, requests), soft_wrap=True)
         with quiet(), open_display(console, requests) as display:
@@ -94,9 +97,24 @@ class DemoCommand:
             console.print(line, soft_wrap=True, markup=False)
         return not result.mismatches
 
+    def _names(self, console: Console) -> tuple[str | None, str | None]:
+        """What to load; without options the real model where this machine has it, else the embedded pair."""
+        if self._is_given or self.embedded:
+            return self.target, self.assistant
+        found = smollm2.find_target()
+        if found is not None and smollm2.DRAFT.is_dir():
+            return found, str(smollm2.DRAFT)
+        console.print(
+            f"{smollm2.HUB_ID} is not on this machine, so a tiny embedded pair takes its place. To get it: "
+            f"{smollm2.HOW_TO_GET}",
+            soft_wrap=True,
+            markup=False,
+        )
+        return None, None
+
     @property
-    def _is_embedded(self) -> bool:
-        return self.target is None and self.assistant is None
+    def _is_given(self) -> bool:
+        return self.target is not None or self.assistant is not None
 
     def _settings(self) -> DemoSettings:
         budget = self.budget_seconds
@@ -107,7 +125,7 @@ class DemoCommand:
             update_every=self.update_every,
             sample=self.sample,
             seed=self.seed,
-            budget_seconds=_EMBEDDED_BUDGET if budget is None and self._is_embedded else budget,
+            budget_seconds=_BUDGET if budget is None and not self._is_given else budget,
         )
 
     def _headline(self, pair: Pair, requests: int) -> str:

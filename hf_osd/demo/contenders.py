@@ -1,9 +1,9 @@
 """The four ways to answer a request that the demo compares, each behind the same one method."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import torch
 from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
 from ..generation import generate
-from .models import Inputs, Pair
+from .models import Inputs, Pair, stock_helper
 from .results import ONLINE, PLAIN, STATIC, STOCK, Measure
 
 
@@ -36,16 +36,15 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TransformersContender:
-    """`model.generate` as it comes: plain, or assisted by a static draft with transformers' own defaults."""
+    """`model.generate` as it comes: plain, or assisted with transformers' own defaults."""
 
     name: str
     target: Any
-    assistant: Any = None
+    helper: Mapping[str, Any] = field(default_factory=dict)
 
     def answer(self, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, Measure]:
         """Generate with transformers alone."""
-        if self.assistant is not None:
-            options["assistant_model"] = self.assistant
+        options |= self.helper
         output, seconds = timed(lambda: self.target.generate(**inputs, **options), self.target.device)
         new = _new_tokens(output, inputs)
         return new, Measure(tokens=len(new), seconds=seconds)
@@ -96,7 +95,7 @@ def open_contenders(pair: Pair, config: OnlineConfig, static: OnlineConfig) -> I
         )
         yield [
             TransformersContender(PLAIN, pair.target),
-            TransformersContender(STOCK, pair.target, copy.deepcopy(pair.draft)),
+            TransformersContender(STOCK, pair.target, stock_helper(copy.deepcopy(pair.draft))),
             AssistantContender(STATIC, pair.target, fixed),
             AssistantContender(ONLINE, pair.target, learner),
         ]

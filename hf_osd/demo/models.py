@@ -18,10 +18,12 @@ from transformers import (
 
 from ..config import reason_of, shown
 from ..drafts.compatibility import check_pair
+from ..drafts.features import FeatureDraft
 from ..errors import ConfigError, InputError, UnsupportedModelError
 from ..precision import choose_dtype
 from .prompts import Prompt
 
+_STOCK_LOOKUP = 10  # tokens that transformers' prompt lookup proposes: what its documentation uses
 EMBEDDED_PAIR = Path(__file__).parent / "pair"
 
 Inputs = dict[str, torch.Tensor]
@@ -48,30 +50,36 @@ def load_pair(
     Load a target and its draft, and let transformers decode a few tokens with them.
 
     Args:
-        target (`str`, *optional*): Hub id or folder; with `assistant` left out too, the embedded pair is loaded.
-        assistant (`str` or `MakeDraft`, *optional*): Hub id or folder of the draft, or what makes it of the target.
+        target (`str`, *optional*):
+            Hub id, folder or GGUF file; with `assistant` left out too, the embedded pair is loaded.
+        assistant (`str` or `MakeDraft`, *optional*):
+            Hub id or folder of the draft, or what makes it of the target; defaults to [`FeatureDraft.of`].
         device (`str`, defaults to `"auto"`): A torch device; `"auto"` takes an accelerator where there is one.
         dtype (`str`, defaults to `"auto"`):
             A torch dtype by name. `"auto"` is each checkpoint's own, or float32 on a CPU that is slower in half
             precision ([`~hf_osd.precision.choose_dtype`]). The embedded pair is float32 on every CPU.
 
     Raises:
-        ConfigError: Only one of the two models is given, or nothing can be computed on the device or in the dtype.
+        ConfigError: There is an assistant without a target, or nothing can be computed on the device or in the dtype.
         UnsupportedModelError: A model cannot be loaded, the two do not fit, or transformers itself cannot decode with
             them.
     """
-    if (target is None) != (assistant is None):
-        raise ConfigError("target and assistant are a pair: give both, or neither for the embedded pair")
+    if target is None and assistant is not None:
+        raise ConfigError("an assistant needs its target: give both, or neither for the embedded pair")
     where = resolve_device(device)
     kind = resolve_dtype(dtype, where)
 
     def load(name: str) -> Any:
         return _load(name, lambda name: _load_model(name, where, kind))
 
+    if target is not None and assistant is None:
+        assistant = FeatureDraft.of
     name = target or str(EMBEDDED_PAIR / "target")
     loaded = load(name)
     draft = assistant(loaded) if callable(assistant) else load(assistant or str(EMBEDDED_PAIR / "draft"))
-    pair = Pair(loaded, draft, _load(name, AutoTokenizer.from_pretrained))
+    if isinstance(draft, FeatureDraft):
+        draft.borrow(loaded)
+    pair = Pair(loaded, draft, _load(name, _load_tokenizer))
     check_pair(pair.target, pair.draft)
     _try_target(name, pair.target)
     _try_decoding(pair)
@@ -120,7 +128,7 @@ def _load(name: str, load: Callable[[str], Any]) -> Any:
 
 
 def _load_model(name: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-    options: dict[str, Any] = {"trust_remote_code": False}  # by default it would ask, in the middle of the run
+    name, options = _place(name)
     config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(config).__name__} is of an encoder-decoder model; use a decoder-only one")
@@ -129,8 +137,31 @@ def _load_model(name: str, device: torch.device, dtype: torch.dtype | None) -> P
     model, found = factory.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"weights of {type(model).__name__} are missing, such as {missing[0]}")
+    _forget_quantisation(model)
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    folder, options = _place(name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+    return tokenizer
+
+
+def _place(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what transformers takes for a Hub id, a folder or a GGUF file."""
+    options: dict[str, Any] = {"trust_remote_code": False}  # by default it would ask, in the middle of the run
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {**options, "gguf_file": path.name}
+    return name, options
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Weights of a GGUF file are plain ones once they are loaded, but transformers (5.24) takes them for quantised."""
+    if str(getattr(getattr(model.config, "quantization_config", None), "quant_method", "")).endswith("gguf"):
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
 
 
 def _own_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
@@ -161,13 +192,20 @@ def _try_decoding(pair: Pair) -> None:
     draft = copy.copy(pair.draft)  # transformers keeps the state of its schedule in the draft's generation config
     draft.generation_config = copy.deepcopy(pair.draft.generation_config)
     target: Any = pair.target
-    for helper in ({}, {"assistant_model": draft}):
+    for helper in ({}, stock_helper(draft)):
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, **generate_options(pair, 2), **helper}
         try:
             target.generate(ids, **options)
         except Exception as error:
             how = "with that draft" if helper else "plainly"
             raise UnsupportedModelError(f"transformers cannot decode {how} here: {reason_of(error)}") from error
+
+
+def stock_helper(draft: PreTrainedModel) -> dict[str, Any]:
+    """Return what lets transformers' own assisted generation run: the draft, or a lookup where it cannot take it."""
+    if isinstance(draft, FeatureDraft):  # it would run without the states that the draft reads
+        return {"prompt_lookup_num_tokens": _STOCK_LOOKUP}
+    return {"assistant_model": draft}
 
 
 def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -> list[Inputs]:

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from ..config import FLAG, OnlineConfig, check_fields, integer, optional
 from .contenders import Contender, open_contenders
@@ -53,11 +54,15 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, _RULES)
-        self.online_config()  # checks the rest
+        OnlineConfig(**self._online)  # checks the rest
 
-    def online_config(self) -> OnlineConfig:
-        """Return the settings of the online contender."""
-        return OnlineConfig(draft_length=self.draft_length, update_every=self.update_every, seed=self.seed)
+    @property
+    def _online(self) -> dict[str, Any]:
+        return {"draft_length": self.draft_length, "update_every": self.update_every, "seed": self.seed}
+
+    def online_config(self, draft: PreTrainedModel) -> OnlineConfig:
+        """Return the settings of the online contender; what they leave open, the draft recommends."""
+        return OnlineConfig.for_draft(draft, **self._online)
 
 
 class Observer(Protocol):
@@ -87,7 +92,7 @@ def run_demo(
     deadline = (perf_counter() if started is None else started) + (settings.budget_seconds or float("inf"))
     inputs = encode_prompts(pair, prompts, settings.max_new_tokens)
     options = generate_options(pair, settings.max_new_tokens, sample=settings.sample)
-    config = settings.online_config()
+    config = settings.online_config(pair.draft)
     result = DemoResult()
     with open_contenders(pair, config, replace(config, learn=False)) as contenders:
         _warm_up(contenders, inputs[-1], options)

@@ -1,6 +1,7 @@
 """What a draft reads of its target where it lies, and never owns."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,11 +17,11 @@ class Borrowed:
     that is trained borrows the same.
     """
 
-    def __init__(self) -> None:
-        self.embedding: Any = None
-        self.head: Any = None
-        self.target: Callable[[], PreTrainedModel | None] = lambda: None
-        self.vocabulary = TrafficVocabulary(())
+    def __init__(self, target: PreTrainedModel | None = None, general: Sequence[int] = ()) -> None:
+        self.embedding: Any = None if target is None else target.get_input_embeddings()
+        self.head: Any = None if target is None else target.get_output_embeddings()
+        self.target: Callable[[], PreTrainedModel | None] = (lambda: None) if target is None else weakref.ref(target)
+        self.vocabulary = TrafficVocabulary(general)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Borrowed":
         return self

@@ -9,7 +9,6 @@ vocabulary that is proposed from can change with the traffic. Not covered: what 
 
 import copy
 import inspect
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,7 +140,6 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         Raises:
             UnsupportedModelError: It has other dimensions than the one the draft was made for.
         """
-        embedding: Any = target.get_input_embeddings()
         head: Any = target.get_output_embeddings()
         if head is None or tuple(head.weight.shape) != (self.vocab_size, self.config.text_config.hidden_size):
             raise UnsupportedModelError(
@@ -149,9 +147,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
                 "output head of another shape: design a draft for this target",
                 "draft: made for another target",
             )
-        self._borrowed.embedding, self._borrowed.head = embedding, head
-        self._borrowed.target = weakref.ref(target)
-        self._borrowed.vocabulary = TrafficVocabulary(self.general.tolist())
+        self._borrowed = Borrowed(target, self.general.tolist())
         return self
 
     @property
