@@ -98,7 +98,7 @@ def test_the_card_says_how_it_was_made(made):
     """Catches a card without the command, the data, the licence or the figures, and one that names local folders."""
     _, design, folder, prompts = made
     card = (folder / "README.md").read_text()
-    stated = ("base_model: LlamaForCausalLM", "licence of the target", "\nhf\n", "| minute |", "`prompts.jsonl`")
+    stated = ("draft for LlamaForCausalLM", "licence of the target", "\nhf\n", "| minute |", "/prompts.jsonl`")
     assert all(words in card for words in stated)
     assert prompts[0] not in card
     assert "{" not in card
@@ -259,3 +259,12 @@ def test_options_are_checked():
         DesignCommand(target="x", output="y", texts=0)
     with pytest.raises(ConfigError, match="target"):
         DesignCommand(target="", output="y")
+
+
+def test_without_prompts_the_target_writes_some(tmp_path):
+    """Catches a default that needs data, and prompts that a second run makes anew, others than the first learned."""
+    target = tiny_model(eos_token_id=END)
+    first, second = (gather(target, word_tokenizer(), [], 60, tmp_path) for _ in range(2))
+    assert len([*tmp_path.glob("prompts-*.json")]) == 1
+    assert 0 < first.about["prompts_by_the_target"] <= 15
+    assert [one.prompt_ids.tolist() for one in first.learned] == [one.prompt_ids.tolist() for one in second.learned]

@@ -8,18 +8,18 @@ from .history import Evaluation
 
 _CARD = """---
 library_name: transformers
-base_model: {target}
-tags:
+{base}tags:
 - speculative-decoding
 - hf-osd
 ---
 
 # A draft for {target}
 
-It proposes tokens that `{target}` checks, several in one pass: the output is the target's own, and comes faster. It is
-a `FeatureDraft` of hf_osd, of {layers}, {parameters:.1f}M parameters, which reads the
-target's hidden states after layers {states}. Embedding and output head are the target's, borrowed where they lie:
-nothing of them is in this folder, and without its target the draft is of no use.
+It proposes tokens, which `{target}` checks, several in one pass: the output is that model's own, and comes faster.
+
+It is a `FeatureDraft` of hf_osd: {layers} behind a map of the target's hidden states after layers {states}, with
+{parameters:.1f}M parameters. Embedding and output head are the target's, borrowed where they lie: nothing of them is
+in this folder, and without its target the draft is of no use.
 
 ```python
 import hf_osd
@@ -36,8 +36,8 @@ It goes on learning from what it serves.
 
 ## Licence
 
-Its layers began as copies of layers of `{target}`, and it learned from what that model says: the licence of the target
-applies to it, and so may those of the texts below.
+Its layers began as copies of layers of `{target}`, and it learned from what that model says of the texts below. The
+licence of the target applies to it, and so may theirs.
 
 ## How it was made
 
@@ -49,19 +49,17 @@ applies to it, and so may those of the texts below.
 |---|---|
 {facts}
 
-Texts: {texts} to learn from, {given} of them with answers that were given and the others answered by the target
-itself; {held_out} prompts were held out. Sources: {sources}.
-
 ## Acceptance by minute of distillation
 
-Share of positions in the target's answers to held-out prompts where the draft's first choice is the target's token,
-and how many of five tokens, drafted from its own states, the target accepts on average.
+Of positions in the target's answers to held-out prompts: the share where the draft's first choice is the target's
+token, and how many of five tokens, drafted from its own states, the target accepts on average.
 
 {history}
 
 ## Speed
 
-Measured on held-out prompts, one at a time, answers of up to {new_tokens} tokens, without learning: tokens per second.
+Of answers to held-out prompts, one at a time, of up to {new_tokens} tokens. The draft did not learn meanwhile; the
+lookup in the text, which `hf_osd.generate` uses by default, is counted in.
 
 {speeds}
 """
@@ -79,19 +77,16 @@ def write_card(folder: Path, facts: dict[str, Any], history: Sequence[Evaluation
     Returns:
         `Path`: The file.
     """
-    draft, data = facts["draft"], facts["data"]
+    draft = facts["draft"]
     text = _CARD.format(
         target=facts["target"],
+        base=f"base_model: {facts['target']}\n" if "/" in facts["target"] else "",
         folder=folder.name,
         layers="one layer" if draft["layers"] == 1 else f"{draft['layers']} layers",
         parameters=draft["parameters"] / 1e6,
         states=_joined(draft["state_layers"]),
         command=facts["command"],
         facts="\n".join(f"| {name} | {value} |" for name, value in _about(facts)),
-        texts=data["texts"],
-        given=data["with_given_answers"],
-        held_out=data["held_out"],
-        sources=_sources(data),
         history=_history(history),
         new_tokens=facts["new_tokens"],
         speeds=_speeds(facts),
@@ -102,19 +97,24 @@ def write_card(folder: Path, facts: dict[str, Any], history: Sequence[Evaluation
 
 
 def _about(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    yield "dtype", facts["dtype"]
+    data = facts["data"]
+    yield "texts", f"{data['texts']}, of which {data['with_given_answers']} had answers; the target wrote the others"
+    yield "from", _sources(data)
+    yield "held out", f"{data['held_out']} prompts"
     yield "vocabulary", f"{facts['draft']['general_tokens']:,} tokens, besides those of prompts and earlier outputs"
+    yield "dtype", facts["dtype"]
     yield from ((name.replace("_", " "), value) for name, value in facts["machine"].items())
     yield from facts["versions"].items()
 
 
 def _sources(data: dict[str, Any]) -> str:
+    """Name files by their last two parts: where they lie on this machine tells a reader nothing."""
     if data["sources"]:
-        return ", ".join(f"`{Path(source).name}`" for source in data["sources"])
-    own = (
-        f", and {data['prompts_by_the_target']} prompts that the target wrote" if data["prompts_by_the_target"] else ""
+        return ", ".join(f"`{'/'.join(Path(source).parts[-2:])}`" for source in data["sources"])
+    own = data["prompts_by_the_target"]
+    return "documented functions of Python's standard library" + (
+        f", {own} prompts that the target wrote" if own else ""
     )
-    return f"documented functions of Python's standard library{own}"
 
 
 def _history(history: Sequence[Evaluation]) -> str:

@@ -14,7 +14,7 @@ from .candidates import Candidate, make_draft, promising, weigh
 from .costs import target_costs
 from .display import Display
 from .distilling import distil
-from .gathering import ANSWER_TOKENS, Material, gather
+from .gathering import ANSWER_TOKENS, Material, gather, own_prompts
 from .history import Evaluation
 from .processes import first_alone, is_first, shared
 from .recipe import Recipe
@@ -130,7 +130,7 @@ class _Designer:
         return design
 
     def _gather(self, sources: Sequence[str], limit: int) -> Material:
-        with first_alone(), self._display.progress("prompts by the target", limit // 2) as tell:
+        with first_alone(), self._display.progress("prompts by the target", own_prompts(limit)) as tell:
             return gather(self._target, self._tokenizer, sources, limit, self._work, self._recipe.seed, tell)
 
     def _record(self, label: str, requests: Sequence[Request]) -> Recording:

@@ -60,7 +60,7 @@ def gather(
         target (`PreTrainedModel`): The target.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         sources (`Sequence[str]`): See [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
-            standard library, and as many prompts of the target's own where its tokenizer has a chat template.
+            standard library and prompts of the target's own, the latter where its tokenizer has a chat template.
         limit (`int`): How many texts, at most.
         folder (`Path`): Where prompts that the target has written are kept for another run.
         seed (`int`, defaults to 0): Of their order, and of what the target writes.
@@ -73,7 +73,7 @@ def gather(
     texts = _distinct(load_texts(sources, limit))
     written = 0
     if not sources and tokenizer.chat_template:
-        own = _own_prompts(target, tokenizer, limit // 2, folder, seed, tell)
+        own = _own_prompts(target, tokenizer, own_prompts(limit), folder, seed, tell)
         texts, written = texts[: limit - len(own)] + own, len(own)
     random.Random(seed).shuffle(texts)
     count = max(1, min(_HELD_OUT, len(texts) // 8))
@@ -100,6 +100,11 @@ def gather(
         "held_out": len(held_out),
     }
     return Material(learned, held_out, about)
+
+
+def own_prompts(limit: int) -> int:
+    """Return how many prompts the target is to write where no others are given: a quarter, for it takes minutes."""
+    return limit // 4
 
 
 def _distinct(texts: Sequence[Text]) -> list[Text]:

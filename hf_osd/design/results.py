@@ -59,7 +59,7 @@ class Design:
         """Return all of it as plain data, with the machine and the versions."""
         config = self.draft.config
         return {
-            "target": config.target or type(target).__name__,
+            "target": _public_name(config.target) or type(target).__name__,
             "command": self.command,
             "dtype": str(target.dtype).removeprefix("torch."),
             "draft": {
@@ -105,3 +105,8 @@ class Design:
             Point(name, steps[name], max(one.quality.agreement for one in history))
             for name, history in self.histories.items()
         ]
+
+
+def _public_name(target: str) -> str:
+    """Return a Hub id as it is, and the name of a folder of this machine without its path."""
+    return Path(target).resolve().name if target and Path(target).exists() else target

@@ -11,7 +11,7 @@ from .requests import template_head
 from .texts import Text
 
 _ROWS = 32  # texts written at a time: on a CPU, twice as many are no faster
-_PROMPT_TOKENS = 96  # of a prompt that the target writes; longer ones are left out
+_PROMPT_TOKENS = 64  # of a prompt that the target writes; longer ones, a fifth, are left out
 _TOP_P = 0.95  # prompts are sampled, without the last twentieth: single odd tokens derail a small model
 
 
