@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,22 @@ def test_without_prompts_the_target_writes_some(tmp_path):
     assert len([*tmp_path.glob("prompts-*.json")]) == 1
     assert 0 < first.about["prompts_by_the_target"] <= 15
     assert [one.prompt_ids.tolist() for one in first.learned] == [one.prompt_ids.tolist() for one in second.learned]
+
+
+def test_more_texts_leave_the_others_where_they_are(tmp_path):
+    """Catches a recording that begins anew where there are more texts, and prompts that change sides."""
+    source, target = prompt_file(tmp_path / "a.jsonl", 90), tiny_model(eos_token_id=END)
+    few, many = (gather(target, word_tokenizer(), [source], limit, tmp_path) for limit in (48, 90))
+
+    def described(requests):
+        return [(request.prompt_ids.tolist(), request.answer_ids, request.head) for request in requests]
+
+    assert described(many.learned)[: len(few.learned)] == described(few.learned)
+    assert described(many.held_out)[: len(few.held_out)] == described(few.held_out)
+
+
+def test_help_lists_every_option():
+    """Catches an option that the command line does not pass on, or names otherwise."""
+    text = runner.invoke(app, ["design", "--help"]).output
+    for field in fields(DesignCommand):
+        assert ("target" if field.name == "target" else f"--{field.name.replace('_', '-')}") in text.lower()

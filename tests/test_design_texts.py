@@ -70,6 +70,7 @@ def test_a_text_is_what_serving_will_see():
     assert asked.answer_ids is None
     assert asked.head == 1
     assert (answered.prompt_ids.tolist(), answered.answer_ids.tolist()) == ([3, 7, 2, 4], [9, END])
+    assert answered.head == 2
     assert (document.prompt_ids.tolist(), document.answer_ids.tolist()) == ([9], [10, 11])
 
 
@@ -87,3 +88,15 @@ def test_special_tokens_are_found():
     assert {END, 3, 4} <= template_tokens(word_tokenizer())
     assert template_tokens(word_tokenizer(None)) >= {END}
     assert template_head(word_tokenizer(None)).tolist() == []
+
+
+def test_a_system_prompt_is_learned_once():
+    """Catches a draft whose time goes into a system prompt that comes with every request."""
+    tokenizer = word_tokenizer()
+    chats = [
+        Text([{"role": "system", "content": "w9 w10 w11 w12"}, {"role": "user", "content": f"w{20 + row} w8"}])
+        for row in range(4)
+    ]
+    first, *others = encode_texts(tokenizer, chats, END, 30, 8)
+    assert first.head == 1
+    assert {request.head for request in others} == {7}

@@ -1,9 +1,9 @@
 """Which texts a draft is made of, and which it is judged by."""
 
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..learning.forwards import longest_request
 from ..learning.identity import sample
 from .requests import Request, encode_texts
-from .texts import Text, load_texts
+from .texts import Text, in_turn, load_texts
 from .writing import end_tokens, write_prompts
 
 ANSWER_TOKENS = 96
@@ -22,7 +22,8 @@ ANSWER_TOKENS = 96
 
 _LONGEST = 512  # tokens of a text: the cost of a step grows with it, and prompts are rarely longer
 _HELD_OUT = 48  # texts that are only judged by: some 4,000 positions, which tell shares apart by .02
-_FEWEST = 8  # texts
+_EVERY = 8  # texts, of which one is held out, as long as there are fewer: more texts later leave these where they are
+_FEWEST = 8  # texts to learn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def gather(
     tell: Callable[[int], object] = lambda done: None,
 ) -> Material:
     """
-    Collect texts, mix them, and hold some out.
+    Collect texts, and hold some out.
 
     Every second text with an answer is learned from as it is, which takes one pass of the target; the others, and all
     without an answer, the target answers itself, as it will when it serves.
@@ -63,7 +64,7 @@ def gather(
             standard library and prompts of the target's own, the latter where its tokenizer has a chat template.
         limit (`int`): How many texts, at most.
         folder (`Path`): Where prompts that the target has written are kept for another run.
-        seed (`int`, defaults to 0): Of their order, and of what the target writes.
+        seed (`int`, defaults to 0): Of the prompts that the target writes.
         tell (`Callable[[int], object]`, *optional*): Told how many prompts the target has written.
 
     Raises:
@@ -74,9 +75,8 @@ def gather(
     written = 0
     if not sources and tokenizer.chat_template:
         own = _own_prompts(target, tokenizer, own_prompts(limit), folder, seed, tell)
-        texts, written = texts[: limit - len(own)] + own, len(own)
-    random.Random(seed).shuffle(texts)
-    count = max(1, min(_HELD_OUT, len(texts) // 8))
+        texts, written = [*in_turn((texts[: limit - len(own)], own))], len(own)
+    apart = [number % _EVERY == 0 and number < _EVERY * _HELD_OUT for number in range(len(texts))]
     longest = longest_request(target, _LONGEST)
     room = min(ANSWER_TOKENS, longest // 2)
     ends = end_tokens(target)
@@ -84,8 +84,9 @@ def gather(
     def encoded(some: Sequence[Text]) -> list[Request]:
         return encode_texts(tokenizer, some, ends[0] if ends else None, longest, room)
 
-    learned = encoded([_mixed(text, number) for number, text in enumerate(texts[count:])])
-    held_out = [_asked(request) for request in encoded(texts[:count])]
+    kept = [text for text, is_apart in zip(texts, apart, strict=True) if not is_apart]
+    learned = encoded([_mixed(text, number) for number, text in enumerate(kept)])
+    held_out = [_asked(request) for request in encoded([*compress(texts, apart)])]
     if len(learned) < _FEWEST or not held_out:
         raise InputError(
             f"{len(learned)} texts to learn from and {len(held_out)} to judge by are too few, of {len(texts)} read: "

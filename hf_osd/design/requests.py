@@ -1,5 +1,6 @@
 """Texts in tokens, as the target is going to see them when it serves, and what of them teaches nothing."""
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from ..demo.models import token_ids
 from ..errors import InputError
 from .texts import Text
 
+_RECENT = 9  # prompts that one is compared with: as many as there may be sources that take turns, and one more
 _OPENINGS = ("What", "123", "- a")  # words of a user that differ from their first character on
 
 
@@ -23,8 +25,8 @@ class Request:
     Attributes:
         prompt_ids (`torch.LongTensor` of shape `(prompt,)`): What is asked, as the target gets it.
         answer_ids (`torch.LongTensor` of shape `(answer,)`, *optional*): The answer; `None` for the target's.
-        head (`int`): Tokens at the beginning that teach nothing, as those that a chat template always begins with; at
-            least 1, for nothing is drafted before the first token.
+        head (`int`): Tokens at the beginning that teach nothing, such as those that a chat template or a system prompt
+            always begins with; at least 1, for nothing is drafted before the first token.
     """
 
     prompt_ids: torch.Tensor
@@ -38,6 +40,9 @@ def encode_texts(
     """
     Turn texts into requests, by the tokenizer's chat template where it has one.
 
+    What a prompt has in common with one of the last few, from its first token on, teaches nothing: it is the template,
+    a system prompt or an instruction, which would otherwise be learned again with every text.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The target's.
         texts (`Iterable[Text]`): The texts.
@@ -48,13 +53,15 @@ def encode_texts(
     Raises:
         InputError: The tokenizer or its template refuses a text.
     """
-    head, ending = template_head(tokenizer), [] if end is None else [end]
-    encoded = (_encode(tokenizer, text, ending, number) for number, text in enumerate(texts, start=1))
-    return [
-        Request(prompt, answer if answer is None else answer[: longest - len(prompt)], _shared(prompt, head))
-        for prompt, answer in encoded
-        if 0 < len(prompt) <= longest - room and (answer is None or len(prompt) + len(answer) > 1)
-    ]
+    ending = [] if end is None else [end]
+    recent, found = deque([template_head(tokenizer)], maxlen=_RECENT), []
+    for number, text in enumerate(texts, start=1):
+        prompt, answer = _encode(tokenizer, text, ending, number)
+        if 0 < len(prompt) <= longest - room and (answer is None or len(prompt) + len(answer) > 1):
+            head = max(_shared(prompt, other) for other in recent)
+            found.append(Request(prompt, answer if answer is None else answer[: longest - len(prompt)], head))
+            recent.append(prompt)
+    return found
 
 
 def template_head(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -55,7 +55,7 @@ def load_texts(sources: Sequence[str], limit: int) -> list[Text]:
     """
     if not sources:
         return stdlib_texts()[:limit]
-    texts = [*islice(_in_turn([_read(source) for source in sources]), limit)]
+    texts = [*islice(in_turn([_read(source) for source in sources]), limit)]
     if not texts:
         raise PromptSourceError(f"{', '.join(sources)}: no texts in it")
     return texts
@@ -68,7 +68,8 @@ def stdlib_texts() -> list[Text]:
     return [Text(INSTRUCTION + docstring, source) for docstring, source in functions]
 
 
-def _in_turn(sources: Sequence[Iterable[Text]]) -> Iterator[Text]:
+def in_turn(sources: Iterable[Iterable[Text]]) -> Iterator[Text]:
+    """Yield one text of each source in turn, as long as it has any."""
     for row in zip_longest(*sources):
         yield from (text for text in row if text is not None)
 
