@@ -162,7 +162,7 @@ class _Designer:
 
     def _started(self, draft: FeatureDraft, candidate: Candidate, learned: Recording) -> FeatureDraft:
         """Start a draft in closed form, or as an earlier run did."""
-        path = self._work / candidate.name / "start.safetensors"
+        path = self._place(candidate, learned) / "start.safetensors"
         with first_alone():
             if not path.is_file():
                 start(draft, learned)
@@ -181,7 +181,11 @@ class _Designer:
                 tell(100 * recipe.progress(found.step, 60 * found.minutes))
                 self._display.evaluation(name, found)
 
-            return distil(draft, learned, [*held_out], self._work / name, recipe, note)
+            return distil(draft, learned, [*held_out], self._place(candidate, learned), recipe, note)
+
+    def _place(self, candidate: Candidate, learned: Recording) -> Path:
+        """Return the folder of a distillation: other texts make another one."""
+        return self._work / f"{candidate.name}-{learned.name}"
 
     def _measure(self, drafts: dict[str, FeatureDraft], held_out: Sequence[Request]) -> dict[str, Speed]:
         prompts = [request.prompt_ids for request in held_out[:_TIMED]]

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..drafts.machine import digest
 from ..errors import StateError
 from ..records import Observation
 
@@ -56,6 +57,7 @@ class Recording(Sequence[Observation]):
 
     Attributes:
         lengths (`list[int]`): Tokens of each text.
+        name (`str`): Short, and another one for other texts.
 
     Raises:
         StateError: A file is no such file.
@@ -63,6 +65,7 @@ class Recording(Sequence[Observation]):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._places = [place for path in paths for place in _places(path)]
+        self.name = digest([path.stem for path in paths])
         self.lengths = [place.prompt + place.output for place in self._places]
 
     def __len__(self) -> int:

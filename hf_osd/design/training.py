@@ -74,9 +74,9 @@ class OfflineCallback(TrainerCallback):
             control.should_training_stop = is_over(self._recipe, evaluations_in(state.log_history))
 
     def _look(self, state: TrainerState) -> None:
-        quality = shared(self._evaluate() if state.is_world_process_zero else None)
         loss = self.trainer.take_mean_loss() if state.global_step else None
-        found = Evaluation(state.global_step, self._seconds() / 60, loss, quality)
+        quality = self._evaluate() if state.is_world_process_zero else None
+        found: Evaluation = shared(quality and Evaluation(state.global_step, self._seconds() / 60, loss, quality))
         self.trainer.log(found.to_dict())
         if state.is_world_process_zero:
             self._note(evaluations_in(state.log_history))
