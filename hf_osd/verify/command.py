@@ -14,12 +14,11 @@ from rich.progress import Progress
 
 from ..config import check_fields, optional
 from ..demo.environment import machine, quiet, versions
-from ..demo.models import Pair, encode_prompts, load_pair, resolve_device
+from ..demo.models import encode_prompts, load_pair, resolve_device
 from ..demo.options import NAME, NAMES, OPTIONS
 from ..demo.output import try_output, writing
 from ..demo.prompts import Prompt, load_prompts
 from ..errors import ConfigError
-from .draft import first_layer
 from .report import print_verification
 from .results import Verification
 from .runner import BATCH, verify
@@ -92,24 +91,18 @@ class VerifyCommand:
         return all(found.is_lossless for found in runs)
 
     def _run_dtype(self, dtype: str, prompts: Sequence[Prompt], console: Console) -> Verification:
-        pair = self._load(dtype)
+        pair = load_pair(self.target, self.assistant, self.device, dtype)
         requests = encode_prompts(pair, prompts, self.max_new_tokens)
-        assisted = self.assistant is not None or self.target is None
         with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(f"verifying in {pair.target.dtype}", total=-(-len(requests) // BATCH))
             found = verify(
                 pair,
                 requests,
                 max_new_tokens=self.max_new_tokens,
-                assisted=assisted,
                 observer=lambda: progress.advance(task),
             )
         print_verification(console, found)
         return found
-
-    def _load(self, dtype: str) -> Pair:
-        cut = self.target is not None and self.assistant is None
-        return load_pair(self.target, first_layer if cut else self.assistant, self.device, dtype)
 
     def _write(self, path: Path, runs: Sequence[Verification]) -> None:
         about: dict[str, Any] = {

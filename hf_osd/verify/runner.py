@@ -11,7 +11,7 @@ from ..assistant import OnlineAssistant
 from ..bench.contenders import Assisted, Contender, Generate
 from ..bench.streams import join
 from ..config import OnlineConfig
-from ..demo.models import Inputs, Pair, generate_options
+from ..demo.models import Inputs, Pair, generate_options, stock_helper
 from .answers import Answer, plain_answers, until_end
 from .comparison import find_difference, measure_rounding
 from .results import Difference, Outcome, Verification
@@ -23,28 +23,25 @@ LOOKUP = "transformers prompt lookup"
 OURS = "hf_osd"
 OURS_IN_BATCHES = f"hf_osd, batches of {BATCH}"
 
-_LOOKUP = {"prompt_lookup_num_tokens": 10}  # what transformers' own documentation proposes
-
 
 def verify(
     pair: Pair,
     requests: Sequence[Inputs],
     *,
     max_new_tokens: int = 64,
-    assisted: bool = True,
     observer: Callable[[], None] = lambda: None,
 ) -> Verification:
     """
     Decode prompts greedily in four ways, and compare each output with that of plain `generate`.
 
-    These are `generate` in batches of four, transformers' assisted generation, and hf_osd, one prompt at a time and in
-    batches of four. The draft does not learn: what it knows decides what is proposed, not what is written.
+    These are `generate` in batches of four, transformers' assisted generation (or its prompt lookup, where it cannot
+    take the draft), and hf_osd, one prompt at a time and in batches of four. The draft does not learn: what it knows
+    decides what is proposed, not what is written.
 
     Args:
         pair (`Pair`): The models.
         requests (`Sequence[Inputs]`): Prompts, as [`~hf_osd.demo.models.encode_prompts`] returns them.
         max_new_tokens (`int`, defaults to 64): Longest answer.
-        assisted (`bool`, defaults to `True`): Whether transformers uses the draft too; else it looks up the prompt.
         observer (`Callable[[], None]`, *optional*): Hears of every four prompts.
 
     Returns:
@@ -52,7 +49,7 @@ def verify(
     """
     options = generate_options(pair, max_new_tokens)
     with ExitStack() as stack:
-        decoders = _open_decoders(pair, assisted, stack)
+        decoders = _open_decoders(pair, stack)
         outcomes = {GENERATE: Outcome()} | {name: Outcome(one.assistant is not None) for name, one in decoders.items()}
         found = Verification(str(pair.target.dtype).removeprefix("torch."), outcomes)
         for start in range(0, len(requests), BATCH):
@@ -84,11 +81,13 @@ class _Decoder:
             outcome.fallbacks = dict(stats.fallback_reasons)
 
 
-def _open_decoders(pair: Pair, assisted: bool, stack: ExitStack) -> dict[str, _Decoder]:
+def _open_decoders(pair: Pair, stack: ExitStack) -> dict[str, _Decoder]:
     """Each of ours has an assistant of its own: its lookup remembers what it has served."""
     target, draft, config = pair.target, pair.draft, OnlineConfig(learn=False)
     alone, batched = (stack.enter_context(OnlineAssistant(draft, target, config)) for _ in range(2))
-    stock = Generate(ASSISTED, target, draft) if assisted else Generate(LOOKUP, target, settings=_LOOKUP)
+    helper = stock_helper(draft)
+    takes_draft = "assistant_model" in helper
+    stock = Generate(ASSISTED, target, draft) if takes_draft else Generate(LOOKUP, target, settings=helper)
     return {
         stock.name: _Decoder(stock),
         OURS: _Decoder(Assisted(OURS, target, alone), assistant=alone),
