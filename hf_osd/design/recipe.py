@@ -34,7 +34,7 @@ class Recipe:
             square of its values at the start. The map in front of the layers and the layers themselves differ by a
             factor of thirty in that; one rate for all is too small for the one or destroys the others.
         vector_rate (`float`, defaults to 0.003): The same for norms and biases.
-        warmup_steps (`int`, defaults to 30): Steps over which it rises.
+        warmup_steps (`int`, defaults to 20): Steps over which it rises.
         batch_tokens (`int`, defaults to 2048): Tokens of a step, padding included: some 12 texts.
         evaluations (`int`, defaults to 15): How often the held-out texts are drafted, and the run saved.
         patience (`int`, defaults to 4): Evaluations without a new best after which the run ends.
@@ -48,7 +48,7 @@ class Recipe:
     steps: int | None = None
     matrix_rate: float = 0.01
     vector_rate: float = 0.003
-    warmup_steps: int = 30
+    warmup_steps: int = 20
     batch_tokens: int = 2048
     evaluations: int = 15
     patience: int = 4

@@ -23,7 +23,10 @@ from ..records import Observation
 POSITIONS = 50_000
 """Positions that are solved for, at most: twenty for each of 2,880 inputs, those of four levels of 576 and a token."""
 
-_RIDGE = 1e-2  # added to the diagonal, relative to its mean: what positions that are alike leave open stays small
+_RIDGE = 1e-2  # added to the diagonal at 50,000 positions, relative to its mean
+_RIDGE_GROWTH = (
+    0.75  # with fewer positions it is as many times more, to this power: .1 was best at 2,500, .03 at 10,000
+)
 _TEXTS = 8  # read by the target at a time
 _PROBES = (0.0, 1.0, 2.0)  # inputs that tell what a model does with embeddings before its first layer
 _TOLERANCE = 1e-2  # relative to the result, in bfloat16
@@ -147,12 +150,13 @@ class _Sums:
     def solve(self) -> None:
         """Write the solution to the draft."""
         draft, hidden = self._draft, self._hidden
-        weights = _ridge(self._inputs, self._outputs)
+        strength = _RIDGE * max(POSITIONS / self.positions, 1.0) ** _RIDGE_GROWTH
+        weights = _ridge(self._inputs, self._outputs, strength)
         states, token = weights[:-hidden], weights[-hidden:]
         # From its own states: what the token leaves open, by the last level, which they are going to resemble.
         last = slice(len(weights) - 2 * hidden, len(weights) - hidden)
         rest = self._outputs[last] - self._inputs[last, -hidden:] @ token
-        draft.from_self.weight.copy_(_ridge(self._inputs[last, last], rest).T)
+        draft.from_self.weight.copy_(_ridge(self._inputs[last, last], rest, strength).T)
         draft.from_states.weight.copy_(states.T)
         draft.from_token.weight.copy_((token / self._unit).T)
 
@@ -161,8 +165,8 @@ def _normed(states: torch.Tensor) -> torch.Tensor:
     return nn.functional.rms_norm(states, states.shape[-1:], eps=1e-6)
 
 
-def _ridge(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+def _ridge(inputs: torch.Tensor, outputs: torch.Tensor, strength: float) -> torch.Tensor:
     """Solve the normal equations: `inputs` of shape `(n, n)`, `outputs` and result of shape `(n, hidden)`."""
-    diagonal = _RIDGE * inputs.diagonal().mean() * torch.eye(len(inputs), device=inputs.device)
+    diagonal = strength * inputs.diagonal().mean() * torch.eye(len(inputs), device=inputs.device)
     solved: torch.Tensor = torch.linalg.solve(inputs + diagonal, outputs)
     return solved

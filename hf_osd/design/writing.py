@@ -12,7 +12,13 @@ from .texts import Text
 
 _ROWS = 32  # texts written at a time: on a CPU, twice as many are no faster
 _PROMPT_TOKENS = 64  # of a prompt that the target writes; longer ones, a fifth, are left out
-_TOP_P = 0.95  # prompts are sampled, without the last twentieth: single odd tokens derail a small model
+_TOP_K, _TOP_P = 256, 0.95  # prompts are sampled, without the last twentieth: odd tokens derail a small model
+_OPENINGS = (
+    *("Explain", "How many", "What is the", "Why", "How do I", "Write a Python function that", "Write a SQL query to"),
+    *("Calculate", "Solve", "Translate", "Summarize the following text:", "Rewrite", "Describe", "Compare", "If a"),
+    *("Write a short story about", "Create a list of", "Given the following table,", "Define a class", "Give me"),
+)
+"""What prompts begin with, every second one: a target that is left alone writes much the same."""
 
 
 @torch.no_grad()
@@ -49,6 +55,7 @@ def write_prompts(
     Let the target write prompts of users: what it samples behind the head of the chat template's user turn.
 
     Magpie (https://arxiv.org/abs/2406.08464). They are of the kind that the target was tuned on, and need no data.
+    Every second one begins with an ordinary opening in English, so that questions, code and reckoning are among them.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -62,23 +69,33 @@ def write_prompts(
     """
     if not tokenizer.chat_template:
         raise UnsupportedModelError("the target writes no prompts, since its tokenizer has no chat template")
-    head, found = template_head(tokenizer), dict[str, None]()
+    head, openings, found = template_head(tokenizer), _openings(tokenizer), dict[str, None]()
     devices = [target.device] if target.device.type == "cuda" else []
+    sampling = {"do_sample": True, "top_k": _TOP_K, "top_p": _TOP_P}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, count, _ROWS):
-            heads = [head] * min(_ROWS, count - start)
-            written = _continue(target, heads, _PROMPT_TOKENS, do_sample=True, top_p=_TOP_P)
-            found |= dict.fromkeys(map(str.strip, _texts(tokenizer, written)))
-            tell(start + len(heads))
+            some = [openings[number % len(openings)] for number in range(start, min(start + _ROWS, count))]
+            heads = [torch.cat((head, opening)) for opening in some]
+            written = _continue(target, heads, _PROMPT_TOKENS, **sampling)
+            found |= dict.fromkeys(_texts(tokenizer, some, written))
+            tell(start + len(some))
     return [Text(prompt) for prompt in found if prompt]
 
 
-def _texts(tokenizer: Any, written: Sequence[torch.Tensor]) -> list[str]:
-    """Return what ended by itself, as text."""
-    whole = [ids for ids in written if len(ids) < _PROMPT_TOKENS]
-    texts: list[str] = tokenizer.batch_decode(whole, skip_special_tokens=True)
-    return texts
+def _openings(tokenizer: Any) -> list[torch.Tensor]:
+    """Return what prompts begin with behind the head of the template, `(opening,)`: every second one with nothing."""
+    found: list[torch.Tensor] = []
+    for opening in _OPENINGS:
+        ids = tokenizer(opening, add_special_tokens=False)["input_ids"]
+        found += [torch.empty(0, dtype=torch.long), torch.tensor(ids, dtype=torch.long)]
+    return found
+
+
+def _texts(tokenizer: Any, openings: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> list[str]:
+    """Return the prompts that ended by themselves, with their openings."""
+    whole = [torch.cat(pair) for pair in zip(openings, written, strict=True) if len(pair[1]) < _PROMPT_TOKENS]
+    return [text.strip() for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
 
 
 def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[torch.Tensor]:
