@@ -13,7 +13,7 @@ from hf_osd.learning.storage import Snapshot, StateDirectory
 from hf_osd.learning.storage.shards import list_shards
 from hf_osd.records import Observation
 
-FIELDS = tuple(field.name for field in fields(Observation))
+FIELDS = tuple(field.name for field in fields(Observation) if field.name != "states")  # which stay in memory
 NEVER = 3600.0  # seconds until a flush that no test waits for
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored import FIELDS
 from torch import nn
 from traffic import llama
 from transformers import LlamaForCausalLM
@@ -130,7 +131,7 @@ def test_recorded_requests_are_set_free() -> None:
     kept = learner._loop.replay.observations()
     learner.close()
     for one in kept:
-        for name in Observation.__slots__:
+        for name in FIELDS:
             assert not getattr(one, name).is_inference()
             assert torch.equal(getattr(one, name), getattr(bound, name))
     assert any(one is free for one in kept)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from served import TARGET, Live, Weights, learner_of, request
+from stored import FIELDS
 from traffic import VOCAB, llama
 
 from hf_osd.config import OnlineConfig
@@ -204,7 +205,7 @@ def test_requests_without_rejections_or_output() -> None:
         o.output_ids, torch.ones_like(o.accepted),
     )  # fmt: skip
     learner.observe(perfect)
-    learner.observe(Observation(*(getattr(o, name)[:0] for name in Observation.__slots__)))
+    learner.observe(Observation(*(getattr(o, name)[:0] for name in FIELDS)))
     assert (learner.updates, learner.failures) == (0, 0)
     learner.observe(o)
     assert learner.updates == 1
