@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 
 import torch
@@ -76,7 +75,7 @@ def gather(
     if not sources and tokenizer.chat_template:
         own = _own_prompts(target, tokenizer, own_prompts(limit), folder, seed, tell)
         texts, written = [*in_turn((texts[: limit - len(own)], own))], len(own)
-    apart = [number % _EVERY == 0 and number < _EVERY * _HELD_OUT for number in range(len(texts))]
+    kept, apart = _split(texts)
     longest = longest_request(target, _LONGEST)
     room = min(ANSWER_TOKENS, longest // 2)
     ends = end_tokens(target)
@@ -84,23 +83,28 @@ def gather(
     def encoded(some: Sequence[Text]) -> list[Request]:
         return encode_texts(tokenizer, some, ends[0] if ends else None, longest, room)
 
-    kept = [text for text, is_apart in zip(texts, apart, strict=True) if not is_apart]
     learned = encoded([_mixed(text, number) for number, text in enumerate(kept)])
-    held_out = [_asked(request) for request in encoded([*compress(texts, apart)])]
+    held_out = [_asked(request) for request in encoded(apart)]
     if len(learned) < _FEWEST or not held_out:
         raise InputError(
             f"{len(learned)} texts to learn from and {len(held_out)} to judge by are too few, of {len(texts)} read: "
             f"give more than {2 * _FEWEST}, with prompts of up to {longest - room} tokens"
         )
-    answered = sum(request.answer_ids is not None for request in learned)
     about: dict[str, int | list[str]] = {
         "sources": [*sources],
         "prompts_by_the_target": written,
         "texts": len(learned),
-        "with_given_answers": answered,
+        "with_given_answers": sum(request.answer_ids is not None for request in learned),
         "held_out": len(held_out),
     }
     return Material(learned, held_out, about)
+
+
+def _split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    """Return what is learned from, and what is held out."""
+    last = _EVERY * _HELD_OUT
+    apart = [*texts[:last:_EVERY]]
+    return [text for number, text in enumerate(texts) if number % _EVERY or number >= last], apart
 
 
 def own_prompts(limit: int) -> int:
