@@ -132,7 +132,8 @@ def _load_model(name: str, device: torch.device, dtype: torch.dtype | None) -> P
     config = AutoConfig.from_pretrained(name, **options)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(config).__name__} is of an encoder-decoder model; use a decoder-only one")
-    kind = dtype or _own_dtype(name, config, device)
+    packed = "gguf_file" in options  # its weights have a few bits each, and its config says nothing of a dtype
+    kind = dtype or _own_dtype(name, config, device, torch.bfloat16 if packed else torch.float32)
     factory: Any = AutoModelForCausalLM
     model, found = factory.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
@@ -164,12 +165,14 @@ def _forget_quantisation(model: Any) -> None:
         del model.config.quantization_config
 
 
-def _own_dtype(name: str, config: PreTrainedConfig, device: torch.device) -> torch.dtype:
+def _own_dtype(
+    name: str, config: PreTrainedConfig, device: torch.device, unstated: torch.dtype = torch.float32
+) -> torch.dtype:
     """Return what `"auto"` means for a checkpoint; one that does not say is float32, as torch would have it."""
     if device.type == "cpu" and EMBEDDED_PAIR in Path(name).parents:
         return torch.float32  # its figures are of float32, and a model that small is no faster in bfloat16
     stated: Any = config.dtype or config.get_text_config(decoder=True).dtype
-    return choose_dtype(device, stated or torch.float32)
+    return choose_dtype(device, stated or unstated)
 
 
 @torch.no_grad()
