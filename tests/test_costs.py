@@ -27,10 +27,26 @@ def test_lines_between_and_beyond():
     """Catches interpolation from the wrong neighbours, and a slope that goes on below the first point."""
     costs = table([(9, 6.0), (2, 3.0), (5, 4.5)])  # in any order
     assert costs.curve(1, 100, 12) == pytest.approx(
-        [3.0, 3.0, 3.0, 3.5, 4.0, 4.5, 4.875, 5.25, 5.625, 6, 6.375, 6.75, 7.125]
+        [3.0, 3.0, 3.0, 3.5, 4.0, 4.5, 4.875, 5.25, 5.625, 6, 6 + 3 / 7, 6 + 6 / 7, 6 + 9 / 7]
     )
     assert table([(3, 2.0)]).curve(1, 100, 5) == [2.0] * 6
     assert table([(1, 3.0), (2, 2.0)]).curve(1, 100, 4) == [3.0, 3.0, 2.0, 2.0, 2.0]  # noise does not go on falling
+
+
+def test_one_slow_round_in_a_new_context():
+    """Catches a hiccup at the first round of a longer text, from which several tokens look dear for good."""
+    costs = CostTable()
+    for _ in range(3):
+        for tokens in (1, 2, 4, 8):
+            costs.note(1, 100, tokens, 1.0 + 0.01 * tokens)
+    costs.note(1, 200, 1, 2.02)
+    costs.note(1, 200, 3, 5.0)
+    curve = costs.curve(1, 200, 8)
+    assert curve[1] == 2.02
+    assert curve[8] == pytest.approx(2.02 * 1.08 / 1.01)  # as in the shorter one
+    for _ in range(3):
+        costs.note(1, 200, 8, 3.0)
+    assert costs.curve(1, 200, 8)[8] == 3.0
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.floats(0.1, 9.0)), min_size=1, max_size=12, unique_by=lambda p: p[0]))

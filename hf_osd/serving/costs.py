@@ -5,14 +5,17 @@ from collections import deque
 from itertools import pairwise
 
 _RECENT = 9  # samples behind a figure: it follows the machine within a few rounds
+_FEW = 3  # samples from which on a figure counts more than one of another context
 
 
 class CostTable:
     """
     Seconds of a forward by batch size, context length and tokens fed.
 
-    What was measured is looked up; what lies between or beyond is a straight line through the nearest figures, which
-    the first round that trusts it corrects. Contexts are told apart by powers of two. Threads may share one.
+    What was measured is looked up; what lies between is a straight line through the nearest figures, what lies beyond
+    goes on as steeply as all of them do, and the first round that trusts it corrects it. Contexts are told apart by
+    powers of two; a new one begins with the shape of the nearest: a longer context makes every pass dearer alike.
+    Threads may share one.
     """
 
     def __init__(self) -> None:
@@ -44,8 +47,8 @@ class CostTable:
         key = (batch, context.bit_length(), longest)
         with self._lock:
             if key not in self._curves:
-                known = self._nearest(batch, context.bit_length())
-                if known is None:
+                known = self._known(batch, context.bit_length())
+                if not known:
                     return None
                 points = sorted(known.items())
                 self._curves[key] = [_interpolate(points, tokens) for tokens in range(longest + 1)]
@@ -54,11 +57,21 @@ class CostTable:
     def is_point(self, batch: int, context: int) -> bool:
         """Whether only one number of tokens was measured, which says nothing of others."""
         with self._lock:
-            return len(self._nearest(batch, context.bit_length()) or ()) == 1
+            return len(self._known(batch, context.bit_length())) == 1
 
-    def _nearest(self, batch: int, bucket: int) -> dict[int, float] | None:
-        buckets = [(abs(other - bucket), other) for rows, other in self._figures if rows == batch]
-        return self._figures[batch, min(buckets)[1]] if buckets else None
+    def _known(self, batch: int, bucket: int) -> dict[int, float]:
+        """Figures of the nearest context; of tokens that it has seldom seen, those of others at the same ratio."""
+        known: dict[int, float] = {}
+        trusted: set[int] = set()
+        for _, other in sorted((abs(other - bucket), other) for rows, other in self._figures if rows == batch):
+            figures, samples = self._figures[batch, other], self._samples[batch, other]
+            often = {tokens for tokens in figures if len(samples[tokens]) >= _FEW}
+            shared = trusted & often or known.keys() & figures.keys()
+            ratio = known[min(shared)] / figures[min(shared)] if shared else 1.0
+            new = {tokens for tokens in figures if tokens not in known} | (often - trusted)
+            known |= {tokens: ratio * figures[tokens] for tokens in new}
+            trusted |= often
+        return known
 
 
 def _interpolate(points: list[tuple[int, float]], tokens: int) -> float:
@@ -68,5 +81,5 @@ def _interpolate(points: list[tuple[int, float]], tokens: int) -> float:
     for (left, low), (right, high) in pairwise(points):
         if tokens <= right:
             return low + (high - low) * (tokens - left) / (right - left)
-    (left, low), (right, high) = points[-2:]
+    (left, low), (right, high) = points[0], points[-1]  # of all: the last figure may be of one round alone
     return high + max(high - low, 0.0) * (tokens - right) / (right - left)
