@@ -32,7 +32,8 @@ class OnlineStats:
         record_seconds (`float`): Part of it that recording took.
         learn_seconds (`float`): Wall time of training, without pauses: what learning has cost.
         saved_seconds (`float`): What it has won, as far as can be told: the passes of the target that were saved by
-            drafted tokens which the draft, as it was at first, would not have got right.
+            drafted tokens which the draft, as it was at first, would not have got right. 0 without the gate, which
+            alone judges the initial weights.
         learned_steps (`int`): Steps of the optimiser.
         learned_positions (`int`): Positions that these learned from, counted once a step.
     """
