@@ -1,5 +1,7 @@
 """The start of a draft in closed form."""
 
+from functools import partial
+
 import pytest
 import torch
 from fakes import ARCHITECTURES, VOCAB, tiny_model
@@ -44,9 +46,7 @@ def test_layers_are_fed_as_the_target_feeds_them(kind, layers, tmp_path):
     one = texts[0]
     ids = torch.cat((one.prompt_ids, one.output_ids))
     tap = StateTap.of(target, (4 - layers,))
-    with tap.reading() as found:
-        target(ids[None, :-1])
-    wanted = tap.joined(found)[0]
+    wanted = tap.read(partial(target, ids[None, :-1]))[1][0]
     before = (entering(draft, ids, one.states.float()) - wanted)[1:].pow(2).mean()
     assert start(draft, texts)
     after = (entering(draft, ids, one.states.float()) - wanted)[1:].pow(2).mean()
@@ -64,12 +64,11 @@ def test_solution_is_that_of_least_squares(tmp_path):
     tap = StateTap.of(target, (3,))
     for one in texts:
         ids = torch.cat((one.prompt_ids, one.output_ids))
-        with tap.reading() as found:
-            target(ids[None, :-1])
+        _, states = tap.read(partial(target, ids[None, :-1]))
         levels = one.states[:-1].float().chunk(len(draft.state_layers), -1)
         levels = [level / level.pow(2).mean(-1, True).sqrt() for level in levels]
         inputs.append(torch.cat([*levels, target.get_input_embeddings()(ids[1:-1])], dim=-1))
-        outputs.append(tap.joined(found)[0, 1:])
+        outputs.append(states[0, 1:])
     x, y = torch.cat(inputs), torch.cat(outputs)
     unit = inputs[0][:, -32:].pow(2).mean().sqrt()
     x[:, -32:] /= unit

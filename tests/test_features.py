@@ -31,9 +31,16 @@ def draft_for(target, **options):
 
 def states_of(target, ids, layers):
     tap = StateTap.of(target, layers)
-    with torch.no_grad(), tap.reading() as found:
-        target(ids)
-    return tap.joined(found)
+    with torch.no_grad():
+        return tap.read(lambda: target(ids))[1]
+
+
+def recorded(draft, target, count):
+    """What serving a batch of prompts leaves to learn from."""
+    config = OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100})
+    with OnlineAssistant(draft, target, config) as assistant:
+        hf_osd.generate(target, **prompts(count), online_assistant=assistant, **GREEDY)
+        return assistant._learner._loop.replay.observations()
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "mistral", "gemma3"])
@@ -159,9 +166,9 @@ def test_proposals_follow_from_the_true_states(batch, monkeypatch):
     assert len(seen) > 3
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 24), value=1)
     tap = StateTap.of(target, draft.state_layers)
-    with torch.no_grad(), tap.reading() as found:
-        target(out, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    states = tap.joined(found)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        _, states = tap.read(lambda: target(out, attention_mask=mask, position_ids=positions))
     for columns, positions, read in seen[1:]:  # the first is the draft's trial
         for row in range(batch):
             for place, column in enumerate(columns[row].tolist()):
@@ -198,10 +205,7 @@ def test_recorded_states_are_those_that_serving_read():
     """Catches states recorded a token off, or of columns that were rejected: learning would teach noise."""
     target = tiny_model(layers=4)
     draft = draft_for(target)
-    assistant = OnlineAssistant(draft, target, OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100}))
-    hf_osd.generate(target, **prompts(3), online_assistant=assistant, **GREEDY)
-    observations = assistant._learner._loop.replay.observations()
-    assistant.close()
+    observations = recorded(draft, target, 3)
     assert len(observations) == 3
     for observation in observations:
         ids = torch.cat((observation.prompt_ids, observation.output_ids))[None, :-1]
@@ -213,10 +217,7 @@ def test_states_that_are_not_kept_are_read_again():
     """Catches learning that stops where the memory for states is full, or after a restart."""
     target = tiny_model(layers=4)
     draft = draft_for(target)
-    assistant = OnlineAssistant(draft, target, OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100}))
-    hf_osd.generate(target, **prompts(2), online_assistant=assistant, **GREEDY)
-    observations = assistant._learner._loop.replay.observations()
-    assistant.close()
+    observations = recorded(draft, target, 2)
     collate = FeatureCollator(64, "all", draft)
     kept = collate(observations)
     for observation in observations:
@@ -231,10 +232,7 @@ def test_teacher_ids_are_places_in_the_vocabulary():
     """Catches a draft that is taught the token which stands at the place of another one."""
     target = tiny_model(layers=4)
     draft = draft_for(target)
-    assistant = OnlineAssistant(draft, target, OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100}))
-    hf_osd.generate(target, **prompts(2), online_assistant=assistant, **GREEDY)
-    observations = assistant._learner._loop.replay.observations()
-    assistant.close()
+    observations = recorded(draft, target, 2)
     batch = FeatureCollator(64, "all", draft)(observations)
     vocabulary = batch["vocabulary"].tolist()
     for row, observation in enumerate(observations):

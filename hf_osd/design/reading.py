@@ -73,10 +73,8 @@ def _run(
     ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)[:, :-1].to(target.device)
     if not state_layers:
         return target(ids, use_cache=False).logits, None
-    tap = StateTap.of(target, state_layers)
-    with tap.reading() as found:
-        logits = target(ids, use_cache=False).logits
-    return logits, tap.joined(found)
+    output, states = StateTap.of(target, state_layers).read(lambda: target(ids, use_cache=False))
+    return output.logits, states
 
 
 def _observation(

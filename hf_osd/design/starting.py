@@ -74,10 +74,8 @@ def _entering(target: Any, texts: Sequence[Observation], layer: int) -> tuple[to
     """Return embeddings of texts and the target's states after a layer, both `(batch, time, hidden)`."""
     ids = [torch.cat((text.prompt_ids, text.output_ids))[:-1] for text in texts]
     batch = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(target.device)  # on the right: nobody looks there
-    tap = StateTap.of(target, (layer,))
-    with tap.reading() as found:
-        target.get_decoder()(batch, use_cache=False)
-    return target.get_input_embeddings()(batch), tap.joined(found)
+    _, states = StateTap.of(target, (layer,)).read(lambda: target.get_decoder()(batch, use_cache=False))
+    return target.get_input_embeddings()(batch), states
 
 
 @dataclass(frozen=True, slots=True)

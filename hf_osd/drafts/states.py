@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,9 @@ Pass = dict[int, torch.Tensor]
 
 class StateTap:
     """
-    Reads a model's hidden states after some of its layers, in whatever forward runs inside of [`reading`].
+    Reads a model's hidden states after some of its layers, in whatever forward [`read`] runs.
 
-    Its hooks stay on the model, one for each layer, and do nothing outside of [`reading`]; other threads may run the
+    Its hooks stay on the model, one for each layer, and do nothing outside of [`read`]; other threads may run the
     model meanwhile.
 
     Args:
@@ -56,9 +56,23 @@ class StateTap:
                 taps[key] = cls(model, key)
             return taps[key]
 
+    def read(self, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+        """
+        Run one forward of the model.
+
+        Args:
+            forward (`Callable`): Runs it.
+
+        Returns:
+            `tuple[Any, torch.Tensor]`: What it returns, and the states side by side: `(batch, time, layers * hidden)`.
+        """
+        with self.reading() as found:
+            output = forward()
+        return output, torch.cat([found[layer] for layer in self.layers], dim=-1)
+
     @contextmanager
     def reading(self) -> Iterator[Pass]:
-        """Collect the states of the one forward that this thread runs inside; see [`joined`]."""
+        """Collect the states of the one forward that this thread runs inside, by layer."""
         thread = threading.get_ident()
         before = self._passes.get(thread)
         found = self._passes[thread] = {}
@@ -69,10 +83,6 @@ class StateTap:
                 del self._passes[thread]
             else:
                 self._passes[thread] = before
-
-    def joined(self, found: Pass) -> torch.Tensor:
-        """Return the states of a forward side by side: `(batch, time, layers * hidden)`."""
-        return torch.cat([found[layer] for layer in self.layers], dim=-1)
 
 
 class _Hook:

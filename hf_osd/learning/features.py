@@ -1,7 +1,7 @@
 """Recorded requests for a draft that reads its target's states: these states, and places in its vocabulary."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..drafts.states import StateTap
 from ..errors import ConfigError, LearningError
 from ..records import Observation
 from .collation import ObservationCollator
-from .forwards import Reader
+from .forwards import Reader, base_model
 
 OWN_STEPS = 1
 """Tokens that the training copy drafts from its own states behind each position, besides the first."""
@@ -40,12 +40,8 @@ def check_settings(config: OnlineConfig, draft: Any) -> None:
 
 def reader_of(model: Any, proposed: int | None = None) -> Reader:
     """Return what reads recorded requests for a draft; see [`~hf_osd.learning.forwards.Reader`]."""
-    unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
-    draft = unwrap() if callable(unwrap) else model
-    if not isinstance(draft, FeatureDraft):
-        return Reader.of(model, proposed)
-    plain = Reader.of(model, proposed)
-    return FeatureReader(plain.parameters, plain.known, None, draft)
+    draft, plain = base_model(model), Reader.of(model, proposed)
+    return FeatureReader(plain.parameters, plain.known, None, draft) if isinstance(draft, FeatureDraft) else plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,7 @@ class FeatureReader(Reader):
         draft (`FeatureDraft`): It, or a copy: they borrow the same.
     """
 
-    draft: Any = field(default=None, kw_only=False)
+    draft: Any = None
 
     def collator(self, max_length: int, positions: str) -> ObservationCollator:
         """See [`~hf_osd.learning.forwards.Reader.collator`]."""
@@ -137,6 +133,6 @@ def _read(draft: FeatureDraft, observation: Observation) -> torch.Tensor:
         raise LearningError("the target is gone, whose states the draft learns from")
     tap = StateTap.of(target, draft.state_layers)
     ids = torch.cat((observation.prompt_ids, observation.output_ids))[None, :-1].to(target.device)
-    with torch.autocast(target.device.type, enabled=False), tap.reading() as found:
-        target.get_decoder()(ids, use_cache=False)
-    return tap.joined(found)[0].to("cpu", torch.bfloat16)
+    with torch.autocast(target.device.type, enabled=False):
+        _, states = tap.read(lambda: target.get_decoder()(ids, use_cache=False))
+    return states[0].to("cpu", torch.bfloat16)

@@ -32,8 +32,7 @@ class Reader:
     @classmethod
     def of(cls, model: Any, proposed: int | None = None) -> "Reader":
         """Return the reader of a model."""
-        unwrap = getattr(model, "get_base_model", None)  # of a PEFT model
-        parameters = inspect.signature((unwrap() if callable(unwrap) else model).forward).parameters
+        parameters = inspect.signature(base_model(model).forward).parameters
         return cls(frozenset(parameters), vocabulary(model), proposed)
 
     def readable(self, ids: torch.Tensor) -> torch.Tensor:
@@ -92,6 +91,12 @@ class Reader:
         """
         logits: torch.Tensor = model(**self.options(inputs)).logits
         return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
+
+
+def base_model(model: Any) -> Any:
+    """Return the model inside of a PEFT model, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
 
 
 def vocabulary(model: Any) -> int:

@@ -3,7 +3,6 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,10 +117,9 @@ class Decoder(ABC):
     def _run(self, keep: int, **inputs: Any) -> Pass:
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
-        with self._states.reading() if self._states is not None else nullcontext({}) as found:
-            output: Any = self.model(**{**inputs, "use_cache": True, "return_dict": True})
+        forward = partial(self.model, **{**inputs, "use_cache": True, "return_dict": True})
+        output, states = self._states.read(forward) if self._states is not None else (forward(), None)
         self._first = False
-        states = self._states.joined(found) if self._states is not None else None
         logits = output.logits[:, -keep:].to(torch.float32)  # before any processor, as there
         return Pass(logits, states, cache_of(output))
 

@@ -1,12 +1,12 @@
 """The target's hidden states of one batch, column by column: written by its own passes, read by a draft."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..drafts.states import Pass, StateTap
+from ..drafts.states import StateTap
 from .transfer import upload
 
 
@@ -36,13 +36,9 @@ class TargetStates:
         self._columns = columns
         self._values = torch.empty(0)  # (batch, columns + 1, size): column c lies at c + 1
 
-    def reading(self) -> AbstractContextManager[Pass]:
-        """See [`~hf_osd.drafts.states.StateTap.reading`]."""
-        return self._tap.reading()
-
-    def joined(self, found: Pass) -> torch.Tensor:
-        """See [`~hf_osd.drafts.states.StateTap.joined`]."""
-        return self._tap.joined(found)
+    def read(self, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+        """See [`~hf_osd.drafts.states.StateTap.read`]; what it reads is kept by [`write`]."""
+        return self._tap.read(forward)
 
     def write(self, states: torch.Tensor, ends: Sequence[int]) -> None:
         """
