@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import hf_osd
 from hf_osd import ConfigError, OnlineAssistant, OnlineConfig, UnsupportedModelError
 from hf_osd.drafts.features import FeatureDraft
+from hf_osd.drafts.starting import solve
 from hf_osd.drafts.states import StateTap
 from hf_osd.learning.features import FeatureCollator, with_states
 from hf_osd.resolving import resolve_assistant
@@ -313,6 +314,24 @@ def test_auto_says_where_no_draft_can_be_made():
         OnlineAssistant("auto", tiny_model("mamba"))
     with pytest.raises(UnsupportedModelError, match="or 'auto', got 'gpt2': load it with"):
         OnlineAssistant("gpt2", tiny_model())
+
+
+def test_auto_is_solved_from_its_requests():
+    """Catches a cold draft that begins to learn by gradient alone, or that is begun anew with every update."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    config = OnlineConfig(update_every=4, steps_per_update=1, learning_rate=1e-9, gate=False)
+    with OnlineAssistant("auto", target, config) as assistant:
+        cold, solved = copy.deepcopy(assistant.draft), []
+        for turn in range(12):
+            hf_osd.generate(target, **prompts(1, seed=turn), online_assistant=assistant, **GREEDY)
+            solved.append(assistant.draft.config.solved)
+            if turn == 7:
+                seen = assistant._learner._loop.replay.observations()
+        assert assistant.stats().updates == 3
+        assert 0 < solved[3] < solved[7] == solved[11]
+        expected = {**cold.state_dict(), **solve(cold, seen[::-1])}
+        for name, value in assistant.draft.state_dict().items():
+            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_auto_does_not_keep_the_target_alive():

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..demo.output import try_output, writing
 from ..drafts.features import FeatureDraft, default_state_layers
+from ..drafts.starting import start
 from .candidates import Candidate, make_draft, promising, weigh
 from .costs import target_costs
 from .display import Display
@@ -23,7 +24,6 @@ from .requests import Request, template_tokens
 from .results import Design
 from .shards import Recording
 from .speed import PLAIN, Speed, measure_speeds
-from .starting import start
 from .vocabulary import most_used
 from .writing import end_tokens
 

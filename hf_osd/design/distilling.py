@@ -50,6 +50,7 @@ def distil(
     if not is_over(recipe, history):
         history = _train(draft, recording, held_out, folder, recipe, tell)
     draft.load_state_dict(load_file(folder / _BEST), strict=False)
+    draft.config.solved = None  # what it has learned is more than a solution
     return history
 
 

@@ -25,6 +25,8 @@ class FeatureDraftConfig(PreTrainedConfig):
             counted from 1; none for a draft that reads tokens alone.
         target (`str`, defaults to `""`): Hub id or folder of the target it was made for.
         general_tokens (`int`, defaults to 0): How many tokens it proposes from whatever the traffic.
+        solved (`int`, *optional*): Positions that the map in front of its layers was solved from, 0 for a cold draft;
+            see [`~hf_osd.drafts.starting.is_due`]. Defaults to `None`, for a draft that has been taught otherwise.
         online (`Mapping[str, Any]`, *optional*): Fields of [`~hf_osd.OnlineConfig`] that suit it, used where the user
             gives no config; defaults to [`LEARNING`].
     """
@@ -38,6 +40,7 @@ class FeatureDraftConfig(PreTrainedConfig):
         state_layers: Sequence[int] = (),
         target: str = "",
         general_tokens: int = 0,
+        solved: int | None = None,
         online: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -47,6 +50,7 @@ class FeatureDraftConfig(PreTrainedConfig):
         self.state_layers = list(state_layers)
         self.target = target
         self.general_tokens = general_tokens
+        self.solved = solved
         self.online = dict(LEARNING if online is None else online)
         super().__init__(**kwargs)
 

@@ -44,7 +44,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
     Example:
 
     ```python
-    >>> draft = FeatureDraft.of(target, state_layers=(3, 15, 27, 30))
+    >>> draft = FeatureDraft.of(target, state_layers=(3, 15, 29, 30))
     >>> draft.save_pretrained("draft")
     >>> AutoModelForCausalLM.from_pretrained("draft").borrow(target)
     ```
@@ -88,8 +88,8 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         Args:
             target (`PreTrainedModel`): A decoder-only model.
             layers (`int`, defaults to 1): Layers of the draft.
-            state_layers (`Sequence[int]`, *optional*): See [`FeatureDraftConfig`]; defaults to three spread over the
-                target and its last.
+            state_layers (`Sequence[int]`, *optional*): See [`FeatureDraftConfig`]; defaults to an early and a
+                middle one, and the last two.
             general (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that it always proposes from.
                 Defaults to the first 4,096, which are the most frequent pieces of a vocabulary made by merging.
 
@@ -102,7 +102,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         options: dict[str, Any] = {"target": target.config._name_or_path, "general_tokens": len(general)}
         try:
             body = _body_config(target, layers)
-            draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, **options))
+            draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, solved=0, **options))
             draft._start_from(target)
         except UnsupportedModelError:
             raise
@@ -336,9 +336,14 @@ def _seen_by_step(known: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def default_state_layers(target: PreTrainedModel) -> tuple[int, ...]:
-    """Return after which layers a draft reads its target: an early, a middle and a late one, and the last."""
+    """
+    Return after which layers a draft reads its target: an early and a middle one, and the last two.
+
+    The last but one is what a copy of the last layer reads in the target, so that what was recorded for a draft is
+    enough to solve for its start; see [`~hf_osd.drafts.starting.solve`].
+    """
     count = len(layers_of(target))
-    return tuple(sorted({layer for layer in (count // 10, count // 2, count - count // 10, count) if layer > 0}))
+    return tuple(sorted({layer for layer in (count // 10, count // 2, count - 1, count) if layer > 0}))
 
 
 def _body_config(target: PreTrainedModel, layers: int) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..config import OnlineConfig
 from ..drafts.features import FeatureDraft
+from ..drafts.starting import ONLINE_POSITIONS, is_due, solve
 from ..drafts.states import StateTap
 from ..errors import ConfigError, LearningError
 from ..records import Observation
@@ -18,7 +19,8 @@ from .forwards import Reader, base_model
 OWN_STEPS = 1
 """Tokens that the training copy drafts from its own states behind each position, besides the first."""
 
-_STEP_WEIGHT = 0.6  # of each of them in the loss, relative to the one before: the target rarely gets to judge it
+STEP_WEIGHT = 0.6
+"""Weight of each of them in the loss, relative to the one before: the target rarely gets to judge it."""
 
 
 def check_settings(config: OnlineConfig, draft: Any) -> None:
@@ -68,7 +70,7 @@ class FeatureReader(Reader):
         """See [`~hf_osd.learning.forwards.Reader.steps`]."""
         count = OWN_STEPS if self.draft.state_layers else 0
         logits = model(**self.options(inputs), own_steps=count).logits
-        weights = [_STEP_WEIGHT**step for step in range(count + 1)]
+        weights = [STEP_WEIGHT**step for step in range(count + 1)]
         return zip((weight / sum(weights) for weight in weights), logits if count else [logits], strict=True)
 
 
@@ -136,3 +138,22 @@ def _read(draft: FeatureDraft, observation: Observation) -> torch.Tensor:
     with torch.autocast(target.device.type, enabled=False):
         _, states = tap.read(lambda: target.get_decoder()(ids, use_cache=False))
     return states[0].to("cpu", torch.bfloat16)
+
+
+def solve_again(draft: Any, student: Any, observations: Sequence[Observation]) -> None:
+    """
+    Put a closed-form solution into the training copy of a draft that began cold, where one is due.
+
+    Args:
+        draft (`PreTrainedModel`): The live draft; see [`~hf_osd.drafts.starting.is_due`].
+        student ([`~hf_osd.learning.student.Student`]): Its training copy. One that trains an adapter stays as it is.
+        observations (`Sequence[Observation]`): What was recorded so far, the newest last.
+    """
+    positions = sum(len(one.prompt_ids) + len(one.output_ids) - 2 for one in observations)
+    if not isinstance(draft, FeatureDraft) or not is_due(draft.config.solved, positions):
+        return
+    draft.config.solved = positions
+    state = student.state()
+    found = solve(base_model(student.model), observations[::-1], ONLINE_POSITIONS)
+    if found.keys() <= state.keys():
+        student.load_state({**state, **found})

@@ -16,6 +16,7 @@ from ..precision import multiplies_bfloat16
 from ..records import Observation
 from . import identity
 from .budget import LearningBudget
+from .features import solve_again
 from .importing import import_distillation
 from .intake import usable
 from .journal import Journal
@@ -255,6 +256,7 @@ class TrainingLoop:
             if self._is_asked and not len(self.replay):
                 raise LearningError("no request has anything to learn from")
             if self._is_asked or (supervisor.is_due() and self.budget.allows_update()):
+                solve_again(self._draft, supervisor.student, self.replay.observations())
                 supervisor.begin_update()
                 return True
         self._rest()

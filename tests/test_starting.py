@@ -1,5 +1,6 @@
 """The start of a draft in closed form."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +10,8 @@ from fakes import ARCHITECTURES, VOCAB, tiny_model
 from hf_osd.design.judging import judge
 from hf_osd.design.recording import record
 from hf_osd.design.requests import Request
-from hf_osd.design.starting import start
 from hf_osd.drafts.features import FeatureDraft
+from hf_osd.drafts.starting import POSITIONS, is_due, solve, start
 from hf_osd.drafts.states import StateTap
 
 
@@ -53,27 +54,29 @@ def test_layers_are_fed_as_the_target_feeds_them(kind, layers, tmp_path):
     assert after < 0.3 * before
 
 
+@pytest.mark.parametrize("count", [20, 3])  # more positions than inputs, and fewer
 @torch.no_grad()
-def test_solution_is_that_of_least_squares(tmp_path):
-    """Catches normal equations that are added up wrongly: compares with the whole matrices."""
+def test_solution_is_that_of_least_squares(tmp_path, count):
+    """Catches equations that are added up wrongly, or a dual that is none: compares with the whole matrices."""
     target = tiny_model(layers=4, dtype=torch.float32)
     draft = FeatureDraft.of(target)
-    texts = recorded(target, tmp_path, draft, count=20)
+    texts = [replace(text, states=None) for text in recorded(target, tmp_path, draft, count)]
     assert start(draft, texts)
     inputs, outputs = [], []
-    tap = StateTap.of(target, (3,))
+    tap = StateTap.of(target, (*draft.state_layers, 3))
     for one in texts:
         ids = torch.cat((one.prompt_ids, one.output_ids))
-        _, states = tap.read(partial(target, ids[None, :-1]))
-        levels = one.states[:-1].float().chunk(len(draft.state_layers), -1)
+        *levels, wanted = tap.read(partial(target, ids[None, :-1]))[1][0].chunk(len(draft.state_layers) + 1, -1)
+        levels = [level[:-1] for level in levels]
         levels = [level / level.pow(2).mean(-1, True).sqrt() for level in levels]
         inputs.append(torch.cat([*levels, target.get_input_embeddings()(ids[1:-1])], dim=-1))
-        outputs.append(states[0, 1:])
+        outputs.append(wanted[1:])
     x, y = torch.cat(inputs), torch.cat(outputs)
     unit = inputs[0][:, -32:].pow(2).mean().sqrt()
     x[:, -32:] /= unit
     gram = x.T @ x
-    strength = 1e-2 * (50_000 / len(x)) ** 0.75
+    assert (len(x) > x.shape[1]) == (count == 20)
+    strength = 1e-2 * (POSITIONS / len(x)) ** 0.75
     solved = torch.linalg.solve(gram + strength * gram.diagonal().mean() * torch.eye(len(gram)), x.T @ y)
     torch.testing.assert_close(draft.from_states.weight, solved[:-32].T, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(draft.from_token.weight, solved[-32:].T / unit, atol=1e-3, rtol=1e-2)
@@ -103,3 +106,39 @@ def test_what_cannot_be_solved_is_left_alone(tmp_path):
         weights = {name: value.clone() for name, value in draft.state_dict().items()}
         assert not start(draft, recorded(target, tmp_path, draft, count=4))
         assert all(torch.equal(value, weights[name]) for name, value in draft.state_dict().items())
+
+
+def test_solving_changes_nothing(tmp_path):
+    """Catches a solution that touches the draft by itself, and a cold draft that is saved as another."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    draft = FeatureDraft.of(target)
+    weights = {name: value.clone() for name, value in draft.state_dict().items()}
+    texts = recorded(target, tmp_path, draft, count=4)
+    found = solve(draft, texts)
+    assert sorted(found) == ["from_self.weight", "from_states.weight", "from_token.weight"]
+    assert all(torch.equal(value, weights[name]) for name, value in draft.state_dict().items())
+    draft.save_pretrained(tmp_path / "draft")
+    assert FeatureDraft.from_pretrained(tmp_path / "draft").config.solved == 0
+
+
+def test_solutions_become_rare_and_end():
+    """Catches a draft that is solved for with every update, or for ever, or one that was distilled and is set back."""
+    solved, due = 0, []
+    for positions in range(0, 40_000, 500):
+        if is_due(solved, positions):
+            solved = positions
+            due.append(positions)
+    assert due == [500, 1000, 2000, 4000, 8000, 16000]
+    assert not is_due(None, 10_000)
+
+
+@torch.no_grad()
+def test_recorded_states_are_enough(tmp_path, monkeypatch):
+    """Catches a solution that has the target read again what is recorded, or that takes another layer for wanted."""
+    target = tiny_model(layers=6, dtype=torch.float32)
+    draft = FeatureDraft.of(target)
+    texts = recorded(target, tmp_path, draft, count=20)
+    expected = solve(draft, [replace(text, states=None) for text in texts])
+    monkeypatch.setattr(StateTap, "read", None)
+    for name, value in solve(draft, texts).items():
+        torch.testing.assert_close(value, expected[name], atol=2e-2, rtol=0.1)
