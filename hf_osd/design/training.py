@@ -6,12 +6,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import OnlineConfig
 from ..learning.distillation import OnlineGKDTrainer
+from ..learning.features import OWN_STEPS, STEP_WEIGHT
 from ..records import Observation
+from .averaging import Average
 from .batches import Batches
 from .history import Evaluation, evaluations_in, is_over
 from .judging import Quality
@@ -21,6 +25,7 @@ from .shards import Recording
 
 _NEVER = 2**31 - 1
 _LONGEST_TEXT = 2**24
+_SHARED = ("vocabulary", "positions")  # of a batch, by all of its rows
 
 
 class Undisturbed:
@@ -35,16 +40,18 @@ class OfflineCallback(TrainerCallback):
     """
     Ends a training when its time is over, or when it gets no better; evaluates and saves it on the way.
 
-    Evaluations lie in the trainer's log, which its checkpoints hold. With several processes, the first one judges and
-    looks at the clock, and all go by what it says.
+    What is evaluated is an average of the weights so far. Evaluations lie in the trainer's log, which its checkpoints
+    hold. With several processes, the first one judges and looks at the clock, and all go by what it says.
 
     Args:
         recipe (`Recipe`): How long, and how often.
-        evaluate (`Callable[[], Quality]`): Judges the weights as they are.
-        note (`Callable[[list[Evaluation]], object]`): Told of all evaluations so far, in the first process.
+        evaluate (`Callable[[], Quality]`): Judges the averaged weights, which are the model's meanwhile.
+        note (`Callable[[list[Evaluation]], object]`): Told of all evaluations so far, in the first process; the
+            weights are still the averaged ones.
     """
 
     trainer: "OfflineTrainer"
+    _average: Average
 
     def __init__(
         self, recipe: Recipe, evaluate: Callable[[], Quality], note: Callable[[list[Evaluation]], object]
@@ -59,6 +66,10 @@ class OfflineCallback(TrainerCallback):
         known = evaluations_in(state.log_history)
         self._before = 60 * known[-1].minutes if known else 0.0
         self._began = perf_counter()
+        trained: Any = self.trainer.model
+        self._average = Average([weight for weight in trained.parameters() if weight.requires_grad])
+        if known:
+            self._average.load(_checkpoint(args, state))
         self.progress = self._agreed(state.global_step)
         if not known:
             self._look(state)
@@ -66,6 +77,7 @@ class OfflineCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate and save where it is time for it, and end."""
         self.trainer.take_positions()
+        self._average.update()
         before, self.progress = self.progress, self._agreed(state.global_step)
         marks = self._recipe.evaluations
         if int(self.progress * marks) > int(before * marks):
@@ -73,13 +85,19 @@ class OfflineCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = is_over(self._recipe, evaluations_in(state.log_history))
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Add the average to a checkpoint."""
+        if state.is_world_process_zero:
+            self._average.save(_checkpoint(args, state))
+
     def _look(self, state: TrainerState) -> None:
         loss = self.trainer.take_mean_loss() if state.global_step else None
-        quality = self._evaluate() if state.is_world_process_zero else None
-        found: Evaluation = shared(quality and Evaluation(state.global_step, self._seconds() / 60, loss, quality))
-        self.trainer.log(found.to_dict())
-        if state.is_world_process_zero:
-            self._note(evaluations_in(state.log_history))
+        with self._average.in_place():
+            quality = self._evaluate() if state.is_world_process_zero else None
+            found: Evaluation = shared(quality and Evaluation(state.global_step, self._seconds() / 60, loss, quality))
+            self.trainer.log(found.to_dict())
+            if state.is_world_process_zero:
+                self._note(evaluations_in(state.log_history))
 
     def _agreed(self, step: int) -> float:
         return float(shared(self._recipe.progress(step, self._seconds())))
@@ -88,9 +106,16 @@ class OfflineCallback(TrainerCallback):
         return self._before + perf_counter() - self._began
 
 
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
 class OfflineTrainer(OnlineGKDTrainer):
     """
     [`~hf_osd.learning.distillation.OnlineGKDTrainer`] over texts that are all there.
+
+    Only a random half of a batch goes on from the draft's own states, which costs as much as another pass: a text more
+    teaches more than a second token behind each position.
 
     Args:
         model (`PreTrainedModel`): Training copy of the draft, float32.
@@ -130,6 +155,34 @@ class OfflineTrainer(OnlineGKDTrainer):
         """Return the next batch of this process."""
         number = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         return [self._recording[text] for text in self._batches[number]]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """See [`~hf_osd.learning.distillation.OnlineGKDTrainer.compute_loss`]."""
+        if "states" not in inputs or return_outputs or len(inputs["input_ids"]) < 2:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        divergences: list[list[torch.Tensor]] = [[] for _ in range(OWN_STEPS + 1)]
+        for rows, own_steps in self._halves(len(inputs["input_ids"])):
+            part = {name: inputs[name] if name in _SHARED else inputs[name][rows] for name in inputs}
+            logits = model(**self._reader.options(part), own_steps=own_steps).logits
+            for step, scores in enumerate(logits if own_steps else logits[None]):
+                divergences[step].append(self._divergence(scores[part["learn_mask"]].float(), part))
+        weights = [STEP_WEIGHT**step for step in range(OWN_STEPS + 1)]
+        means = [torch.cat(found).sum() / max(sum(map(len, found)), 1) for found in divergences]
+        loss = torch.stack(means) @ torch.tensor(weights, device=self.args.device) / sum(weights)
+        self._loss_sum += loss.detach()
+        return loss
+
+    def _halves(self, rows: int) -> list[tuple[torch.Tensor, int]]:
+        """Return rows that are drafted for once, and rows that go on from the draft's own states."""
+        chance = torch.Generator().manual_seed(hash((self._recipe.seed, self.state.global_step)))
+        order = torch.randperm(rows, generator=chance)
+        return [(order[rows // 2 :], 0), (order[: rows // 2], OWN_STEPS)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Give every weight the rate of the recipe."""
