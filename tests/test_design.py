@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import hf_osd
 from hf_osd.cli.app import app
 from hf_osd.demo.environment import quiet
+from hf_osd.design.blueprints import Blueprint
 from hf_osd.design.candidates import Candidate, promising
 from hf_osd.design.command import DesignCommand
 from hf_osd.design.designing import design_draft
@@ -28,6 +29,7 @@ from hf_osd.design.recipe import Recipe
 from hf_osd.design.vocabulary import most_used
 from hf_osd.errors import ConfigError, InputError, PromptSourceError, UnsupportedModelError
 
+NAMES = {"1-layer", "2-layer", "1-layer-24-wide", "1-layer-tokens", "2-layer-tokens"}
 RECIPE = Recipe(steps=30, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=300, evaluations=3)
 _SEVERAL = """
 import sys
@@ -106,7 +108,7 @@ def test_the_card_says_how_it_was_made(made):
     assert card.count(f"| {design.histories[design.chosen][-1].step} |") >= 1
     facts = json.loads((folder / "design.json").read_text())
     assert facts["data"]["texts"] + facts["data"]["held_out"] == 64
-    assert {one["name"] for one in facts["candidates"]} == {"1-layer", "2-layer"}
+    assert {one["name"] for one in facts["candidates"]} == NAMES
     assert (folder / "frontier.png").stat().st_size > 1000
 
 
@@ -184,9 +186,12 @@ def test_vocabulary_is_what_is_used_most():
 
 def test_candidates_that_cannot_catch_up_are_not_distilled():
     """Catches minutes that go into a draft that is too slow, and more than two of them."""
-    found = [Candidate(layers, 0.001, speedup) for layers, speedup in ((1, 2.0), (2, 1.99), (3, 1.98), (4, 1.5))]
-    assert [one.layers for one in promising(found)] == [1, 2]
-    assert [one.layers for one in promising([found[0], found[3]])] == [1]
+    found = [
+        Candidate(Blueprint((1,) * depth), 0.001, speedup)
+        for depth, speedup in ((1, 2.0), (2, 1.99), (3, 1.98), (4, 1.5))
+    ]
+    assert promising(found) == found[:2]
+    assert promising([found[0], found[3]]) == found[:1]
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..drafts.features import FeatureDraft
 from ..drafts.prediction import predict
 from ..drafts.profiles import Profile
+from ..records import Observation
+from .blueprints import Blueprint, make_draft
 from .costs import context_for, step_seconds
 
-LAYERS = (1, 2)
-"""Layers of the drafts that are considered."""
-
-_HOPED = 0.5  # acceptance of a draft of one layer, such as SmolLM2's reaches in twenty minutes
+_HOPED = 0.5  # acceptance of a draft of one layer that reads states, such as SmolLM2's reaches in twenty minutes
+_HOPED_OF_TOKENS = 0.2  # of one that reads tokens alone, after as long
 _FEWER_MISSES = 0.05  # share of the refused tokens that each further layer is expected to get right
+_MORE_MISSES = 0.05  # share of the accepted tokens that half of the neurons are expected to lose
 _CLOSE = 0.97  # of the best promise: what is below cannot be expected to catch up
 _MOST = 2  # drafts that are distilled
 
@@ -26,30 +26,27 @@ class Candidate:
     A draft that may be distilled.
 
     Attributes:
-        layers (`int`): Its layers.
+        blueprint ([`~hf_osd.design.blueprints.Blueprint`]): What it is made of.
         step_seconds (`float`): Measured time to propose a token.
         speedup (`float`): Over plain decoding at the acceptance that is hoped for.
     """
 
-    layers: int
+    blueprint: Blueprint
     step_seconds: float
     speedup: float
 
     @property
     def name(self) -> str:
         """What tables and folders call it."""
-        return f"{self.layers}-layer"
-
-
-def make_draft(target: PreTrainedModel, layers: int, general: torch.Tensor) -> FeatureDraft:
-    """Return a cold draft; the same every time, without touching the global random state."""
-    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return FeatureDraft.of(target, layers=layers, general=general)
+        return self.blueprint.name
 
 
 def weigh(
-    target: PreTrainedModel, costs: Profile, general: torch.Tensor, depths: Sequence[int] = LAYERS
+    target: PreTrainedModel,
+    costs: Profile,
+    general: torch.Tensor,
+    blueprints: Sequence[Blueprint],
+    texts: Sequence[Observation] = (),
 ) -> list[Candidate]:
     """
     Measure what drafts cost, and predict what each would be worth if it learned as well as may be hoped.
@@ -58,20 +55,25 @@ def weigh(
         target (`PreTrainedModel`): The target.
         costs ([`~hf_osd.drafts.profiles.Profile`]): Of its passes.
         general (`torch.LongTensor` of shape `(tokens,)`): Tokens that the drafts propose from.
-        depths (`Sequence[int]`, defaults to `(1, 2)`): Their layers; those that the target itself does not have are
-            left out.
+        blueprints (`Sequence[Blueprint]`): The drafts; at least one.
+        texts (`Sequence[Observation]`, defaults to `()`): See [`~hf_osd.design.blueprints.make_draft`].
 
     Returns:
         `list[Candidate]`: The most promising one first.
     """
-    most = target.config.get_text_config(decoder=True).num_hidden_layers
     found = []
-    for layers in [depth for depth in depths if depth < most] or [1]:
-        seconds = step_seconds(make_draft(target, layers, general))
-        hoped = 1 - (1 - _HOPED) * (1 - _FEWER_MISSES) ** (layers - 1)
-        promise = predict(costs, seconds, hoped, context=context_for(target))
-        found.append(Candidate(layers, seconds, promise.speedup))
+    for one in blueprints:
+        seconds = step_seconds(make_draft(target, one, general, texts))
+        promise = predict(costs, seconds, _hoped(one), context=context_for(target))
+        found.append(Candidate(one, seconds, promise.speedup))
     return sorted(found, key=lambda candidate: -candidate.speedup)
+
+
+def _hoped(one: Blueprint) -> float:
+    """Return the acceptance that a draft may be hoped to reach, by what SmolLM2's did; see `docs/design.md`."""
+    shallow = _HOPED if one.state_layers else _HOPED_OF_TOKENS
+    deep = 1 - (1 - shallow) * (1 - _FEWER_MISSES) ** (len(one.layers) - 1)
+    return deep if one.width is None else deep * (1 - _MORE_MISSES)
 
 
 def promising(candidates: Sequence[Candidate]) -> list[Candidate]:

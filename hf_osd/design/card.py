@@ -17,9 +17,9 @@ library_name: transformers
 
 It proposes tokens, which `{target}` checks, several in one pass: the output is that model's own, and comes faster.
 
-It is a `FeatureDraft` of hf_osd: {layers} behind a map of the target's hidden states after layers {states}, with
-{parameters:.1f}M parameters. Embedding and output head are the target's, borrowed where they lie: nothing of them is
-in this folder, and without its target the draft is of no use.
+It is a `FeatureDraft` of hf_osd, with {parameters:.1f}M parameters: {layers}, reading {reads}.
+Embedding and output head are the target's, borrowed where they lie: nothing of them is in this folder, and without its
+target the draft is of no use.
 
 ```python
 import hf_osd
@@ -84,7 +84,7 @@ def write_card(folder: Path, facts: dict[str, Any], history: Sequence[Evaluation
         folder=folder.name,
         layers="one layer" if draft["layers"] == 1 else f"{draft['layers']} layers",
         parameters=draft["parameters"] / 1e6,
-        states=_joined(draft["state_layers"]),
+        reads=_reads(draft["state_layers"]),
         command=facts["command"],
         facts="\n".join(f"| {name} | {value} |" for name, value in _about(facts)),
         history=_history(history),
@@ -133,6 +133,12 @@ def _speeds(facts: dict[str, Any]) -> str:
     rows = ["| | tokens per second | over plain |", "|---|---|---|"]
     rows += [f"| {name} | {rate:.1f} | {rate / rates['plain']:.2f} |" for name, rate in rates.items()]
     return "\n".join(rows)
+
+
+def _reads(state_layers: Sequence[int]) -> str:
+    if not state_layers:
+        return "tokens alone"
+    return f"the target's hidden states after layers {_joined(state_layers)} through a map in front"
 
 
 def _joined(numbers: Sequence[int]) -> str:

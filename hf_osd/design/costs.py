@@ -1,6 +1,6 @@
 """What it costs a draft to propose a token, as serving does it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,23 +25,24 @@ def context_for(model: PreTrainedModel) -> int:
     return max(1, min(CONTEXT, positions - _ROOM))
 
 
-def target_costs(target: PreTrainedModel) -> Profile:
-    """Measure the target's passes over one row, at every length that a check may have."""
-    return profile(target, batches=(1,), contexts=(context_for(target),))
+def target_costs(target: PreTrainedModel, batches: Sequence[int] = (1,)) -> Profile:
+    """Measure the target's passes over some rows, at every length that a check may have."""
+    return profile(target, batches=batches, contexts=(context_for(target),))
 
 
 @torch.no_grad()
-def step_seconds(draft: FeatureDraft) -> float:
+def step_seconds(draft: FeatureDraft, batch: int = 1) -> float:
     """
     Measure what a token of a proposal costs: a step of the draft, its head and the choice.
 
     Args:
         draft (`FeatureDraft`): A draft that borrows from its target.
+        batch (`int`, defaults to 1): Rows that a token is proposed for.
     """
     target = draft.target
     assert target is not None
     proposals, contexts = _proposals(draft, target), (context_for(target),)
-    costs = profile(proposals, batches=(1,), contexts=contexts, lengths=(_CHAIN,), device=draft.device)
+    costs = profile(proposals, batches=(batch,), contexts=contexts, lengths=(_CHAIN,), device=draft.device)
     return costs.costs[0].seconds / _CHAIN
 
 

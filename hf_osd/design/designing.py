@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..demo.output import try_output, writing
 from ..drafts.features import FeatureDraft, default_state_layers
 from ..drafts.starting import start
-from .candidates import Candidate, make_draft, promising, weigh
+from ..drafts.states import layers_of
+from .blueprints import Blueprint, blueprints, make_draft, settled
+from .candidates import Candidate, promising, weigh
 from .costs import target_costs
 from .display import Display
 from .distilling import distil
@@ -48,8 +50,9 @@ def design_draft(
     """
     Make a draft for a decoder-only target, offline, and write it to a folder.
 
-    The draft reads the target's hidden states, borrows its embedding and output head, and proposes from the tokens
-    that are used most. Its layers start as copies of the target's last ones. A run that is cut off goes on where it
+    The draft borrows the target's embedding and output head, and proposes from the tokens that are used most. Whether
+    it reads the target's hidden states or tokens alone, how many layers it has and how wide they are follows from what
+    a token costs here. Its layers start as copies of the target's. A run that is cut off goes on where it
     was when it is called again with the same arguments.
 
     Args:
@@ -84,7 +87,8 @@ def design_draft(
     """
     folder, recipe = Path(output), recipe or Recipe()
     try_output(folder)
-    make_draft(target, 1, torch.arange(1))  # refuses what no draft can be made of, before the work
+    simplest = Blueprint((len(layers_of(target)) - 1,))
+    make_draft(target, simplest, torch.arange(1))  # refuses what no draft can be made of, before the work
     designer = _Designer(target, tokenizer, folder / WORK, recipe, Display(console if is_first() else None))
     design = designer.run(prompts, texts, command)
     if is_first():
@@ -112,11 +116,11 @@ class _Designer:
         held_out = self._record("prompts to judge by", material.held_out)
         learned = self._record("texts to learn from", material.learned)
         general = self._general(learned)
-        costs, candidates = shared(self._weigh(general) if is_first() else None)
+        costs, candidates = shared(self._weigh(general, learned) if is_first() else None)
         drafts, histories = {}, {}
         worth_it = promising(candidates)
         for one in worth_it:
-            draft = self._started(make_draft(self._target, one.layers, general), one, learned)
+            draft = self._started(one, general, learned)
             histories[one.name] = self._distil(one, draft, learned, held_out, self._recipe.shared(len(worth_it)))
             drafts[one.name] = draft
         speeds = shared(self._measure(drafts, material.held_out) if is_first() else None)
@@ -150,9 +154,9 @@ class _Designer:
         always = {*end_tokens(self._target), *template_tokens(self._tokenizer)}
         return most_used(learned, self._target.config.get_text_config(decoder=True).vocab_size, always)
 
-    def _weigh(self, general: torch.Tensor) -> tuple[object, list[Candidate]]:
+    def _weigh(self, general: torch.Tensor, learned: Recording) -> tuple[object, list[Candidate]]:
         costs = target_costs(self._target)
-        candidates = weigh(self._target, costs, general)
+        candidates = weigh(self._target, costs, general, blueprints(self._target), learned)
         for one in candidates:
             self._display.say(
                 f"{one.name}: {1e3 * one.step_seconds:.2f} ms a token, {one.speedup:.2f} times plain decoding if it "
@@ -160,15 +164,18 @@ class _Designer:
             )
         return costs, candidates
 
-    def _started(self, draft: FeatureDraft, candidate: Candidate, learned: Recording) -> FeatureDraft:
-        """Start a draft in closed form, or as an earlier run did."""
+    def _started(self, candidate: Candidate, general: torch.Tensor, learned: Recording) -> FeatureDraft:
+        """Make a draft that starts in closed form, or as an earlier run's did."""
         path = self._place(candidate, learned) / "start.safetensors"
         with first_alone():
             if not path.is_file():
+                made = settled(self._target, candidate.blueprint, learned)
+                draft = make_draft(self._target, made, general, learned)
                 start(draft, learned)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({name: weight.contiguous() for name, weight in draft.state_dict().items()}, path)
-            draft.load_state_dict(load_file(path))
+        draft = make_draft(self._target, candidate.blueprint, general, learned)
+        draft.load_state_dict(load_file(path))
         return draft
 
     def _distil(

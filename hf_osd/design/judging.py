@@ -60,7 +60,10 @@ def _hits(draft: FeatureDraft, answer: Observation) -> torch.Tensor:
     device = next(draft.parameters()).device
     inputs = {name: value.to(device) for name, value in collate([answer]).items()}
     inputs["vocabulary"] = draft.vocabulary.tokens(answer.prompt_ids.tolist()).to(device)
-    logits = draft(**reader.options(inputs), own_steps=LONGEST_CHAIN - 1).logits[:, 0]
+    # A draft that reads tokens alone goes on from a right token as it would from the text.
+    own_steps = LONGEST_CHAIN - 1 if draft.state_layers else 0
+    logits = draft(**reader.options(inputs), own_steps=own_steps).logits
+    logits = logits[:, 0] if own_steps else logits.expand(LONGEST_CHAIN, -1, -1)
     said: torch.Tensor = inputs["vocabulary"][logits.argmax(-1)].cpu()
     return said == answer.output_ids
 

@@ -79,6 +79,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         target: PreTrainedModel,
         *,
         layers: int = 1,
+        source: PreTrainedModel | None = None,
         state_layers: Sequence[int] | None = None,
         general: torch.Tensor | None = None,
     ) -> "FeatureDraft":
@@ -88,6 +89,8 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         Args:
             target (`PreTrainedModel`): A decoder-only model.
             layers (`int`, defaults to 1): Layers of the draft.
+            source (`PreTrainedModel`, *optional*): Whose last layers are copied: a model of the target's class, such
+                as [`~hf_osd.drafts.pruning.prune`] makes. Defaults to the target.
             state_layers (`Sequence[int]`, *optional*): See [`FeatureDraftConfig`]; defaults to an early and a
                 middle one, and the last two.
             general (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that it always proposes from.
@@ -101,9 +104,9 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             general = torch.arange(min(_GENERAL, target.config.get_text_config(decoder=True).vocab_size))
         options: dict[str, Any] = {"target": target.config._name_or_path, "general_tokens": len(general)}
         try:
-            body = _body_config(target, layers)
+            body = _body_config(source or target, layers)
             draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, solved=0, **options))
-            draft._start_from(target)
+            draft._start_from(source or target)
         except UnsupportedModelError:
             raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # any architecture in its own way
@@ -117,13 +120,13 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         return draft.borrow(target)
 
     @torch.no_grad()
-    def _start_from(self, target: PreTrainedModel) -> None:
-        stack, own = layers_of(target), self.body.state_dict()
+    def _start_from(self, source: PreTrainedModel) -> None:
+        stack, own = layers_of(source), self.body.state_dict()
         layers = next(m for m in self.body.modules() if isinstance(m, nn.ModuleList))
-        rest = {name: value for name, value in decoder_of(target).state_dict().items() if name in own}
+        rest = {name: value for name, value in decoder_of(source).state_dict().items() if name in own}
         self.body.load_state_dict({**own, **{n: v for n, v in rest.items() if v.shape == own[n].shape}})
-        for layer, source in zip(layers, stack[len(stack) - len(layers) :], strict=True):
-            layer.load_state_dict(source.state_dict())
+        for layer, copied in zip(layers, stack[len(stack) - len(layers) :], strict=True):
+            layer.load_state_dict(copied.state_dict())
         if self.config.state_layers:
             hidden = self.from_token.weight.shape[0]
             self.from_states.weight.mul_(0.1)[:, -hidden:] += _STATES_SHARE * torch.eye(hidden)
@@ -264,8 +267,8 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         """
         cache = cache_of({"past_key_values": past_key_values, **others})
         if own_steps:
-            steps = torch.stack(self._unrolled(input_ids, states, attention_mask, position_ids, own_steps))
-            return _output(nn.functional.linear(steps[:, :, -logits_to_keep:], *self.head_of(vocabulary)))
+            steps = self._unrolled(input_ids, states, attention_mask, position_ids, own_steps, logits_to_keep)
+            return _output(nn.functional.linear(torch.stack(steps), *self.head_of(vocabulary)))
         embeds = self._embed(input_ids, states, own_states)
         hidden, cache = self._run(embeds, attention_mask, position_ids, cache, bool(use_cache))
         logits = nn.functional.linear(hidden[:, -logits_to_keep:], *self.head_of(vocabulary))
@@ -285,22 +288,28 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         mask: torch.Tensor | None,
         positions: torch.Tensor | None,
         own_steps: int,
+        keep: int,
     ) -> list[torch.Tensor]:
         """
-        Run as a proposal does, behind every position at once: `(batch, time, hidden)` for each of its tokens.
+        Run as a proposal does, behind each of the last `keep` positions at once: `(batch, keep, hidden)` by step.
 
         The token of step s reads the target's states up to s positions before it, and the draft's own behind: EAGLE-3
-        calls it training-time test. All steps share one cache, and masks pick from it what each would have seen.
+        calls it training-time test. All steps share one cache, and masks pick from it what each would have seen. The
+        positions before, such as a prompt's, are read by the first step alone.
         """
         known = torch.ones_like(input_ids) if mask is None else mask
         positions = (known.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
         cache = DynamicCache(config=self.config.text_config)
+        width, keep = input_ids.shape[1], keep or input_ids.shape[1]
+        last = min(width, keep + own_steps - 1)  # a step goes on from the one before it, a position earlier
         hidden: list[torch.Tensor] = []
         for step in range(own_steps + 1):
-            own = nn.functional.pad(hidden[-1], (0, 0, 1, 0))[:, :-1] if step else None
-            seen = self._as_mask(_seen_by_step(known.bool(), step))
-            hidden.append(self._run(self._embed(input_ids, states, own), seen, positions, cache, True)[0])
-        return hidden
+            count = last if step else width
+            own = nn.functional.pad(hidden[-1], (0, 0, 1, 0))[:, -count - 1 : -1] if step else None
+            seen = self._as_mask(_seen_by_step(known.bool(), step, last))
+            embeds = self._embed(input_ids[:, -count:], states, own)
+            hidden.append(self._run(embeds, seen, positions[:, -count:], cache, True)[0])
+        return [states_of_step[:, -keep:] for states_of_step in hidden]
 
     def _as_mask(self, seen: torch.Tensor) -> torch.Tensor:
         if attention_implementation(self.body) != "eager":
@@ -316,22 +325,26 @@ def _output(
     return CausalLMOutputWithPast(logits=logits, hidden_states=states, **cache_argument((), cache))
 
 
-def _seen_by_step(known: torch.Tensor, step: int) -> torch.Tensor:
+def _seen_by_step(known: torch.Tensor, step: int, last: int) -> torch.Tensor:
     """
     Say which keys a step of [`FeatureDraft._unrolled`] looks at.
 
     Args:
         known (`torch.BoolTensor` of shape `(batch, time)`): False where a row is padded.
-        step (`int`): Keys of this step and of all before it are in the cache, `time` each.
+        step (`int`): Keys of this step and of all before it are in the cache: `time` of the first, `last` of others.
+        last (`int`): Positions, from the end, of the steps behind the first.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, 1, time, (step + 1) * time)`.
+        `torch.BoolTensor` of shape `(batch, 1, queries, time + step * last)`.
     """
     place = torch.arange(known.shape[1], device=known.device)
-    distance = place[:, None] - place  # from the query back to the key
-    blocks = [distance >= step, *(distance == step - later for later in range(1, step + 1))]
-    seen = torch.cat(blocks, dim=1) & known.repeat(1, step + 1)[:, None, :]
-    itself = torch.cat([torch.zeros_like(distance, dtype=torch.bool)] * step + [distance == 0], dim=1)
+    late = place[-last:]
+    queries = late if step else place
+    distance = queries[:, None] - late  # from the query back to the key
+    blocks = [queries[:, None] - place >= step, *(distance == step - later for later in range(1, step + 1))]
+    seen = torch.cat(blocks, dim=1) & torch.cat([known, *[known[:, -last:]] * step], dim=1)[:, None, :]
+    itself = torch.eye(len(queries), dtype=torch.bool, device=known.device)  # the newest keys are the queries' own
+    itself = nn.functional.pad(itself, (seen.shape[-1] - len(queries), 0))
     return (seen | itself)[:, None]  # padding sees itself, for a row without keys would turn into nan
 
 

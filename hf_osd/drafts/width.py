@@ -48,7 +48,7 @@ def narrow(draft: PreTrainedModel, width: int, observations: Sequence[Observatio
     """
     if find_spec("torch_pruning") is None:
         raise MissingDependencyError('a narrower draft needs torch-pruning: pip install "hf-osd[prune]"')
-    name, full = _configured_width(draft)
+    name, full = _width_field(draft)
     if not 1 <= width <= full:
         raise InputError(f"width must be in [1, {full}], got {shown(width)}")
     if not observations:
@@ -64,7 +64,17 @@ def narrow(draft: PreTrainedModel, width: int, observations: Sequence[Observatio
     return draft
 
 
-def _configured_width(draft: PreTrainedModel) -> tuple[str, int]:
+def configured_width(model: PreTrainedModel) -> int:
+    """
+    Return how many neurons each feed-forward part of a model has.
+
+    Raises:
+        UnsupportedModelError: Its configuration cannot say.
+    """
+    return _width_field(model)[1]
+
+
+def _width_field(draft: PreTrainedModel) -> tuple[str, int]:
     config = draft.config
     name = next((name for name in _WIDTHS if hasattr(config, name)), None)
     if name is None:
