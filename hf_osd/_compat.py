@@ -1,9 +1,12 @@
 """The one place that leans on what transformers does not promise, each with the version and the way out."""
 
 import copy
+import functools
 import inspect
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -24,6 +27,7 @@ from transformers.generation.utils import (
     MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
     GenerationMixin,
 )
+from transformers.integrations import sdpa_attention
 
 from .errors import UnsupportedGenerationError
 
@@ -202,6 +206,44 @@ def is_offloaded(model: Any) -> bool:
 def _hooks(module: Any) -> Sequence[Any]:
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
+
+
+class _Grouped(threading.local):
+    """Whether attention in this thread reads keys that several heads share where they lie."""
+
+    on = False
+
+
+_grouped = _Grouped()
+
+
+@contextmanager
+def grouped_attention(device: torch.device) -> Iterator[None]:
+    """
+    Let heads that share keys read them where they lie, on a CPU.
+
+    Where there is a mask, transformers copies keys and values for each head, since CUDA's fast kernels want it (5.17
+    to 5.24). A CPU's do not: a pass of several tokens takes a tenth less.
+    """
+    before, _grouped.on = _grouped.on, device.type == "cpu"
+    if _grouped.on:
+        _install()
+    try:
+        yield
+    finally:
+        _grouped.on = before
+
+
+def _install() -> None:
+    decides: Callable[..., bool] | None = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+    if decides is None or hasattr(decides, "__wrapped__"):
+        return
+
+    @functools.wraps(decides)
+    def decide(*given: Any, **named: Any) -> bool:
+        return _grouped.on or decides(*given, **named)
+
+    sdpa_attention.use_gqa_in_sdpa = decide
 
 
 class _WindowLayer(DynamicSlidingWindowLayer):

@@ -291,6 +291,8 @@ class OnlineAssistant:
             "accepted_tokens": counts.accepted,
             "lookup_tokens": counts.guessed,
             "accepted_lookup_tokens": counts.guessed_right,
+            "accepted_other_tokens": counts.others_right,
+            "submitted_tokens": engine.submitted,
             "decode_seconds": seconds,
             **{f"{stage}_seconds": stages[stage] for stage in STAGES},
         }

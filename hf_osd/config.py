@@ -150,9 +150,13 @@ class OnlineConfig:
             `"heuristic"`: within a request, one token less after each proposal that is not accepted in full, two more
             after one that is; transformers' `num_assistant_tokens_schedule`, bounded by `draft_length`. `"constant"`:
             always `draft_length`.
+        draft_nodes (`int`, defaults to 16):
+            With `"measured"`: tokens that one pass of the target checks, at most; in [1, 1024]. They are a tree: what
+            the draft and the lookup think comes next, and the draft's next best tokens beside each of its own, as many
+            as pay by the measured costs. A target that takes no mask of ours gets the best chain.
         prompt_lookup (`bool`, defaults to `True`):
-            With `"measured"`: propose what followed the last few tokens earlier in the text, or in the outputs of
-            recent requests, where that promises more than the draft. Costs no model.
+            With `"measured"`: propose also what followed the last few tokens earlier in the text, or in the outputs of
+            recent requests. Costs no model.
         confidence_threshold (`float`, defaults to 0.0):
             With `"heuristic"` and `"constant"`: stop a proposal early once the product of the draft's own
             probabilities of it is no more than this: what follows would hardly be looked at. 0.0 always proposes in
@@ -266,6 +270,7 @@ class OnlineConfig:
     """
 
     draft_length: int = 8
+    draft_nodes: int = 16
     draft_length_schedule: Schedule = "measured"
     prompt_lookup: bool = True
     confidence_threshold: float = 0.0
@@ -327,6 +332,7 @@ class OnlineConfig:
 
 RULES: dict[str, Rule] = {
     "draft_length": integer(0, 1024),  # the cache keeps that many columns free
+    "draft_nodes": integer(1, 1024),  # the same
     "draft_length_schedule": choice(*get_args(Schedule)),
     "prompt_lookup": FLAG,
     "confidence_threshold": number(0, 1),

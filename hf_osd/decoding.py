@@ -21,6 +21,7 @@ from ._compat import (
     pad_token_of,
 )
 from .assistant import OnlineAssistant, Request
+from .config import OnlineConfig
 from .drafts.features import FeatureDraft
 from .errors import UnsupportedError
 from .serving.choice import choose_decoder, choose_draft_decoder
@@ -28,13 +29,13 @@ from .serving.decoder import Decoder
 from .serving.drafting import OnlineAssistedGenerator
 from .serving.engine import Engine, History
 from .serving.inputs import holds_cached_text, padding_of
-from .serving.lookup import LOOKUP_LENGTH
+from .serving.measured import MeasuredSpeculator
 from .serving.preparation import prepare
 from .serving.probe import Trial
-from .serving.processing import on_device
+from .serving.processing import is_context_free, on_device
 from .serving.randomness import Randomness, seeded
 from .serving.sequences import Sequences
-from .serving.speculation import DraftSpeculator, MeasuredSpeculator, Speculator
+from .serving.speculation import DraftSpeculator, Speculator
 from .serving.states import TargetStates
 from .serving.stopping import StopCheck
 from .serving.stopwatch import Stopwatch
@@ -143,7 +144,7 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     padding = padding_of(call.input_ids, mask)
     cache, rows, width = _callers_cache(inputs), *call.input_ids.shape
     is_prefix = holds_cached_text(cache, rows, width, call.text)
-    sequences = _sequences(call, padding, assistant.config.draft_length)
+    sequences = _sequences(call, padding, assistant.config)
     preparation = prepare(model, call.input_ids, inputs, padding)
     new = sequences.limit - width
     length = max(width - min(padding) + (0 if is_prefix else call.text - width), preparation.next_position) + new
@@ -164,7 +165,7 @@ def _callers_cache(inputs: dict[str, Any]) -> Any:
     return cache if cache is not None and is_callers_own(cache) else None
 
 
-def _sequences(call: Call, padding: Sequence[int], draft_length: int) -> Sequences:
+def _sequences(call: Call, padding: Sequence[int], settings: OnlineConfig) -> Sequences:
     eos: list[int] = []
     for criterion in call.criteria:
         if type(criterion) is EosTokenCriteria:
@@ -176,7 +177,7 @@ def _sequences(call: Call, padding: Sequence[int], draft_length: int) -> Sequenc
         call.input_ids.to(execution_device(call.model)),
         padding,
         max_length=max(min(lengths, default=call.config.max_length), call.input_ids.shape[1] + 1),
-        slack=max(draft_length, LOOKUP_LENGTH),
+        slack=max(settings.draft_length, settings.draft_nodes),
         pad_token_id=pad if pad is not None else 0,
         eos_token_ids=eos,
         pads=any(hasattr(criterion, "eos_token_id") for criterion in call.criteria),
@@ -196,7 +197,8 @@ def _draft(
             make = choose_draft_decoder(draft, prompts, padding, sequences.limit)
         if not isinstance(draft, FeatureDraft):
             return make, None
-        states = TargetStates(target, draft.state_layers, padding, sequences.ids.shape[1])
+        columns = sequences.ids.shape[1]
+        states = TargetStates(target, draft.state_layers, padding, columns) if draft.state_layers else None
     except UnsupportedError as error:
         assistant.fall_back(error, sequences.batch, without="the draft")
         return None, None
@@ -229,13 +231,15 @@ def _engine(call: Call, setup: Setup, assistant: OnlineAssistant, request: Reque
     device = sequences.ids.device
     randomness = Randomness(call.generator) if config.do_sample else None
     drafter = _drafter(call, setup, assistant, request, randomness)
+    target, processors = setup.make_target(), on_device(call.processors, device, built_for)
+    branches = target.takes_trees and is_context_free(processors)
     keep = bool(config.return_dict_in_generate)
     return Engine(
         sequences=sequences,
-        target=setup.make_target(),
-        speculator=_speculator(assistant, drafter, sequences),
+        target=target,
+        speculator=_speculator(assistant, drafter, sequences, branches),
         watch=Stopwatch(device, drafter.device),
-        processors=on_device(call.processors, device, built_for),
+        processors=processors,
         stop_check=StopCheck(call.criteria),
         randomness=randomness,
         streamer=call.streamer,
@@ -267,11 +271,14 @@ def _drafter(
     )
 
 
-def _speculator(assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences) -> Speculator:
+def _speculator(
+    assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences, branches: bool
+) -> Speculator:
     config = assistant.config
     if config.draft_length_schedule != "measured" or config.draft_length == 0:
         return DraftSpeculator(drafter)
-    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup)
+    nodes = config.draft_nodes
+    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup, nodes, branches)
 
 
 def _output(engine: Engine, config: GenerationConfig, device: torch.device) -> Output:

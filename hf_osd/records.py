@@ -1,6 +1,6 @@
 """The shared vocabulary: what serving hands to learning. Plain data, and how a distribution becomes part of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,39 +9,27 @@ import torch
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """
-    What the draft proposes in one round.
+    What is proposed in one round: a tree of tokens behind every row, whose nodes stand before their children.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(batch, k)`): The proposed tokens, in order.
+        tokens (`torch.LongTensor` of shape `(batch, n)`): The token of each node.
         probabilities (`torch.FloatTensor` of shape `(batch, k, vocab)`, *optional*): The very distributions, after
-            every logits processor, that `tokens` were sampled from. `None` where they were chosen greedily.
+            every logits processor, that the first `k` nodes were sampled from. Other nodes were chosen without chance,
+            and so all of them where it is `None`.
+        parents (`Sequence[Sequence[int]]`, *optional*): By row, the node that each node follows, counted from 0; -1
+            for the end of the text. `None` for a chain: each node follows the one before it.
     """
 
     tokens: torch.Tensor
     probabilities: torch.Tensor | None = None
+    parents: Sequence[Sequence[int]] | None = None
 
     def to(self, device: torch.device) -> "Proposal":
         """Return the proposal on another device; the same object where it is there already."""
         if self.tokens.device == device:
             return self
-        return Proposal(self.tokens.to(device), None if self.probabilities is None else self.probabilities.to(device))
-
-    def replaced(self, rows: Mapping[int, Sequence[int]]) -> "Proposal":
-        """
-        Return the proposal with other tokens at the beginning of some rows, each proposed by a point mass.
-
-        Args:
-            rows (`Mapping[int, Sequence[int]]`): Up to `k` tokens by row; what is behind them stays.
-        """
-        tokens = self.tokens.clone()
-        probabilities = None if self.probabilities is None else self.probabilities.clone()
-        for row, chosen in rows.items():
-            values = torch.tensor(chosen, dtype=torch.long, device=tokens.device)
-            tokens[row, : len(chosen)] = values
-            if probabilities is not None:
-                probabilities[row, : len(chosen)] = 0.0
-                probabilities[row, : len(chosen)].scatter_(1, values[:, None], 1.0)
-        return Proposal(tokens, probabilities)
+        probabilities = None if self.probabilities is None else self.probabilities.to(device)
+        return Proposal(self.tokens.to(device), probabilities, self.parents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +38,13 @@ class Verdict:
     What the target says of one proposal.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(batch, k + 1)`): Row r commits its first `accepted[r] + 1` tokens: the
-            accepted ones, then the target's own (a correction, or the bonus token).
-        accepted (`torch.LongTensor` of shape `(batch,)`): Proposed tokens accepted, in [0, k].
+        paths (`list[list[int]]`): The accepted nodes of each row, from the text on.
+        tokens (`list[list[int]]`): What each row commits: the tokens of these nodes, then the target's own (a
+            correction, or the bonus token).
     """
 
-    tokens: torch.Tensor
-    accepted: torch.Tensor
+    paths: list[list[int]]
+    tokens: list[list[int]]
 
 
 @dataclass(frozen=True, slots=True)

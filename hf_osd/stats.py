@@ -21,8 +21,10 @@ class OnlineStats:
         draft_tokens (`int`): Those that the target judged: up to and including the first wrong one of each round.
             Later ones follow a wrong token and say nothing about the draft.
         accepted_tokens (`int`): Those that were right.
+        accepted_other_tokens (`int`): Accepted tokens that were the draft's second, third or fourth choice.
         lookup_tokens (`int`): Tokens guessed from the text that were submitted and judged.
-        accepted_lookup_tokens (`int`): Those that the target accepted.
+        accepted_lookup_tokens (`int`): Those that the target accepted; the draft may have proposed them too.
+        submitted_tokens (`int`): Tokens that the target checked, whoever proposed them.
         updates (`int`): Times that new weights were published.
         failed_updates (`int`): Updates that were given up; serving went on with the old weights.
         decode_seconds (`float`): Wall time of speculative decoding, summed over calls.
@@ -46,8 +48,10 @@ class OnlineStats:
     proposed_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_other_tokens: int = 0
     lookup_tokens: int = 0
     accepted_lookup_tokens: int = 0
+    submitted_tokens: int = 0
     updates: int = 0
     failed_updates: int = 0
     decode_seconds: float = 0.0

@@ -6,7 +6,8 @@ from fakes import ARCHITECTURES, prompts, tiny_model
 
 from hf_osd import UnsupportedModelError
 from hf_osd.serving.choice import attention_span, choose_decoder, choose_draft_decoder, holds_ragged_cache
-from hf_osd.serving.decoder import CroppableDecoder, RaggedDecoder
+from hf_osd.serving.croppable_decoder import CroppableDecoder
+from hf_osd.serving.decoder import RaggedDecoder
 from hf_osd.serving.probe import Trial
 
 

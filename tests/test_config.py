@@ -25,6 +25,7 @@ FIRST, LAST = -(2**63), 2**64 - 1  # seeds of torch
 # What each field takes, written from its docstring and not from its rule.
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "draft_length": st.integers(0, 1024),
+    "draft_nodes": st.integers(1, 1024),
     "draft_length_schedule": st.sampled_from(["measured", "heuristic", "constant"]),
     "prompt_lookup": st.booleans(),
     "confidence_threshold": UNIT | st.integers(0, 1),
@@ -163,6 +164,7 @@ def test_a_flag_is_a_bool(name: str, value: Any) -> None:
         ("draft_length", 2.5),
         ("draft_length", 2.0),
         ("draft_length", 10**20),
+        ("draft_nodes", 0),
         ("draft_length_schedule", "some"),
         ("draft_length_schedule", None),
         ("confidence_threshold", 2.0),

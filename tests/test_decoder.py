@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_osd.serving.cache import RaggedCache
-from hf_osd.serving.decoder import CroppableDecoder, RaggedDecoder
+from hf_osd.serving.croppable_decoder import CroppableDecoder
+from hf_osd.serving.decoder import RaggedDecoder
 
 LLAMA = tiny_model("llama")
 WIDTH = 14

@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from hf_osd.records import Proposal
 from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
-from hf_osd.serving.drafting import Counts
+from hf_osd.serving.drafting import Counts, Step
 from hf_osd.serving.experience import CONFIDENCES, Experience
 from hf_osd.serving.lookup import Guess
+from hf_osd.serving.measured import MeasuredSpeculator
 from hf_osd.serving.sequences import Sequences
-from hf_osd.serving.speculation import MeasuredSpeculator
 
 ROOM = 8
+NODES = 16
+NO_DRAFT = Plan(0, NODES)
 
 
 def experience(plain=1.0, extra=0.05, step=0.1, acceptance=0.6, batch=1):
@@ -24,13 +26,13 @@ def experience(plain=1.0, extra=0.05, step=0.1, acceptance=0.6, batch=1):
     for tokens in range(1, 18):
         known.target_costs.note(batch, 100, tokens, plain + extra * (tokens - 1))
     known.draft_costs.note(batch, 100, 1, step)
-    known.acceptance.value = acceptance
+    known.acceptance.value = known.rescue.value = acceptance
     return known
 
 
-def a_round(batch=1, lag=1, draft_room=ROOM, lookup_room=16):
+def a_round(batch=1, lag=1, draft_room=ROOM):
     """A round in the middle of an answer."""
-    return Round(range(batch), 100, lag, draft_room, lookup_room, remaining=1000, generated=10)
+    return Round(range(batch), 100, lag, draft_room, 16, NODES, remaining=1000, generated=10)
 
 
 def expected_tokens(acceptance, k):
@@ -39,25 +41,26 @@ def expected_tokens(acceptance, k):
 
 
 @given(acceptance=st.floats(0.0, 0.98), step=st.floats(0.01, 1.5), extra=st.floats(0.0, 0.5), batch=st.integers(1, 4))
-def test_the_best_fixed_length(acceptance, step, extra, batch):
+def test_whether_and_how_much_to_draft(acceptance, step, extra, batch):
     """Catches any other length than the one with the most tokens a second, and drafting that is slower than none."""
     known = experience(1.0, extra, step, acceptance, batch)
     share = known.gain_share(batch).value  # one row keeps all it gains, several have to wait for one another
-    rates = [batch / 1.0]
-    for k in range(1, ROOM + 1):
-        tokens = 1 + share * (expected_tokens(acceptance, k) - 1)
-        rates.append(batch * tokens / (k * step + 1.0 + k * extra) / 1.04)  # the margin that drafting has to earn
-    best = max(range(ROOM + 1), key=lambda k: rates[k])
-    assume(all(abs(rates[best] - rate) > 1e-9 for k, rate in enumerate(rates) if k != best))
+    gains = [share * (expected_tokens(acceptance, k) - 1) for k in range(ROOM + 1)]
+    worth = max(gains[k] - 1.04 * k * (step + extra) for k in range(1, ROOM + 1))  # the margin that it has to earn
+    rates = [(1 + gains[k]) / (1 + k * (step + extra)) for k in range(1, ROOM + 1)]
+    best = max(range(1, ROOM + 1), key=lambda k: rates[k - 1])
+    assume(abs(worth) > 1e-9)
+    assume(all(abs(rates[best - 1] - rate) > 1e-9 for k, rate in enumerate(rates, 1) if k != best))
     lengths = MeasuredLength(known, batch)
-    assert lengths.plan(a_round(batch), {}) == Plan(draft=best)
+    assert lengths.plan(a_round(batch), {}) == (Plan(ROOM, NODES) if worth > 0 else NO_DRAFT)
+    assert lengths.best_fixed(a_round(batch), ROOM) == best
 
 
 def test_no_draft_that_does_not_pay():
     """Catches a draft as slow as the target, or one that guesses at random, that is still asked."""
-    assert MeasuredLength(experience(step=1.0, acceptance=0.9), 1).plan(a_round(), {}) == Plan()
-    assert MeasuredLength(experience(step=0.02, acceptance=0.01), 1).plan(a_round(), {}) == Plan()
-    assert MeasuredLength(experience(step=0.02, acceptance=0.9), 1).plan(a_round(draft_room=0), {}) == Plan()
+    assert MeasuredLength(experience(step=1.0, acceptance=0.9), 1).plan(a_round(), {}) == NO_DRAFT
+    assert MeasuredLength(experience(step=0.02, acceptance=0.01), 1).plan(a_round(), {}) == NO_DRAFT
+    assert MeasuredLength(experience(step=0.02, acceptance=0.9), 1).plan(a_round(draft_room=0), {}) == NO_DRAFT
 
 
 def test_a_plain_round_comes_first():
@@ -70,7 +73,7 @@ def test_an_unmeasured_draft_is_tried_with_care():
     """Catches a draft that is never tried, or at once in full, before its cost is known."""
     known = experience(acceptance=0.9)
     known.draft_costs = Experience().draft_costs
-    assert MeasuredLength(known, 1).plan(a_round(), {}) == Plan(draft=2)
+    assert MeasuredLength(known, 1).plan(a_round(), {}) == Plan(2, NODES)
 
 
 @given(match=st.integers(1, 20), count=st.integers(1, 16), extra=st.floats(0.01, 0.6))
@@ -82,16 +85,20 @@ def test_the_lookup_against_brute_force(match, count, extra):
         reach *= known.match.rate(match + step)
         gains.append(gains[-1] + reach - extra)
     assume(len({round(gain, 9) for gain in gains}) == len(gains))
-    assert lengths.plan(a_round(), {0: Guess([1] * count, match)}) == Plan(lookup=gains.index(max(gains)))
+    guess = Guess([1] * count, match)
+    assert lengths.plan(a_round(), {0: guess}) == NO_DRAFT
+    assert lengths.best_cut(lengths.row_guess_reach(0, guess)) == gains.index(max(gains))
 
 
-def test_the_lookup_wins_where_it_should():
-    """Catches a long match that loses to a draft of the same acceptance, and a short one that wins over a good one."""
+def test_the_draft_rescues_guesses():
+    """Catches a draft that is asked beside a guess that hardly ever fails, or not asked beside one that often does."""
     good = experience(step=0.2, acceptance=0.85)
-    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 16)}).lookup >= 8
-    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft >= 1
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 16)}).draft
+    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft
     both = {0: Guess([1] * 12, 16)}  # of four rows, only one has a guess
-    assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft >= 1
+    assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft
+    good.rescue.value = 0.1  # where the lookup has no guess, this draft has none either
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft
 
 
 def test_catching_up_counts():
@@ -99,7 +106,7 @@ def test_catching_up_counts():
     known = experience(step=0.1, acceptance=0.8)
     known.draft_costs.note(1, 100, 64, 30.0)
     assert MeasuredLength(known, 1).plan(a_round(lag=1), {}).draft
-    assert MeasuredLength(known, 1).plan(a_round(lag=60), {}) == Plan()
+    assert MeasuredLength(known, 1).plan(a_round(lag=60), {}) == NO_DRAFT
 
 
 def test_what_a_request_shows_of_itself():
@@ -108,17 +115,52 @@ def test_what_a_request_shows_of_itself():
     assert lengths.plan(a_round(), {}).draft
     for _ in range(60):
         lengths.draft_factors[0].note(0.6, False)
-    assert lengths.plan(a_round(), {}) == Plan()
+    assert lengths.plan(a_round(), {}) == NO_DRAFT
 
 
-@given(st.lists(st.floats(0.0, 1.0), max_size=8))
-def test_best_cut_against_brute_force(chances):
-    """Catches tokens held back that pay, and tokens sent that do not."""
+@given(st.lists(st.floats(0.0, 1.0), max_size=8), st.integers(0, 9))
+def test_best_cut_against_brute_force(chances, least):
+    """Catches tokens held back that pay or were drawn, and tokens sent that do not pay."""
     lengths = MeasuredLength(experience(extra=0.2, acceptance=0.01), 1)
     lengths.plan(a_round(), {})
     reach = sorted(chances, reverse=True)
     worth = [sum(reach[:m]) - 0.2 * m for m in range(len(reach) + 1)]
-    assert worth[lengths.best_cut(reach)] == pytest.approx(max(worth))
+    cut = lengths.best_cut(reach, least)
+    if least >= len(reach):
+        assert cut == least
+    else:
+        assert worth[cut] == pytest.approx(max(worth[least:]))
+        assert cut >= least
+
+
+@given(st.lists(st.floats(0.5, 3.0), min_size=NODES + 1, max_size=NODES + 1), st.integers(0, NODES))
+def test_filling_up_against_brute_force(costs, nodes):
+    """Catches a pass that costs more than one of a few tokens more, and nodes added where nothing is proposed."""
+    known = Experience()
+    for tokens, seconds in enumerate(costs):
+        for _ in range(2):
+            known.target_costs.note(1, 100, 1 + tokens, seconds)
+    lengths = MeasuredLength(known, 1)
+    lengths.plan(a_round(), {})
+    filled = lengths.filled(nodes, NODES)
+    assert costs[filled] == min(costs[nodes:]) if nodes else filled == 0
+
+
+@pytest.mark.parametrize(
+    ("dear_from", "tried", "then"), [(99, [2, 4, 6, 8, 12, 16], 4), (6, [2, 4, 6], 4), (2, [2], 1)]
+)
+def test_what_a_few_sizes_cost_is_found_out(dear_from, tried, then):
+    """Catches a machine of which nobody learns that five tokens cost less than two, and one that is tried for ever."""
+    known, found = Experience(), []
+    cost = {0: 1.0, 1: 1.5, 2: 1.6, 4: 1.3, 6: 1.4, 8: 1.4, 12: 1.6, 16: 1.8}
+    for size in (0, 0, 1, 1):
+        known.target_costs.note(1, 100, 1 + size, cost[size])
+    for _ in range(20):
+        lengths = MeasuredLength(known, 1)
+        lengths.plan(a_round(), {})
+        found.append(lengths.filled(1, NODES))
+        known.target_costs.note(1, 100, 1 + found[-1], cost[found[-1]] + 2.0 * (found[-1] >= dear_from))
+    assert found == [size for size in tried for _ in range(2)] + [then] * (20 - 2 * len(tried))
 
 
 def test_bins_and_buckets():
@@ -148,19 +190,21 @@ class Draft:
         self.drafted = 0
         return Proposal(torch.empty(len(self.cached), 0, dtype=torch.long))
 
-    def propose(self, ids, ends, k, goes_on=None):
+    def propose(self, ids, ends, k, goes_on=None, others=0):
+        assert not others, "nothing branches here"
         columns, self.fed, self.ends = [], self.lag(ends), list(ends)
         for step in range(k):
             sure = [min(max(self.random.gauss(self.chance, 0.1), 0.0), 1.0) for _ in ends]
             right = [self.random.random() < p for p in sure]
-            columns.append([self.truth(end + step) if ok else -2 for end, ok in zip(ends, right, strict=True)])
-            if goes_on is not None and not goes_on(torch.tensor(sure), None):
+            columns.append([self.truth(end + step) if ok else -1 for end, ok in zip(ends, right, strict=True)])
+            tokens, nobody = torch.tensor(columns[-1]), torch.empty(len(ends), 0, dtype=torch.long)
+            if goes_on is not None and not goes_on(Step(tokens, None, nobody, torch.tensor(sure)[:, None])):
                 break
         self.tokens = [list(row) for row in zip(*columns, strict=True)]
-        self.drafted = len(columns)
+        self.drafted, self.others = len(columns), torch.empty(len(ends), len(columns), 0)
         return Proposal(torch.tensor(self.tokens))
 
-    def note(self, logits, tokens, taken, rows):
+    def note(self, logits, tokens, taken):
         right = [0] * len(taken)
         if self.drafted:
             right = [leading(ours, theirs) for ours, theirs in zip(self.tokens, tokens, strict=True)]

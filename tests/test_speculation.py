@@ -8,63 +8,20 @@ import torch
 from fakes import ARCHITECTURES, VOCAB, Collector, prompts, tiny_model, wrong_draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import KINDS, RandomPlans, blind, repeating
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.serving.draft_length import MeasuredLength, Plan, confidence_bin
-from hf_osd.serving.speculation import MeasuredSpeculator
+from hf_osd.serving.draft_length import MeasuredLength, confidence_bin
+from hf_osd.serving.tree import chain
 
 TARGETS = {kind: tiny_model(kind) for kind in (*ARCHITECTURES, "mistral")}
 LLAMA = TARGETS["llama"]
-KINDS = ("draft", "trial", "lookup", "nothing")
 FALSE_ALARM = 1e-6  # of each statistical test below
-
-
-class RandomPlans:
-    """Stands in for every choice of `MeasuredLength`, and counts how often each kind of round was planned."""
-
-    def __init__(self, seed, kinds=KINDS):
-        self.random, self.kinds = random.Random(seed), kinds
-        self.planned = dict.fromkeys(KINDS, 0)
-
-    def install(self, monkeypatch):
-        """Take over until the test is done."""
-        monkeypatch.setattr(MeasuredLength, "plan", lambda *given: self.plan(*given))
-        monkeypatch.setattr(MeasuredLength, "goes_on", lambda *_: self.random.random() < 0.8)
-        monkeypatch.setattr(MeasuredLength, "best_cut", lambda _, reach: self.random.randint(0, len(reach)))
-        monkeypatch.setattr(MeasuredLength, "best_fixed", lambda _, now, longest: self.random.randint(1, longest))
-        monkeypatch.setattr(MeasuredLength, "row_guess_reach", lambda *given: self.reach(*given))
-        return self
-
-    def plan(self, lengths, now, guesses):
-        """Any plan that the rooms allow."""
-        lengths.rate, kind = 1.0, self.random.choice(self.kinds)
-        longest = {"lookup": max((len(guess.tokens) for guess in guesses.values()), default=0), "nothing": 0}
-        if not longest.get(kind, now.draft_room):
-            kind = "nothing"
-        self.planned[kind] += 1
-        if kind == "nothing":
-            return Plan()
-        k = self.random.randint(1, longest.get(kind, now.draft_room))
-        return Plan(lookup=k) if kind == "lookup" else Plan(draft=k, trial=kind == "trial")
-
-    def reach(self, lengths, row, guess):
-        """Better or worse than any draft, at random."""
-        return [self.random.choice([0.0, 1.0])] * len(guess.tokens)
 
 
 def measured(draft, target=LLAMA, **config):
     return OnlineAssistant(draft, target, OnlineConfig(**{"learn": False, "draft_length": 5, **config}))
-
-
-def repeating(batch, length=9, seed=0):
-    """Left-padded prompts whose rows repeat themselves, so that there is something to look up from the start."""
-    inputs = prompts(batch, length, seed)
-    for row in range(batch):
-        start = int((inputs["attention_mask"][row] == 0).sum())
-        width = length - start
-        inputs["input_ids"][row, start:] = inputs["input_ids"][row, start : start + 3].repeat(length)[:width]
-    return inputs
 
 
 @pytest.mark.parametrize("how", ["random", "shifted", "noisy", "perfect"])
@@ -73,7 +30,7 @@ def test_greedy_equals_generate(kind, how, monkeypatch):
     """Catches caches, buffers or processors left behind by rounds of another kind, on each architecture."""
     target = TARGETS[kind]
     assistant = measured(wrong_draft(target, how), target)
-    RandomPlans(kind + how).install(monkeypatch)
+    plans = RandomPlans(kind + how).install(monkeypatch)
     for batch in (1, 3):
         inputs = repeating(batch)
         expected = target.generate(**inputs, max_new_tokens=26, do_sample=False)
@@ -83,6 +40,23 @@ def test_greedy_equals_generate(kind, how, monkeypatch):
     stats = assistant.stats()
     assert 0 < stats.accepted_lookup_tokens < stats.lookup_tokens
     assert stats.draft_tokens > 0
+    assert len({shape for shape in plans.shapes if list(shape) != chain(len(shape))}) > 20
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_scores_and_logits_are_those_of_the_path(batch, monkeypatch):
+    """Catches scores of refused branches, or of another place of the tree, returned as those of the output."""
+    RandomPlans(batch).install(monkeypatch)
+    call = dict(max_new_tokens=24, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    call |= dict(output_logits=True, suppress_tokens=[5, 6])
+    expected = LLAMA.generate(**repeating(batch), **call)
+    assistant = measured(wrong_draft(LLAMA, "noisy"))
+    for _ in range(2):
+        actual = hf_osd.generate(LLAMA, **repeating(batch), **call, online_assistant=assistant)
+        assert torch.equal(actual.sequences, expected.sequences)
+        for name in ("scores", "logits"):
+            for ours, theirs in zip(actual[name], expected[name], strict=True):
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), looks=st.booleans(), length=st.integers(3, 14))
@@ -118,9 +92,23 @@ def test_greedy_equals_generate_with_processors_eos_and_streamers(seed, batch, l
     assert ours.ended == 2
 
 
-def blind(monkeypatch):
-    """Make speculators believe that they are on an accelerator."""
-    monkeypatch.setattr(MeasuredSpeculator, "_looks", property(lambda _: False, lambda *_: None), raising=False)
+@given(seed=st.integers(0, 10**6), vocab=st.integers(2, 6), looks=st.booleans(), contextual=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_greedy_equals_generate_on_a_small_vocabulary(seed, vocab, looks, contextual):
+    """Catches what only shows where nodes are right by chance: equal ones, and those that fill up shorter rows."""
+    target = tiny_model("llama", seed % 7, vocab_size=vocab, pad_token_id=None, bos_token_id=None)
+    inputs = prompts(3, 8, seed)
+    inputs["input_ids"] %= vocab
+    call = dict(max_new_tokens=20, do_sample=False, **({"repetition_penalty": 1.3} if contextual else {}))
+    expected = target.generate(**inputs, **call)
+    assistant = measured(wrong_draft(target, random.Random(seed).choice(["random", "shifted", "noisy"])), target)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plans = RandomPlans(seed).install(monkeypatch)
+        if not looks:
+            blind(monkeypatch)
+        for _ in range(2):
+            assert torch.equal(expected, hf_osd.generate(target, **inputs, **call, online_assistant=assistant))
+    assert not (contextual and plans.shapes), "processors that look at the text see chains only"
 
 
 def test_on_the_croppable_cache(monkeypatch):
@@ -158,7 +146,8 @@ def test_a_processor_is_asked_about_nothing_that_it_forbids(kinds, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["draft", "trial", "lookup"])
 @pytest.mark.parametrize("step", [3, 7])
-def test_nothing_is_asked_behind_an_eos(kind, step, monkeypatch):
+@pytest.mark.parametrize("looks", [True, False])
+def test_nothing_is_asked_behind_an_eos(kind, step, looks, monkeypatch):
     """Catches a trial that drafts on behind an eos: a user's trie ends there, and raises when it is asked."""
     inputs = repeating(1)
     eos = int(LLAMA.generate(**inputs, max_new_tokens=9, do_sample=False)[0, 9 + step])
@@ -169,6 +158,8 @@ def test_nothing_is_asked_behind_an_eos(kind, step, monkeypatch):
     call = dict(max_new_tokens=24, do_sample=False, eos_token_id=eos, prefix_allowed_tokens_fn=trie)
     expected = LLAMA.generate(**inputs, **call)
     RandomPlans(3, [kind]).install(monkeypatch)
+    if not looks:
+        blind(monkeypatch)
     monkeypatch.setattr(MeasuredLength, "goes_on", lambda *_: True)  # as measured costs that fall with the length say
     for how in ("perfect", "noisy"):
         assistant = measured(wrong_draft(LLAMA, how))
@@ -196,16 +187,25 @@ def chi_square(counts, probabilities):
 
 
 @torch.no_grad()
-def exact_distribution(target, prompt, length, temperature, top_k):
+def exact_distribution(target, prompt, length, temperature=1.0, top_k=0, top_p=1.0):
     """The probability of every continuation, from plain forwards of all prefixes; `(vocab,) * length`."""
     vocab, prefixes, probabilities = target.config.vocab_size, prompt, torch.ones(1, dtype=torch.float64)
     for _ in range(length):
         logits = target(prefixes).logits[:, -1] / temperature
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        probabilities = (probabilities[:, None] * logits.softmax(-1)).flatten()
+        logits = logits.masked_fill(logits < logits.topk(top_k or vocab).values[:, -1:], -torch.inf)
+        following = nucleus(logits.softmax(-1), top_p)
+        probabilities = (probabilities[:, None] * following).flatten()
         following = torch.arange(vocab).repeat(len(prefixes))[:, None]
         prefixes = torch.cat([prefixes.repeat_interleave(vocab, 0), following], dim=1)
     return probabilities.view((vocab,) * length)
+
+
+def nucleus(probabilities, mass):
+    """The likeliest tokens that reach a mass together, and nothing of the others."""
+    best = probabilities.sort(dim=-1, descending=True)
+    kept = best.values.cumsum(-1) - best.values < mass
+    left = probabilities * torch.zeros_like(kept).scatter(-1, best.indices, kept)
+    return left / left.sum(-1, keepdim=True)
 
 
 PROMPT = [3, 4, 2, 0, 3, 4]  # "3 4" was followed by "2 0 3 4": a guess from the start
@@ -231,12 +231,15 @@ class LikelyTokens:
         pass
 
 
-@pytest.mark.parametrize("how", ["random", "shifted"])
+@pytest.mark.parametrize(
+    ("how", "warped"), [("random", {"temperature": 1.3, "top_k": 4}), ("shifted", {"temperature": 0.8, "top_p": 0.85})]
+)
 @pytest.mark.parametrize("rounds", ["draft", "lookup", "any", "blind"])
-def test_sampled_sequences_have_the_targets_distribution(rounds, how, monkeypatch):
+def test_sampled_sequences_have_the_targets_distribution(rounds, how, warped, monkeypatch):
     """
-    Catches guesses that are verified as if the draft had sampled them, and a choice between guess and draft that is
-    made after looking at the draft's tokens: its likely tokens would then be submitted too often.
+    Catches guesses and next best tokens that are verified as if the draft had sampled them, in the wrong order or
+    against what is left in the wrong place, and a choice among the draft's own tokens that is made after looking at
+    them: its likely ones would then be submitted too often.
 
     All 5^3 continuations against their exact probabilities, on ragged rows, half of which submit guesses.
     """
@@ -246,8 +249,9 @@ def test_sampled_sequences_have_the_targets_distribution(rounds, how, monkeypatc
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     ragged = torch.arange(rows) % 8 < 4
     inputs["attention_mask"][ragged, 0] = 0
-    expected = exact_distribution(target, torch.tensor([PROMPT]), 3, temperature=1.3, top_k=4)
-    plans = RandomPlans(7, KINDS if rounds == "any" else ["draft" if rounds == "blind" else rounds])
+    expected = exact_distribution(target, torch.tensor([PROMPT]), 3, **warped)
+    kinds = KINDS if rounds == "any" else ["draft" if rounds == "blind" else rounds]
+    plans = RandomPlans(7, kinds, shuffles=rounds == "any")
     plans.install(monkeypatch)
     some_guessed(monkeypatch)
     monkeypatch.setattr(MeasuredLength, "goes_on", lambda lengths, reach, drafted, left: plans.random.random() < 0.7)
@@ -257,13 +261,14 @@ def test_sampled_sequences_have_the_targets_distribution(rounds, how, monkeypatc
     assistant.experience.confidence = LikelyTokens()
     torch.manual_seed(11)
     counts = torch.zeros(vocab, vocab, vocab)
-    call = dict(do_sample=True, temperature=1.3, top_k=4, max_new_tokens=3)
+    call = dict(do_sample=True, max_new_tokens=3, **{"top_k": 0, **warped})
     for _ in range(calls):
         output = hf_osd.generate(target, **inputs, **call, online_assistant=assistant)[ragged, -3:]
         counts.index_put_(tuple(output.T), torch.ones(len(output)), accumulate=True)
     stats = assistant.stats()
     assert 0 < stats.accepted_lookup_tokens < stats.lookup_tokens
     assert rounds == "lookup" or 0 < stats.accepted_tokens < stats.draft_tokens
+    assert plans.shapes
     for length in (1, 2, 3):
         seen, exact = (each.reshape(vocab**length, -1).sum(1) for each in (counts, expected))
         chance = chi_square(seen, exact)
@@ -274,7 +279,7 @@ def test_sampling_where_every_row_decides_alone(monkeypatch):
     """Catches a bias from drafting that stops, row by row, depending on the very tokens drafted."""
     vocab, calls = 4, 1200
     target = tiny_model("llama", vocab_size=vocab, initializer_range=0.15, pad_token_id=None)
-    expected = exact_distribution(target, torch.tensor([PROMPT[:3]]).clamp(max=3), 2, temperature=1.0, top_k=vocab)
+    expected = exact_distribution(target, torch.tensor([PROMPT[:3]]).clamp(max=3), 2)
     RandomPlans(7, ["draft"]).install(monkeypatch)
     monkeypatch.setattr(MeasuredLength, "request_acceptance", lambda lengths, row: 0.5)
     monkeypatch.setattr(MeasuredLength, "goes_on", lambda lengths, reach, drafted, left: reach > 0.3)

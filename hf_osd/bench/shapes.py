@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .._compat import cache_of
-from ..serving.decoder import CroppableDecoder, Decoder, RaggedDecoder
+from ..serving.croppable_decoder import CroppableDecoder
+from ..serving.decoder import Decoder, Parents, RaggedDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +118,13 @@ class FeedRecorder(ShapeRecorder):
     def _noting(self, feed: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         names = {id(model): name for name, model in self._models.items()}
 
-        def noting(decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+        def noting(
+            decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None
+        ) -> torch.Tensor:
             lag = max(end - cached for end, cached in zip(ends, decoder.cached, strict=True))
             longest = max(end - padding for end, padding in zip(ends, decoder.padding, strict=True))
             queries = max(lag, keep)
             self._seen.append((names[id(decoder.model)], len(ends), queries, max(longest - queries, 0), keep))
-            return feed(decoder, ids, ends, keep)
+            return feed(decoder, ids, ends, keep, parents)
 
         return noting

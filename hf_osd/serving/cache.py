@@ -2,9 +2,10 @@
 A ragged static key/value cache: every row of a batch has its own length, and rolls back by lowering it.
 
 Not covered: sliding windows that the sequence outgrows, linear attention, encoder-decoder models. Those go through
-[`~hf_osd.serving.decoder.CroppableDecoder`].
+[`~hf_osd.serving.croppable_decoder.CroppableDecoder`].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,12 @@ class RaggedLayer(CacheLayerMixin):
         slots = self._cache.staged_slots.to(store.device)
         store.index_copy_(1, slots, states.transpose(0, 1).reshape(store.shape[0], -1, store.shape[2]))
 
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy slots, `(tokens,)` over all rows, to others; see [`RaggedCache.move`]."""
+        for store in (self.keys, self.values):
+            assert store is not None
+            store.index_copy_(1, targets.to(store.device), store.index_select(1, sources.to(store.device)))
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys; the mask itself is always given in full, as a 4D tensor."""
         return self._cache.span, 0
@@ -97,8 +104,8 @@ class RaggedCache(Cache):
     """
     Static cache whose rows have lengths of their own.
 
-    A token at position `p` of its row lives in slot `p`. The last slot of each row is scratch: padding and positions
-    beyond the capacity are written there and never read.
+    A token at position `p` of its row lives in slot `p`, but for the nodes of a tree until one path is chosen. The
+    last slot of each row is scratch: padding and positions beyond the capacity are written there and never read.
 
     Args:
         batch (`int`): Rows.
@@ -127,39 +134,60 @@ class RaggedCache(Cache):
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         return cls(batch, capacity, layers, execution_device(model), model.dtype)
 
-    def stage(self, positions: torch.Tensor, span: int) -> torch.Tensor:
+    def stage(self, places: torch.Tensor, span: int, seen: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Announce the positions of the tokens about to be fed, and build their mask.
+        Announce where the tokens about to be fed go, and build their mask.
 
         Args:
-            positions (`torch.LongTensor` of shape `(batch, q)`): Position of each token in its row. Outside
-                `[0, capacity)`: padding, written to the scratch slot.
-            span (`int`): One more than the largest position inside the capacity.
+            places (`torch.LongTensor` of shape `(batch, q)`): Slot of each token in its row: its position, unless the
+                tokens are a tree. Outside `[0, capacity)`: padding, written to the scratch slot.
+            span (`int`): One more than the largest slot inside the capacity.
+            seen (`torch.BoolTensor` of shape `(batch, q, q)`, *optional*): Which of these tokens see one another;
+                defaults to each seeing those before it.
 
         Returns:
             `torch.BoolTensor` of shape `(batch, 1, q, span)`: True where a query may look. A padding query sees slot
             0, since a row of nothing but -inf would turn into nan.
         """
-        valid = (positions >= 0) & (positions < self.capacity)
-        slots = torch.where(valid, positions, self.capacity)
+        valid = (places >= 0) & (places < self.capacity)
+        slots = torch.where(valid, places, self.capacity)
         self.staged_slots, self.staged_run = (self._row_offsets + slots).flatten(), None
-        self.span, self.start = span, max(span - positions.shape[1], 0)
-        return self.mask_of(positions.clamp(min=0))
+        self.span, self.start = span, max(span - places.shape[1], 0)
+        mask = self.mask_of(places.clamp(min=0))
+        if seen is None:
+            return mask
+        aside = torch.nn.functional.pad(mask, (0, 1))  # where the columns of padding go
+        index = torch.where(valid, places, span)[:, None, None].expand(-1, -1, places.shape[1], -1)
+        return aside.scatter_(3, index, (seen | ~valid[..., None])[:, None])[..., :span]
 
     def stage_run(self, first: int, count: int) -> torch.Tensor:
         """
-        Announce consecutive positions of the only row: the same as [`stage`], at a fraction of its cost.
+        Announce consecutive slots of the only row: the same as [`stage`], at a fraction of its cost.
 
         Args:
-            first (`int`): First position, not negative.
-            count (`int`): Positions; the last one lies inside the capacity.
+            first (`int`): First slot, not negative.
+            count (`int`): Slots; the last one lies inside the capacity.
 
         Returns:
-            `torch.LongTensor` of shape `(1, count)`: The positions; see [`mask_of`].
+            `torch.LongTensor` of shape `(1, count)`: The slots; see [`mask_of`].
         """
         self.staged_run, self.span, self.start = first, first + count, first
         return self._slot_ids[None, first : first + count]
 
-    def mask_of(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return the mask of staged positions `(batch, q)` that are not negative: `(batch, 1, q, span)`."""
-        return (self._slot_ids[: self.span] <= positions[..., None])[:, None]
+    def mask_of(self, places: torch.Tensor) -> torch.Tensor:
+        """Return the mask of staged slots `(batch, q)` that are not negative: `(batch, 1, q, span)`."""
+        return (self._slot_ids[: self.span] <= places[..., None])[:, None]
+
+    def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """
+        Move what tokens left in the cache to other slots of their rows.
+
+        Args:
+            rows (`Sequence[int]`): The row of each token.
+            sources, targets (`Sequence[int]`): The slots that it lies in, and is to lie in.
+        """
+        offsets = torch.tensor([rows, sources, targets], device=self._row_offsets.device)  # (3, tokens)
+        from_slots, to_slots = offsets[0] * self.slots + offsets[1], offsets[0] * self.slots + offsets[2]
+        for layer in self.layers:
+            assert isinstance(layer, RaggedLayer)
+            layer.move(from_slots, to_slots)

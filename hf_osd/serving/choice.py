@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from .._compat import attention_implementation, execution_device, has_recurrent_state
 from ..drafts.features import FeatureDraft
 from ..errors import UnsupportedModelError
-from .decoder import CroppableDecoder, Decoder, RaggedDecoder
+from .croppable_decoder import CroppableDecoder
+from .decoder import Decoder, RaggedDecoder
 from .feature_decoder import FeatureDecoder
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
@@ -63,10 +64,11 @@ def choose_decoder(
         )
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
-    if cache is None and _feeds_tokens(trial) and length <= attention_span(model) and _may_be_ragged(model):
+    sees_all = length <= attention_span(model) and width - min(padding) <= _local_window(model)
+    if cache is None and _feeds_tokens(trial) and sees_all and _may_be_ragged(model):
         finding = probe(model, "ragged", partial(ragged, model), trial)
         if finding.suits:
-            return partial(ragged, model, padding, width, preparation)
+            return partial(ragged, model, padding, width, preparation, takes_trees=finding.takes_trees)
     _check_dynamic(model, trial, length, name, role, finding.why)
     return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
 
@@ -138,9 +140,14 @@ def attention_span(model: PreTrainedModel) -> int:
     else:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     chunk = getattr(config, "attention_chunk_size", None)
-    local = getattr(config, "window_size", None)  # GPT-Neo's, whose layers apply it by column, not by position
-    spans: list[Any] = [window, chunk, local if isinstance(local, int) else None, _index_span(model)]
+    spans: list[Any] = [window, chunk, _local_window(model), _index_span(model)]
     return min(span or _UNLIMITED for span in spans)
+
+
+def _local_window(model: PreTrainedModel) -> int:
+    """Return GPT-Neo's window, which its layers apply by column, not by position: proposals lie behind the text."""
+    local = getattr(model.config.get_text_config(decoder=True), "window_size", None)
+    return local if isinstance(local, int) else _UNLIMITED
 
 
 def _index_span(model: PreTrainedModel) -> int:

@@ -5,6 +5,7 @@ from collections import deque
 from itertools import pairwise
 
 _RECENT = 9  # samples behind a figure: it follows the machine within a few rounds
+_TWICE = 2  # samples from which on a size counts as measured
 _FEW = 3  # samples from which on a figure counts more than one of another context
 
 
@@ -58,6 +59,16 @@ class CostTable:
         """Whether only one number of tokens was measured, which says nothing of others."""
         with self._lock:
             return len(self._known(batch, context.bit_length())) == 1
+
+    def seen(self, batch: int, tokens: int) -> float | None:
+        """Return what so many tokens cost behind some context; `None` where they were hardly measured."""
+        with self._lock:
+            found = [
+                figures[tokens]
+                for (rows, bucket), figures in self._figures.items()
+                if rows == batch and len(self._samples[rows, bucket].get(tokens, ())) >= _TWICE
+            ]
+        return min(found, default=None)
 
     def _known(self, batch: int, bucket: int) -> dict[int, float]:
         """Figures of the nearest context; of tokens that it has seldom seen, those of others at the same ratio."""

@@ -1,5 +1,5 @@
 """
-How many tokens to propose, and by whom: what promises the most tokens per second, plain decoding included.
+How much to propose, and whether the draft is asked: what promises the most tokens per second, plain decoding included.
 
 A round costs T and yields E tokens; over many rounds the rate E / T is largest if every round maximises E - rate * T
 for the best rate there is (Dinkelbach). Goodput as the objective: SmartSpec (https://arxiv.org/abs/2406.14066) and
@@ -7,7 +7,7 @@ TIDE (https://arxiv.org/abs/2602.05145), with the closed form of Leviathan et al
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -16,10 +16,12 @@ from .experience import CONFIDENCES, Experience
 from .lookup import Guess
 
 _TRIAL = 4  # tokens drafted to find out whether the draft pays again
+_SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once whose cost is found out
+_DEAR = 2.0  # times a plain round: above that, no more of them is tried
 _TRIAL_SHARE = 0.0075  # of all time may be lost by that
 _TRIAL_ROUNDS = 32  # plain rounds whose time may be saved up for it
-_MARGIN = 1.04  # a draft has to promise that much more than going without, or noise would decide
-FEW_ROUNDS = 4  # rounds with the draft before their record is believed
+_MARGIN = 1.04  # a draft has to promise that much more than its time is worth, or noise would decide
+_ENOUGH_ROUNDS = 16  # rounds before what they yielded is taken for the best rate
 _UNKNOWN_STEP = 0.125  # cost of a draft step before it is measured, in plain rounds
 
 
@@ -33,6 +35,7 @@ class Round:
         context (`int`): Tokens of the longest row.
         lag (`int`): Tokens that the draft has not seen yet, at most.
         draft_room, lookup_room (`int`): Tokens that the draft and the lookup may propose at most.
+        nodes (`int`): Tokens that may be submitted to the target at most.
         remaining (`int`): Tokens that a row is still going to take, at most.
         generated (`int`): Tokens that a row has taken.
     """
@@ -42,6 +45,7 @@ class Round:
     lag: int
     draft_room: int
     lookup_room: int
+    nodes: int
     remaining: int
     generated: int
 
@@ -49,13 +53,16 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """
-    What a round does: draft up to `draft` tokens, or submit up to `lookup` guessed ones, or neither.
+    What a round does.
 
-    `trial` says that the draft is tried out although it does not seem to pay.
+    Attributes:
+        draft (`int`): Tokens to draft at most; 0 leaves it to the lookup.
+        nodes (`int`): Tokens to submit to the target at most.
+        trial (`bool`): Whether the draft is tried out although it does not seem to pay.
     """
 
     draft: int = 0
-    lookup: int = 0
+    nodes: int = 0
     trial: bool = False
 
 
@@ -75,51 +82,55 @@ class MeasuredLength:
         self.lookup_factors = [RequestFactor() for _ in range(batch)]
         self.share = experience.gain_share(batch).value  # of what rows gain, what the batch gains
         self.rate = 0.0  # tokens per second of all rows together that the best steady choice yields
-        self._costs: list[float] = []  # seconds of a round without its draft, by tokens proposed
+        self._cheapest: list[int] = []  # by tokens proposed: with how many, of these at least, a round costs least
+        self._costs: list[float] = []  # its seconds then, without the draft's
         self._step = 0.0  # seconds of a draft step
 
     def plan(self, now: Round, guesses: dict[int, Guess]) -> Plan:
         """Choose for a round, given each row's guess."""
         costs = self.experience.target_costs
-        curve = costs.curve(self.batch, now.context, 1 + max(now.draft_room, now.lookup_room))
+        curve = costs.curve(self.batch, now.context, 1 + max(now.nodes, now.draft_room))
         if curve is None:
             return Plan()  # a plain round first: every other is compared with it
         if costs.is_point(self.batch, now.context):  # short steps, until there is a slope to trust
-            now = replace(now, draft_room=min(now.draft_room, 2), lookup_room=min(now.lookup_room, 2))
-        self._costs = curve[1:]
-        rows, plain = len(now.rows), self._costs[0]
-        self.rate = rows / plain
-        drafted, tokens, seconds = self._draft_option(now)
-        if drafted:
-            catching_up = self._catching_up(now) * min(tokens / rows / self._remaining(now), 1.0)
-            seconds = (seconds + catching_up) * _MARGIN
-            self.rate = max(self.rate, tokens / seconds)
-        reach = self.guess_reach(now, guesses)
-        looked_up = self.best_cut(reach)  # 0 is plain decoding
-        worth = rows + sum(reach[:looked_up]) - self.rate * self._costs[looked_up]
-        if drafted and tokens - self.rate * seconds > worth:
-            return Plan(draft=drafted)
-        return self._trial(now) or Plan(lookup=looked_up)
-
-    def _draft_option(self, now: Round) -> tuple[int, float, float]:
-        """Tokens to draft at most, and the tokens and seconds that such a round is expected to come to."""
+            now = replace(now, draft_room=min(now.draft_room, 2), nodes=min(now.nodes, 2))
+        self._cheapest = _cheapest_from(curve[1:])
+        self._costs = [curve[1 + tokens] for tokens in self._cheapest]
+        self.rate = self._best_rate(len(now.rows))
         step = self.experience.draft_costs.curve(self.batch, 0, 1)
-        longest = min(now.draft_room, 2 if step is None else now.draft_room)
         self._step = step[1] if step is not None else _UNKNOWN_STEP * self._costs[0]
-        if longest < 1:
-            return 0, 0.0, 0.0
-        past, rows = self.experience.draft_rounds[self.batch], len(now.rows)
-        if past.seen < FEW_ROUNDS or past.drafted.value > longest:
-            return self._fixed_option(now, longest)
-        factor = sum(self.draft_factors[row].value for row in now.rows) / rows
-        sent = self._costs[min(round(past.sent.value), longest)]
-        return longest, rows * (1 + past.gain.value * factor * self.share), past.drafted.value * self._step + sent
+        longest = min(now.draft_room, now.nodes, 2 if step is None else now.draft_room)
+        reach = {row: self.row_guess_reach(row, guess)[: now.nodes] for row, guess in guesses.items()}
+        if self._is_worthwhile(now, longest, reach):
+            return Plan(longest, now.nodes)
+        return self._trial(now) or Plan(0, now.nodes)
 
-    def _fixed_option(self, now: Round, longest: int) -> tuple[int, float, float]:
-        """The best fixed length by the mean acceptance; see [`best_fixed`]."""
-        k = self.best_fixed(now, longest)
-        tokens = sum(1 + self.share * _gain(self.request_acceptance(row), k) for row in now.rows)
-        return k, tokens, k * self._step + self._costs[k]
+    def _best_rate(self, rows: int) -> float:
+        """Tokens per second: what rounds have yielded lately, or plain decoding where that is better."""
+        past, plain = self.experience.rounds[self.batch], rows / self._costs[0]
+        return max(plain, rows * past.tokens.value / past.seconds.value) if past.seen >= _ENOUGH_ROUNDS else plain
+
+    def _is_worthwhile(self, now: Round, longest: int, reach: Mapping[int, Sequence[float]]) -> bool:
+        """Whether drafting gains, where the guesses turn out wrong, more than its time is worth."""
+        guessed, catching_up = self.best_cut(self._sums(reach)), self._catching_up(now) / self._remaining(now)
+        wrong = {row: 1 - (reach[row][0] if row in reach else 0.0) for row in now.rows}
+        for k in range(1, longest + 1):
+            gains = {row: self._rescued(row, k) for row in now.rows}
+            gained = self.share * sum(gain * wrong[row] for row, gain in gains.items())
+            seconds = k * self._step + self._costs[max(k, guessed)] - self._costs[guessed]
+            if gained > _MARGIN * self.rate * (seconds + catching_up * (1 + max(gains.values()))):
+                return True
+        return False
+
+    def _rescued(self, row: int, k: int) -> float:
+        """Tokens that a row gains by k drafted ones where the lookup is wrong."""
+        chance = min(self.experience.rescue.value * self.draft_factors[row].value, 1.0)
+        return chance * (1 + _gain(self.request_acceptance(row), k - 1))
+
+    def _sums(self, reach: Mapping[int, Sequence[float]]) -> list[float]:
+        """What the batch gains by the first, second, ... token of its rows' guesses."""
+        longest = max(map(len, reach.values()), default=0)
+        return [self.share * sum(row[i] for row in reach.values() if i < len(row)) for i in range(longest)]
 
     def best_fixed(self, now: Round, longest: int) -> int:
         """Return the length of at least 1 with the highest rate, if each of a row's tokens is accepted alike."""
@@ -146,18 +157,12 @@ class MeasuredLength:
 
     def _trial(self, now: Round) -> Plan | None:
         """Draft all the same, where the time saved up for that covers what it may cost."""
-        k = min(now.draft_room, _TRIAL)
+        k = min(now.draft_room, now.nodes, _TRIAL)
         # Beside the reading of the prompt, what a trial loses could not be told; at the end it would not be worth it.
         if k < _TRIAL or not now.generated:
             return None
         cost = self._catching_up(now) + k * self._step + self._costs[k] - self._costs[0]
-        return Plan(draft=k, trial=True) if cost < self.experience.allowance else None
-
-    def guess_reach(self, now: Round, guesses: dict[int, Guess]) -> list[float]:
-        """Return what the batch gains by the first, second, ... token of its rows' guesses."""
-        reaches = [self.row_guess_reach(row, guess) for row, guess in guesses.items()]
-        longest = min(max(map(len, reaches), default=0), now.lookup_room)
-        return [self.share * sum(reach[i] for reach in reaches if i < len(reach)) for i in range(longest)]
+        return Plan(k, now.nodes, trial=True) if cost < self.experience.allowance else None
 
     def row_guess_reach(self, row: int, guess: Guess) -> list[float]:
         """Return how likely a row is to accept at least 1, 2, ... tokens of its guess."""
@@ -165,10 +170,38 @@ class MeasuredLength:
         chances = (min(rate(guess.match + step) * factor, 0.99) for step in range(len(guess.tokens)))
         return list(accumulate(chances, lambda reach, chance: reach * chance))
 
-    def best_cut(self, reach: Sequence[float]) -> int:
-        """Return how many tokens of a proposal are worth submitting, given what the batch gains by each."""
+    def best_cut(self, reach: Sequence[float], least: int = 0) -> int:
+        """
+        Return how many tokens are worth submitting.
+
+        Args:
+            reach (`Sequence[float]`): What the batch gains by the first, second, ... of them.
+            least (`int`, defaults to 0): So many are submitted in any case.
+        """
+        if len(reach) <= least:
+            return least
         sums = [0.0, *accumulate(reach)]
-        return max(range(len(sums)), key=lambda m: sums[m] - self.rate * self._costs[m])
+        return max(range(least, len(sums)), key=lambda m: sums[m] - self.rate * self._costs[m])
+
+    def filled(self, nodes: int, most: int) -> int:
+        """
+        Return how many tokens to submit where so many are worth it.
+
+        In float32, five may cost less than two. What a few sizes cost is found out once, as long as they are not dear.
+
+        Args:
+            nodes (`int`): Tokens that are worth submitting.
+            most (`int`): Tokens that may be submitted.
+        """
+        if not nodes:
+            return 0
+        table, last = self.experience.target_costs, self._costs[0]
+        for size in (size for size in _SIZES if size <= most):
+            cost = table.seen(self.batch, 1 + size)
+            if cost is None and size >= nodes and last < _DEAR * self._costs[0]:
+                return size
+            last = cost or last
+        return max(nodes, min(self._cheapest[nodes], most))
 
     def goes_on(self, reach: float, drafted: int, left: int) -> bool:
         """
@@ -182,14 +215,18 @@ class MeasuredLength:
         acceptance, worth = min(self.experience.acceptance.value, 0.99), 0.0
         for step in range(1, left + 1):
             reach *= acceptance
-            worth += reach - self.rate * (self._step + self._costs[drafted + step] - self._costs[drafted + step - 1])
+            verifying = self._costs[min(drafted + step, len(self._costs) - 1)] - self._costs[drafted + step - 1]
+            worth += reach - self.rate * (self._step + verifying)
             if worth > 0.0:
                 return True
         return False
 
     def settle(self, now: Round, plan: Plan, seconds: float, taken: int) -> None:
         """Account for a finished round: a share of its time may be spent on trials, which pay for what they lose."""
-        experience = self.experience
+        experience, past = self.experience, self.experience.rounds[self.batch]
+        past.seen += 1
+        past.tokens.note(taken / len(now.rows))
+        past.seconds.note(seconds)
         if plan.trial:
             gained = len(now.rows) + self.share * (taken - len(now.rows))
             experience.allowance -= max(seconds - gained / self.rate, 0.0)
@@ -205,6 +242,14 @@ def confidence_bin(probability: float) -> int:
 def bucket(tokens: int) -> int:
     """Round a number of tokens fed at once up to a power of two, beyond 8."""
     return tokens if tokens <= 8 else 1 << (tokens - 1).bit_length()
+
+
+def _cheapest_from(costs: Sequence[float]) -> list[int]:
+    """Return for each place where, from there on, the least of `costs` stands."""
+    found = [len(costs) - 1]
+    for place in range(len(costs) - 2, -1, -1):
+        found.append(place if costs[place] <= costs[found[-1]] else found[-1])
+    return found[::-1]
 
 
 def _gain(acceptance: float, k: int) -> float:

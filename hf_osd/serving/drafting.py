@@ -21,7 +21,33 @@ from .states import TargetStates
 from .transfer import upload
 from .verification import sample
 
-GoesOn = Callable[[torch.Tensor, torch.Tensor | None], bool]
+_NEVER = -1e30  # the logit of tokens that the draft does not know
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """
+    One token of a proposal, in every row.
+
+    Attributes:
+        tokens (`torch.LongTensor` of shape `(batch,)`): What was drafted.
+        probabilities (`torch.FloatTensor` of shape `(batch, vocab)`, *optional*): What it was sampled from.
+        others (`torch.LongTensor` of shape `(batch, others)`): The likeliest tokens besides.
+        chances (`torch.FloatTensor` of shape `(batch, 1 + others)`, *optional*): The draft's own probabilities of the
+            drafted token and of the others; `None` where nobody looks.
+        ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): Whether the token ends its row; `None` where
+            nothing does, or nobody looks.
+    """
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor | None
+    others: torch.Tensor
+    chances: torch.Tensor | None = None
+    ended: torch.Tensor | None = None
+
+
+GoesOn = Callable[[Step], bool]
+"""Decides, given the newest step, whether to draft another."""
 
 
 @dataclass(slots=True)
@@ -36,6 +62,7 @@ class Counts:
         accepted (`int`): Those that were right.
         guessed (`int`): Tokens submitted by the lookup, and judged.
         guessed_right (`int`): Those that were accepted.
+        others_right (`int`): Accepted tokens that were the draft's next best at their place.
     """
 
     proposed: int = 0
@@ -43,6 +70,7 @@ class Counts:
     accepted: int = 0
     guessed: int = 0
     guessed_right: int = 0
+    others_right: int = 0
 
 
 class OnlineAssistedGenerator(AssistedCandidateGenerator):
@@ -127,6 +155,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
         self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=self.device))
         self._last: Proposal | None = None
+        self.others = self._nothing.tokens[..., None]  # (batch, k, others): the next best tokens of the last proposal
         self._starts: list[int] = []  # where the last proposal of each row began
 
     def room(self, ends: Sequence[int]) -> int:
@@ -136,7 +165,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
 
     @torch.no_grad()
-    def propose(self, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None = None) -> Proposal:
+    def propose(
+        self, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None = None, others: int = 0
+    ) -> Proposal:
         """
         Propose `k` tokens for every row.
 
@@ -146,9 +177,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
                 as they were proposed: a row goes on from a prefix of its proposal and one token more.
             k (`int`): Tokens to propose, at most; 0 gives an empty proposal without running the draft.
-            goes_on (`Callable`, *optional*): Asked after every token whether to draft another, given the draft's
-                probabilities of the tokens just drafted and whether they end their rows, `(batch,)` each; the latter
-                is `None` where nothing ends a row. Defaults to the confidence threshold, if any.
+            goes_on (`Callable`, *optional*): Asked after every token whether to draft another. Defaults to the
+                confidence threshold, if any.
+            others (`int`, defaults to 0): How many of the next best tokens to note at each place; see [`others`].
 
         Returns:
             [`~hf_osd.records.Proposal`]: On the draft's device.
@@ -160,9 +191,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             with self._weights:  # which the choice may try out
                 self._decoder = (self._make_decoder or self._choose_decoder())()
         self._decoder.rollback([end - 1 for end in ends])
-        steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule())
-        tokens = torch.stack([token for token, _ in steps], dim=1)
-        probabilities = [q for _, q in steps if q is not None]
+        steps = self._steps(self._decoder, ids, ends, k, goes_on or self._confidence_rule(), others)
+        tokens = torch.stack([step.tokens for step in steps], dim=1)
+        probabilities = [step.probabilities for step in steps if step.probabilities is not None]
+        self.others = torch.stack([step.others for step in steps], dim=1)
         self._starts = list(ends)
         self._last = Proposal(tokens, torch.stack(probabilities, dim=1) if probabilities else None)
         return self._last
@@ -199,31 +231,32 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             return None
         reach = torch.ones(len(self._padding), device=self.device)
 
-        def goes_on(probabilities: torch.Tensor, ended: torch.Tensor | None) -> bool:
-            reach.mul_(probabilities)
-            if ended is not None:
-                reach.masked_fill_(ended, 0.0)
+        def goes_on(step: Step) -> bool:
+            assert step.chances is not None
+            reach.mul_(step.chances[:, 0])
+            if step.ended is not None:
+                reach.masked_fill_(step.ended, 0.0)
             return bool((reach > self._confidence_threshold).any())
 
         return goes_on
 
     def _steps(
-        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None, others: int
+    ) -> list[Step]:
         """
         Draft token by token, until going on is not worth a step.
 
         Whether to go on may depend on the tokens drafted so far, as long as those are verified: what is not proposed
         is left to the target, so the output's distribution is the target's either way.
         """
-        steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        for step in range(k):
-            scores = self._scores(decoder, ids, [end + step for end in ends])
-            tokens, probabilities = self._choose(scores)
-            self._write(ids, [end + step for end in ends], tokens)
-            steps.append((tokens, probabilities))
-            # Asking waits for the device, so it is done only where it can matter.
-            if goes_on is not None and not self._is_worth_going_on(scores, tokens, probabilities, goes_on):
+        steps: list[Step] = []
+        for place in range(k):
+            scores = self._scores(decoder, ids, [end + place for end in ends])
+            names = decoder.vocabulary if scores.shape[-1] < self._vocab_size else None
+            # Looking waits for the device, so it is done only where it can matter.
+            steps.append(self._choose(scores, names, others, looks=goes_on is not None))
+            self._write(ids, [end + place for end in ends], steps[-1].tokens)
+            if goes_on is not None and not goes_on(steps[-1]):
                 break
         return steps
 
@@ -234,39 +267,43 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         else:
             ids.scatter_(1, upload(columns, ids.device)[:, None], tokens[:, None])
 
-    def _is_worth_going_on(
-        self, scores: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor | None, goes_on: GoesOn
-    ) -> bool:
-        chosen = tokens[:, None]
-        if probabilities is not None:
-            chances = probabilities.gather(1, chosen)[:, 0]
-        else:
-            chances = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(dim=-1)).exp()
-        return goes_on(chances, torch.isin(tokens, self._eos) if self._eos is not None else None)
-
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
         """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""
         return ids if self._known_tokens >= self._vocab_size else ids.clamp(max=self._known_tokens - 1)
 
     def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
-        """Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`."""
+        """
+        Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`.
+
+        Where nobody has to see all tokens, they are those of the decoder's vocabulary alone.
+        """
         with self._weights:  # for the forward alone: processors are the user's code, and may make requests themselves
             logits = decoder.feed(self._readable(ids), ends, keep=1)
-        logits = _fit_vocabulary(logits, self._vocab_size)
+        if decoder.vocabulary is None or self._processors or self.samples:
+            logits = _fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
         return process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]
 
-    def _choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._randomness is None:
-            return scores.argmax(dim=-1), None
-        probabilities = scores.softmax(dim=-1)
-        return sample(probabilities, self._randomness.on(scores.device)), probabilities
+    def _choose(self, scores: torch.Tensor, names: torch.Tensor | None, others: int, looks: bool) -> Step:
+        """Choose a token by scores `(batch, vocab)` of all, or of those that `names` says; the best, or a sample."""
+        best = scores.topk(min(1 + others, scores.shape[-1]), dim=-1) if others else scores.max(dim=-1, keepdim=True)
+        ids, values, probabilities = best.indices, best.values, None
+        if self._randomness is not None:
+            probabilities = scores.softmax(dim=-1)
+            drawn = sample(probabilities, self._randomness.on(scores.device))[:, None]
+            ids = torch.cat([drawn, _without(ids, drawn)], dim=1)
+            values = scores.gather(1, ids)
+        ids = ids if names is None else names[ids]
+        if not looks:
+            return Step(ids[:, 0], probabilities, ids[:, 1:])
+        chances = (values - scores.logsumexp(dim=-1, keepdim=True)).exp()
+        ended = torch.isin(ids[:, 0], self._eos) if self._eos is not None else None
+        return Step(ids[:, 0], probabilities, ids[:, 1:], chances, ended)
 
     def note(
         self,
         logits: torch.Tensor,
         tokens: Sequence[Sequence[int]],
         taken: Sequence[int],
-        rows: Sequence[bool] | None = None,
     ) -> list[int]:
         """
         Note what the target made of the last proposal.
@@ -278,21 +315,18 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             logits (`torch.FloatTensor` of shape `(batch, k + 1, vocab)`): The target's logits.
             tokens (`Sequence[Sequence[int]]`): For each row, the tokens that the target settled on.
             taken (`Sequence[int]`): How many of them the row kept; 0 for finished rows.
-            rows (`Sequence[bool]`, *optional*): Rows in which the comparison says something about the draft; defaults
-                to all. When sampling, a token that was not submitted may be as good as the one taken.
 
         Returns:
-            `list[int]`: How many of each row's drafted tokens were right; 0 where that was not asked.
+            `list[int]`: How many of each row's drafted tokens were right.
         """
         assert self._last is not None, "propose() comes before note()"
         k = self.drafted
-        rows = [True] * len(taken) if rows is None else rows
         drafted = self._last.tokens.tolist() if k else [[]] * len(taken)
-        compared = zip(drafted, tokens, taken, rows, strict=True)
-        right = [_leading(ours, theirs[:kept]) if asked else 0 for ours, theirs, kept, asked in compared]
-        for count, kept, asked in zip(right, taken, rows, strict=True):
+        compared = zip(drafted, tokens, taken, strict=True)
+        right = [_leading(ours, theirs[:kept]) for ours, theirs, kept in compared]
+        for count, kept in zip(right, taken, strict=True):
             self.counts.proposed += k if kept else 0
-            self.counts.judged += min(count + 1, k, kept) if asked else 0
+            self.counts.judged += min(count + 1, k, kept)
             self.counts.accepted += count
         if k and self._decoder is not None:
             # As far as the next proposal will: rolling back twice takes from a windowed cache what it needs again.
@@ -300,7 +334,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             self._decoder.rollback([start + min(count, max(kept - 1, 0)) for start, count, kept in rows_kept])
         self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
-            judged = [min(count + 1, k) if asked else 0 for count, asked in zip(right, rows, strict=True)]
+            judged = [min(count + 1, k) for count in right]
             self._recorder.record(logits, self._last.tokens.to(logits.device), judged, right, taken)
         return right
 
@@ -351,6 +385,12 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self.note(scores, [taken], [len(taken)])
 
 
+def _without(ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Drop the column of `ids` that holds each row's `drawn` one, `(batch, 1)`; the last where none does."""
+    kept = (ids == drawn).long().argsort(dim=1, stable=True)[:, : ids.shape[1] - 1]
+    return ids.gather(1, kept)
+
+
 def _leading(drafted: Sequence[int], taken: Sequence[int]) -> int:
     """Count the leading tokens that are the same."""
     count = 0
@@ -361,14 +401,16 @@ def _leading(drafted: Sequence[int], taken: Sequence[int]) -> int:
     return count
 
 
-def _fit_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+def _fit_vocabulary(logits: torch.Tensor, size: int, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Cut or pad the draft's logits to the target's vocabulary.
+    Cut, pad or spread the draft's logits to the target's vocabulary.
 
     Ids that only the target has are never proposed, except where a processor allows nothing else: they are finite, so
     that there is a choice then too.
     """
+    if vocabulary is not None:
+        return logits.new_full((*logits.shape[:-1], size), _NEVER).index_copy_(-1, vocabulary, logits)
     missing = size - logits.shape[-1]
     if missing <= 0:
         return logits[..., :size]
-    return torch.nn.functional.pad(logits, (0, missing), value=-1e30)
+    return torch.nn.functional.pad(logits, (0, missing), value=_NEVER)

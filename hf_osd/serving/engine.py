@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..records import Proposal, Verdict
 from .decoder import Decoder
-from .processing import process
+from .processing import is_context_free, process
 from .randomness import Randomness
 from .sequences import Sequences
 from .speculation import Speculator
@@ -57,6 +57,7 @@ class Engine:
         streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
         scores, logits (`History`, *optional*): Filled where the user asked for them.
         target_passes (`int`): Forwards of the target so far, counted once for each row that was still going on.
+        submitted (`int`): Tokens that these checked, counted likewise.
     """
 
     sequences: Sequences
@@ -70,6 +71,7 @@ class Engine:
     scores: History | None = None
     logits: History | None = None
     target_passes: int = 0
+    submitted: int = 0
     _streamed: int = 0
 
     def run(self) -> None:
@@ -94,11 +96,17 @@ class Engine:
         if k:
             sequences.propose(proposal.tokens)
         self.watch.lap("")
-        logits = self.target.feed(sequences.ids, [start + k for start in starts], keep=k + 1)
+        ends = [start + k for start in starts]
+        logits = self.target.feed(sequences.ids, ends, keep=k + 1, parents=proposal.parents)
         self.watch.lap("verify")
-        self.target_passes += sum(sequences.is_active(row) for row in range(sequences.batch))
-        scores = process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
-        self._commit(logits, scores, self._verify(scores, proposal))
+        active = sum(sequences.is_active(row) for row in range(sequences.batch))
+        self.target_passes, self.submitted = self.target_passes + active, self.submitted + active * k
+        verdict, scores = self._verify(logits, starts, proposal)
+        if proposal.parents is not None:
+            self.target.select(starts, verdict.paths)
+            logits = _along(verdict.paths, logits)
+            scores = None if scores is None else _along(verdict.paths, scores)
+        self._commit(logits, scores, verdict.tokens, in_place=proposal.parents is None)
         self.target.rollback([end - 1 for end in sequences.ends])
         self.watch.lap("")
         self.speculator.settle(self.watch.finish())
@@ -112,17 +120,33 @@ class Engine:
         longest = max(end - pad for end, pad in zip(ends, padding, strict=True))
         return max(min(self.sequences.budget - 1, self.target.context - longest), 0)
 
-    def _verify(self, scores: torch.Tensor, proposal: Proposal) -> Verdict:
+    def _verify(
+        self, logits: torch.Tensor, starts: Sequence[int], proposal: Proposal
+    ) -> tuple[Verdict, torch.Tensor | None]:
+        """Judge a proposal; with the processed scores `(batch, n + 1, vocab)`, where all were needed."""
         if self.randomness is None:
-            return verify_greedy(scores, proposal)
-        return verify_sampling(scores, proposal, self.randomness.on(scores.device))
+            scores = self._processed(logits, starts)
+            return verify_greedy(scores, proposal), scores
+        generator = self.randomness.on(logits.device)
+        if self.scores is None and is_context_free(self.processors):
+            return verify_sampling(logits, proposal, generator, self._warped), None
+        scores = self._processed(logits, starts)
+        return verify_sampling(scores, proposal, generator), scores
 
-    def _commit(self, logits: torch.Tensor, scores: torch.Tensor, verdict: Verdict) -> None:
-        accepted = verdict.accepted.tolist()  # with the tokens: the one moment of a round when the host waits
-        tokens = [row[: count + 1] for row, count in zip(verdict.tokens.tolist(), accepted, strict=True)]
-        taken = self.sequences.commit(tokens)
+    def _processed(self, logits: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
+        sequences = self.sequences
+        return process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
+
+    def _warped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Process logits `(batch, vocab)` by processors that look at nothing else."""
+        return self._processed(logits[:, None], self.sequences.ends)[:, 0]
+
+    def _commit(
+        self, logits: torch.Tensor, scores: torch.Tensor | None, tokens: Sequence[Sequence[int]], in_place: bool
+    ) -> None:
+        taken = self.sequences.commit(tokens, in_place)
         for history, values in ((self.scores, scores), (self.logits, logits)):
-            if history is not None:
+            if history is not None and values is not None:
                 history.append(values, taken)
         ask_for = self.scores if self.stop_check.asks else None
         seen = ask_for.columns(self.sequences.lengths) if ask_for is not None else None
@@ -136,3 +160,11 @@ class Engine:
             for column in self.sequences.finished_columns(self._streamed):
                 self.streamer.put(column.cpu())
                 self._streamed += 1
+
+
+def _along(paths: Sequence[Sequence[int]], values: torch.Tensor) -> torch.Tensor:
+    """Pick what `(batch, n + 1, vocab)` says behind the text and behind each node of a path; rows are filled up."""
+    longest = max(map(len, paths))
+    places = [[0, *(node + 1 for node in path), *[0] * (longest - len(path))] for path in paths]
+    rows = torch.arange(len(paths), device=values.device)[:, None]
+    return values[rows, torch.tensor(places, device=values.device)]

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 
+from .._compat import grouped_attention
 from ..drafts.features import FeatureDraft
-from .decoder import Pass, RaggedDecoder
+from .decoder import Parents, Pass, RaggedDecoder
 from .preparation import Preparation
 from .states import TargetStates
-
-_NEVER = -1e30  # the logit of tokens outside the vocabulary: finite, for a processor may allow nothing else
 
 
 class FeatureDecoder(RaggedDecoder):
@@ -22,7 +21,7 @@ class FeatureDecoder(RaggedDecoder):
 
     Args:
         model ([`~hf_osd.drafts.features.FeatureDraft`]): The draft, in eval mode.
-        padding, width, preparation: See [`~hf_osd.serving.decoder.Decoder`].
+        padding, width, preparation, takes_trees: See [`~hf_osd.serving.decoder.RaggedDecoder`].
         source (`TargetStates`, *optional*): The target's states; without, it goes on tokens alone.
         vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that may be proposed; defaults to all.
     """
@@ -37,17 +36,18 @@ class FeatureDecoder(RaggedDecoder):
         preparation: Preparation | None = None,
         source: TargetStates | None = None,
         vocabulary: torch.Tensor | None = None,
+        takes_trees: bool = False,
     ) -> None:
-        super().__init__(model, padding, width, preparation)
+        super().__init__(model, padding, width, preparation, takes_trees=takes_trees)
         self._source = source if model.state_layers else None
-        self._vocabulary = None if vocabulary is None else vocabulary.to(self._device)
-        self._head = model.head_of(self._vocabulary)
+        self.vocabulary = None if vocabulary is None else vocabulary.to(self._device)
+        self._head = model.head_of(self.vocabulary)
         self._own: torch.Tensor | None = None  # (batch, 1, hidden), behind the last pass since the rollback
         self._read_to = list(padding)  # columns that were read with the target's states
 
-    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None) -> torch.Tensor:
         """Feed tokens, and score those that may be proposed; see [`~hf_osd.serving.decoder.Decoder.feed`]."""
-        hidden = super().feed(ids, ends, keep)
+        hidden = super().feed(ids, ends, keep, parents)
         if self._own is None or self._source is None:
             self._read_to = list(ends)
         self._own = hidden[:, -1:]
@@ -67,11 +67,8 @@ class FeatureDecoder(RaggedDecoder):
 
     def _run(self, keep: int, **inputs: Any) -> Pass:
         """Its last states in the place of logits: the head follows the prompt, and so stays out of captured graphs."""
-        return Pass(self.model.hidden(**inputs)[:, -keep:], None)
+        with grouped_attention(self._device):
+            return Pass(self.model.hidden(**inputs)[:, -keep:], None)
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        scores = torch.nn.functional.linear(hidden, *self._head).float()
-        if self._vocabulary is None:
-            return scores
-        everything = scores.new_full((*scores.shape[:-1], self.model.vocab_size), _NEVER)
-        return everything.index_copy_(-1, self._vocabulary, scores)
+        return torch.nn.functional.linear(hidden, *self._head).float()

@@ -40,8 +40,19 @@ _DRAFT_TOLERANCE = 1.0  # the same for drafts, whose errors cost speed only: oth
 class Feeds(Protocol):
     """What is tried of a decoder."""
 
-    def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int) -> torch.Tensor:
+    @property
+    def takes_trees(self) -> bool:
+        """See [`~hf_osd.serving.decoder.Decoder.takes_trees`]."""
+        ...
+
+    def feed(
+        self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Sequence[Sequence[int]] | None = None
+    ) -> torch.Tensor:
         """See [`~hf_osd.serving.decoder.Decoder.feed`]."""
+        ...
+
+    def select(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """See [`~hf_osd.serving.decoder.Decoder.select`]."""
         ...
 
     def rollback(self, ends: Sequence[int]) -> None:
@@ -83,10 +94,11 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Whether a decoder suits a model, and if not, why."""
+    """Whether a decoder suits a model, and if not, why; whether it takes trees on it."""
 
     suits: bool
     why: str = ""
+    takes_trees: bool = False
 
 
 @dataclass(slots=True)
@@ -213,8 +225,10 @@ def _compare(
     allowed = _tolerance(model, trial) * float(expected.std())
     if difference > allowed:
         return Finding(False, f"its logits depend on how many tokens it is fed at once, by up to {difference:.2g}")
+    is_target = trial.preparation is not None  # drafts are fed chains
+    takes_trees = is_target and decoder.takes_trees and _tree_difference(decoder, text, width, expected) <= allowed
     decoder.release()
-    return Finding(True)
+    return Finding(True, takes_trees=takes_trees)
 
 
 def _tolerance(model: PreTrainedModel, trial: Trial) -> float:
@@ -233,7 +247,22 @@ def _largest_difference(decoder: Feeds, text: torch.Tensor, width: int, expected
     for ends, keep in steps:
         logits = decoder.feed(text, ends, keep)
         for row, end in enumerate(ends):
-            ours, theirs = logits[row], expected[row, end - width + 1 - keep : end - width + 1]
-            worst = max(worst, float((ours - theirs).abs().max().nan_to_num(nan=torch.inf)))
+            worst = max(worst, _distance(logits[row], expected[row, end - width + 1 - keep : end - width + 1]))
         decoder.rollback([min(end, width + 1) for end in ends])
     return worst
+
+
+def _tree_difference(decoder: Feeds, text: torch.Tensor, width: int, expected: torch.Tensor) -> float:
+    """Feed two tokens of the text beside a wrong one, and another behind them once they have been moved."""
+    rows, start, tree = len(text), width + 1, text.clone()
+    tree[:, start] = text[:, 0]
+    tree[:, start + 1 : start + 3] = text[:, start : start + 2]
+    logits = decoder.feed(tree, [start + 3] * rows, 4, [[-1, -1, 1]] * rows)
+    worst = _distance(logits[:, [0, 2, 3]], expected[:, 1:4])
+    decoder.select([start] * rows, [[1, 2]] * rows)
+    decoder.rollback([start + 2] * rows)
+    return max(worst, _distance(decoder.feed(text, [start + 3] * rows, 1), expected[:, 4:5]))
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max().nan_to_num(nan=torch.inf))

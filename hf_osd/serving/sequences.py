@@ -77,34 +77,38 @@ class Sequences:
         offsets = torch.arange(count, device=self.ids.device)
         return upload(starts, self.ids.device)[:, None] + offsets  # (batch, count)
 
-    def commit(self, tokens: Sequence[Sequence[int]]) -> list[int]:
+    def commit(self, tokens: Sequence[Sequence[int]], in_place: bool = True) -> list[int]:
         """
         Append tokens to the active rows, each up to its first eos token and the limit.
 
         Args:
-            tokens (`Sequence[Sequence[int]]`): For each row, the tokens the target settled on. All but the last are
-                in the buffer already, as the accepted part of the proposal.
+            tokens (`Sequence[Sequence[int]]`): For each row, the tokens the target settled on.
+            in_place (`bool`, defaults to `True`): Whether all but the last are in the buffer already, as the accepted
+                part of a proposal that was a chain.
 
         Returns:
             `list[int]`: How many tokens each row took; 0 for rows that were finished.
         """
         taken = [self._taken(row, tokens[row]) for row in range(self.batch)]
         rows = [row for row in range(self.batch) if taken[row]]
-        self._write_last(rows, tokens, taken)
+        self._write(rows, tokens, taken, in_place)
         for row in rows:
             self.ends[row] += taken[row]
             if tokens[row][taken[row] - 1] in self.eos_token_ids:
                 self.stops[row] = self.ends[row]
         return taken
 
-    def _write_last(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
-        last = [self.ends[row] + taken[row] - 1 for row in rows]
-        values = [tokens[row][taken[row] - 1] for row in rows]
-        if self.batch == 1:  # a scalar needs no index tensors
-            for column, value in zip(last, values, strict=True):
+    def _write(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], taken: Sequence[int], only_last: bool
+    ) -> None:
+        steps = [(row, step) for row in rows for step in range(taken[row] - 1 if only_last else 0, taken[row])]
+        columns = [self.ends[row] + step for row, step in steps]
+        values = [tokens[row][step] for row, step in steps]
+        if self.batch == 1:  # scalars need no index tensors
+            for column, value in zip(columns, values, strict=True):
                 self.ids[0, column] = value
             return
-        index = upload([*rows, *last, *values], self.ids.device).view(3, -1)  # (3, rows)
+        index = upload([*(row for row, _ in steps), *columns, *values], self.ids.device).view(3, -1)  # (3, tokens)
         self.ids[index[0], index[1]] = index[2]
 
     def _taken(self, row: int, tokens: Sequence[int]) -> int:

@@ -59,6 +59,12 @@ class TargetStates:
         rows = torch.arange(len(ends), device=states.device)[:, None]
         self._values[rows, columns.clamp(min=0)] = states
 
+    def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Move the states of some columns to others of their rows."""
+        self._values[list(rows), [column + 1 for column in targets]] = self._values[
+            list(rows), [column + 1 for column in sources]
+        ]
+
     def before(self, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
         Return the states of the tokens before some others.

@@ -1,0 +1,310 @@
+"""What each round proposes where that is measured: a tree of what the draft and the lookup think comes next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..records import Proposal
+from .draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
+from .drafting import OnlineAssistedGenerator, Step
+from .experience import RANKS, Experience
+from .lookup import LOOKUP_LENGTH, Guess, Lookup
+from .sequences import Sequences
+from .speculation import Speculator
+from .stopwatch import Stopwatch
+from .transfer import upload
+from .tree import ROOT, Candidates, chain
+
+_FRUITLESS, _SELDOM = 16, 8  # after so many rounds without a guess worth submitting, look every so many rounds at most
+_ENOUGH = 4.0  # tokens gained by the mean row of a batch before it says something about batches
+_PATIENCE = 4  # first rounds of the draft, which read the prompt; then one of these has to tell what a step costs
+_UNSEEN = -2  # tokens from here downwards stand for drafted ones that only the device knows
+
+
+@dataclass(slots=True)
+class Drafted:
+    """
+    What the draft has proposed for one row.
+
+    Attributes:
+        tokens (`list[int]`): The chain that it drafted; those that nobody looked at count down from -2.
+        reach (`list[float]`): The chance that the row takes each, and all before it.
+        bins (`list[int]`): Of the draft's own probabilities, where somebody looked.
+        others (`list[list[tuple[int, float]]]`): The next best tokens at each place, with the chance of each to be
+            taken there.
+        other_bins (`list[list[int]]`): Their bins, where somebody looked.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    reach: list[float] = field(default_factory=list)
+    bins: list[int] = field(default_factory=list)
+    others: list[list[tuple[int, float]]] = field(default_factory=list)
+    other_bins: list[list[int]] = field(default_factory=list)
+
+
+class MeasuredSpeculator(Speculator):
+    """
+    Draft, lookup, both or neither, by [`MeasuredLength`].
+
+    What both propose is one tree, of which the likeliest nodes are submitted. Where the target takes no trees, the
+    better of the two chains is.
+
+    On the CPU, where looking costs no wait, the draft stops as soon as its own probabilities say that going on does
+    not pay, and nodes that would not pay to verify are held back. When sampling, what the draft has drawn is always
+    submitted: holding it back would depend on the very token, and bend the distribution of what is.
+
+    Args:
+        drafter (`OnlineAssistedGenerator`): The draft.
+        experience (`Experience`): Of the assistant.
+        sequences (`Sequences`): The batch.
+        lookup (`bool`): Whether guesses are made.
+        nodes (`int`): Tokens to submit at most.
+        branches (`bool`): Whether a proposal may be a tree.
+    """
+
+    def __init__(
+        self,
+        drafter: OnlineAssistedGenerator,
+        experience: Experience,
+        sequences: Sequences,
+        lookup: bool,
+        nodes: int = LOOKUP_LENGTH,
+        branches: bool = False,
+    ) -> None:
+        super().__init__(drafter)
+        self._experience = experience
+        self._lengths = MeasuredLength(experience, sequences.batch)
+        self._looks = drafter.device.type == "cpu"
+        self._nodes, self._branches = nodes, branches
+        prompts = [sequences.text(row)[0].tolist() for row in range(sequences.batch)] if lookup else []
+        self._lookup = Lookup(prompts, experience.outputs) if lookup else None
+        self._guesses: dict[int, Guess] = {}
+        self._guessed: dict[int, int] = {}  # how much of each row's guess was submitted
+        self._drafted: list[Drafted] = []
+        self._going: list[float] = []  # the reach of the last token of each row, 0 behind an eos
+        self._fruitless = 0  # rounds since a guess was submitted
+        self._plan, self._now = Plan(), Round((), 0, 0, 0, 0, 0, 0, 0)
+        self._sent = 0
+        self._taken: list[int] = []
+        self._first = True
+        self._rounds, self._gained = 0, 0.0  # the latter by the mean row
+
+    def propose(self, sequences: Sequences, room: int, watch: Stopwatch) -> Proposal:
+        """Choose, and propose; see [`Speculator.propose`]."""
+        self._now = now = self._look_around(sequences, room)
+        self._guesses = self._guess(now)
+        self._plan = self._lengths.plan(now, self._guesses)
+        self._drafted = [Drafted() for _ in range(sequences.batch)]
+        drafted = self._draft(sequences, watch) if self._plan.draft else self.drafter.skip()
+        proposal = self._chosen(drafted, sequences.ids.device)
+        self._sent = proposal.tokens.shape[1]
+        if any(self._guessed.values()):
+            self._fruitless = 0
+        return proposal
+
+    @property
+    def _may_branch(self) -> bool:
+        """A long prompt is read faster without a mask."""
+        return self._branches and not self._first
+
+    def _look_around(self, sequences: Sequences, room: int) -> Round:
+        ends, padding = sequences.ends, sequences.padding
+        return Round(
+            rows=[row for row in range(sequences.batch) if sequences.is_active(row)],
+            context=max(end - pad for end, pad in zip(ends, padding, strict=True)),
+            lag=self.drafter.lag(ends),
+            draft_room=max(min(int(self.drafter.num_assistant_tokens), room, self.drafter.room(ends)), 0),
+            lookup_room=max(min(LOOKUP_LENGTH, room), 0),
+            nodes=self._nodes if room > 0 else 0,
+            remaining=sequences.budget,
+            generated=max(ends) - sequences.prompt_length,
+        )
+
+    def _guess(self, now: Round) -> dict[int, Guess]:
+        """Guess for every row; where that has not helped for long, the more rows the more seldom."""
+        self._fruitless += 1
+        stride = min(len(now.rows), _SELDOM) if self._fruitless > _FRUITLESS else 1
+        if self._lookup is None or self._fruitless % stride:
+            return {}
+        found = {row: self._lookup.guess(row, now.lookup_room) for row in now.rows}
+        return {row: guess for row, guess in found.items() if guess is not None}
+
+    def _draft(self, sequences: Sequences, watch: Stopwatch) -> Proposal:
+        self._going = [float(row in self._now.rows) for row in range(sequences.batch)]
+        k = self._plan.draft if self._looks else self._lengths.best_fixed(self._now, self._plan.draft)
+        others = len(RANKS) if self._may_branch else 0
+        goes_on = self._goes_on if self._looks else None
+        watch.lap("")
+        proposal = self.drafter.propose(sequences.ids, sequences.ends, k, goes_on, others)
+        watch.lap("draft")
+        if not self._looks:
+            self._expect(proposal.tokens.shape[1], self.drafter.others.shape[2])
+        return proposal
+
+    def _goes_on(self, step: Step) -> bool:
+        """Take in a step of the draft, and decide whether to go on."""
+        assert step.chances is not None
+        over = step.ended.tolist() if step.ended is not None else [False] * len(self._drafted)
+        others, chances = step.others.tolist(), step.chances.tolist()
+        for row, token in enumerate(step.tokens.tolist()):
+            drafted, factor = self._drafted[row], self._lengths.draft_factors[row].value
+            bins = [confidence_bin(chance) for chance in chances[row]]
+            chance = min(self._experience.confidence.rate(bins[0]) * factor, 0.99)
+            rates = [self._experience.others.rate(place) for place in bins[1:]]
+            drafted.others.append(list(zip(others[row], rates, strict=True)))
+            drafted.other_bins.append(bins[1:])
+            drafted.tokens.append(token)
+            drafted.bins.append(bins[0])
+            drafted.reach.append(self._going[row] * chance)
+            self._going[row] = 0.0 if over[row] else drafted.reach[-1]
+        going, left = self._lengths.share * sum(self._going), self._plan.draft - len(self._drafted[0].tokens)
+        return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, self._plan.draft - left, left))
+
+    def _expect(self, k: int, others: int) -> None:
+        """What nobody looked at is expected to be as good as such tokens were lately."""
+        rates = [self._experience.ranks.rate(rank) for rank in range(others)]
+        for row, (drafted, going) in enumerate(zip(self._drafted, self._going, strict=True)):
+            chance = self._lengths.request_acceptance(row)
+            for step in range(k):
+                unseen = [_UNSEEN - step * (1 + others) - rank for rank in range(1 + others)]
+                drafted.tokens.append(unseen[0])
+                drafted.reach.append(going * chance ** (step + 1))
+                drafted.others.append(list(zip(unseen[1:], rates, strict=True)))
+
+    def _chosen(self, drafted: Proposal, device: torch.device) -> Proposal:
+        """Merge what is proposed for each row, and submit what is worth it."""
+        forced = range(drafted.tokens.shape[1] if self.drafter.samples or self._plan.trial else 0)
+        rows = [self._candidates(row, alone=bool(forced)) for row in range(len(self._drafted))]
+        orders = [[*forced, *(node for node in row.ranked() if node >= len(forced))] for row in rows]
+        n = self._lengths.best_cut(self._reach(rows, orders, max(self._plan.nodes, len(forced))), len(forced))
+        n = self._lengths.filled(n, self._plan.nodes) if self._may_branch else n
+        trees = [row.arranged(order[:n], forced) for row, order in zip(rows, orders, strict=True)]
+        self._guessed = {row: _submitted(guess.tokens, *trees[row]) for row, guess in self._guesses.items()}
+        filler = [ROOT] * n if self._may_branch else chain(n)
+        parents = [[*nodes, *filler[len(nodes) :]] for _, nodes in trees]
+        tokens = self._tokens([[*row, *[0] * (n - len(row))] for row, _ in trees], drafted, device)
+        is_chain = all(nodes == chain(n) for nodes in parents) or n < 2
+        return Proposal(tokens, drafted.probabilities, None if is_chain else parents)
+
+    def _candidates(self, row: int, alone: bool) -> Candidates:
+        """All that is proposed for a row; where nothing may branch, the better chain, or the drafted one `alone`."""
+        drafted, guess, found = self._drafted[row], self._guesses.get(row), Candidates()
+        guessed = self._lengths.row_guess_reach(row, guess) if guess is not None else []
+        branches, active = self._may_branch, float(row in self._now.rows)
+        if branches or alone or sum(drafted.reach) >= sum(guessed[: len(drafted.reach) or None]):
+            nodes = found.add_chain(drafted.tokens, drafted.reach)
+            for parent, before, others in zip([ROOT, *nodes], [active, *drafted.reach], drafted.others, strict=False):
+                for token, chance in others:
+                    found.add(parent, token, before * chance)
+        if guess is not None and (branches or not found.tokens):
+            found.add_chain(guess.tokens, guessed)
+        return found
+
+    def _reach(self, rows: Sequence[Candidates], orders: Sequence[Sequence[int]], most: int) -> list[float]:
+        """What the batch gains by the first, second, ... node of its rows."""
+        longest = min(max(map(len, orders), default=0), most)
+        pairs = list(zip(rows, orders, strict=True))
+        sums = [sum(row.reach[order[place]] for row, order in pairs if place < len(order)) for place in range(longest)]
+        return [self._lengths.share * gain for gain in sums]
+
+    def _tokens(self, rows: list[list[int]], drafted: Proposal, device: torch.device) -> torch.Tensor:
+        """Upload tokens, and put in what only the device knows."""
+        tokens = upload([token for row in rows for token in row], device).view(len(rows), -1)
+        if all(token > _UNSEEN for row in rows for token in row):
+            return tokens
+        known = torch.cat([drafted.tokens[..., None], self.drafter.others], dim=2).flatten(1).to(device)
+        return torch.where(tokens > _UNSEEN, tokens, known.gather(1, (_UNSEEN - tokens).clamp(min=0)))
+
+    def note(self, logits: torch.Tensor, tokens: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
+        """Judge the draft's tokens and the guesses, sent or not, by what was taken; see [`Speculator.note`]."""
+        right = self.drafter.note(logits, tokens, taken)
+        others = self.drafter.others.tolist() if self._plan.draft else []
+        for row in self._now.rows:
+            self._note_drafted(row, right[row], tokens[row][: taken[row]])
+            if self._plan.draft and not self._was_guessed(row, tokens[row][0]):
+                self._experience.rescue.note(taken[row] > 1)
+            if others:
+                self._note_others(others[row], right[row], row, tokens[row][: taken[row]])
+            if row in self._guesses:
+                self._note_guess(row, tokens[row][: taken[row]])
+            if self._lookup is not None:
+                self._lookup.extend(row, tokens[row][: taken[row]])
+        self._taken = [taken[row] for row in self._now.rows]
+        self._rounds += 1
+        self._gained += sum(self._taken) / len(self._taken) - 1
+
+    def _note_drafted(self, row: int, right: int, taken: Sequence[int]) -> None:
+        bins, experience = self._drafted[row].bins, self._experience
+        for step in range(min(right + 1, self.drafter.drafted, len(taken))):
+            accepted = step < right
+            expected = experience.confidence.rate(bins[step]) if bins else experience.acceptance.value
+            if bins:
+                experience.confidence.note(bins[step], accepted)
+            experience.acceptance.note(accepted)
+            self._lengths.draft_factors[row].note(expected, accepted)
+
+    def _note_others(self, others: Sequence[Sequence[int]], right: int, row: int, taken: Sequence[int]) -> None:
+        other_bins, experience = self._drafted[row].other_bins, self._experience
+        for step in range(min(right + 1, len(others), len(taken))):
+            for rank, token in enumerate(others[step]):
+                calibration, place = (experience.ranks, rank)
+                if other_bins:
+                    calibration, place = experience.others, other_bins[step][rank]
+                calibration.note(place, token == taken[step])
+                self.counts.others_right += token == taken[step] and step < len(taken) - 1
+
+    def _note_guess(self, row: int, taken: Sequence[int]) -> None:
+        guess, sent = self._guesses[row], self._guessed[row]
+        for step, (guessed, token) in enumerate(zip(guess.tokens, taken, strict=False)):
+            expected = self._experience.match.rate(guess.match + step)
+            self._experience.match.note(guess.match + step, guessed == token)
+            self._lengths.lookup_factors[row].note(expected, guessed == token)
+            self.counts.guessed += step < sent
+            self.counts.guessed_right += step < sent and guessed == token
+            if guessed != token:
+                break
+
+    def _was_guessed(self, row: int, token: int) -> bool:
+        return row in self._guesses and self._guesses[row].tokens[0] == token
+
+    def settle(self, seconds: dict[str, float]) -> None:
+        """Learn what the round cost and yielded; see [`Speculator.settle`]."""
+        total, drafting = sum(seconds.values()), seconds.get("draft", 0.0)
+        batch, context = self._lengths.batch, self._now.context
+        if not self._first:  # the first round reads the prompt
+            self._experience.target_costs.note(batch, context, self._sent + 1, total - drafting)
+            self._lengths.settle(self._now, self._plan, total, sum(self._taken))
+        self._first = False
+        if self._plan.draft:
+            self._note_draft_costs(drafting)
+
+    def _note_draft_costs(self, seconds: float) -> None:
+        experience, batch = self._experience, self._lengths.batch
+        drafted, lag = self.drafter.drafted, self._now.lag
+        step = experience.draft_costs.curve(batch, 0, 1)
+        experience.unmeasured += step is None
+        if lag <= 2 or (step is None and experience.unmeasured > _PATIENCE):
+            experience.draft_costs.note(batch, 0, 1, seconds / drafted)
+        elif step is not None:
+            experience.draft_costs.note(batch, 0, bucket(lag), max(seconds - (drafted - 1) * step[1], step[1]))
+
+    def finish(self, lengths: Sequence[int]) -> None:
+        """Leave the outputs to later requests; see [`Speculator.finish`]."""
+        self._experience.answer_length.note(sum(lengths) / len(lengths))
+        if self._gained >= _ENOUGH:
+            saved = max(lengths) - self._rounds
+            self._experience.gain_share(self._lengths.batch).note(min(max(saved / self._gained, 0.0), 1.0))
+        if self._lookup is not None:
+            self._lookup.finish(lengths)
+
+
+def _submitted(guess: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> int:
+    """Count the leading tokens of a guess that are in a tree."""
+    places = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+    node, count = ROOT, 0
+    for token in guess:
+        if (node, token) not in places:
+            break
+        node, count = places[node, token], count + 1
+    return count
