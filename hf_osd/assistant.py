@@ -22,8 +22,8 @@ from .drafts.compatibility import check_draft, check_pair, check_target, check_t
 from .drafts.features import FeatureDraft
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
-from .learning.background import OnlineLearner
-from .learning.journal import Journal
+from .learning.online import OnlineLearner
+from .learning.history import Journal
 from .learning.resuming import STATE_FOLDER
 from .learning.sharing import shared_with
 from .learning.storage.files import write_file
@@ -310,9 +310,10 @@ class OnlineAssistant:
             counted: dict[str, Any] = dict(self._totals)
             reasons = {reason: count for reason, count in self._reasons.items() if count}
         counted |= {"fallbacks": sum(reasons.values()), "fallback_reasons": reasons}
-        counted |= {"updates": self._learner.updates, "failed_updates": self._learner.failures}
-        counted |= {"learned_steps": self._learner.steps, "learned_positions": self._learner.positions}
-        return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
+        learned = self._learner.counters
+        counted |= {"updates": learned.updates, "failed_updates": learned.failures}
+        counted |= {"learned_steps": learned.steps, "learned_positions": learned.positions}
+        return OnlineStats(**{**counted, "learn_seconds": learned.seconds})
 
     @property
     def journal(self) -> Journal:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from .errors import InputError
-from .learning.journal import Decision, Journal, JudgedRequest, UpdateRecord
+from .learning.history import Decision, Journal, JudgedRequest, UpdateRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,6 @@ _WINDOW = 50
 _STYLES = {
     "published": ("o", "tab:green"),
     "held": ("s", "0.6"),
-    "refused": ("v", "tab:orange"),
     "rolled back": ("X", "tab:red"),
     "restored": ("D", "tab:purple"),
     "failed": ("*", "black"),

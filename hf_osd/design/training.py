@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import OnlineConfig
-from ..learning.distillation import OnlineGKDTrainer
+from ..learning.trainer import OnlineGKDTrainer
 from ..records import Observation
 from .batches import Batches
 from .history import Evaluation, evaluations_in, is_over

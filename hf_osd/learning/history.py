@@ -5,10 +5,10 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Decision = Literal["published", "held", "refused", "rolled back", "restored", "failed"]
+Decision = Literal["published", "held", "rolled back", "restored", "failed"]
 
-_ENTRIES = 10_000
-_LATEST = 64  # judged requests that say what learning is worth now
+_ENTRIES = 10_000  # of each kind, at most; the oldest leave
+_LATEST = 64  # scored requests that say what learning is worth now
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +34,20 @@ class JudgedRequest:
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
     """
-    One update of the draft, and what the gate made of it.
+    One update of the draft, or one change of what is live.
 
     Attributes:
-        request (`int`): Requests recorded when it ended.
-        decision (`str`): `"published"`; `"held"`, where nothing speaks for or against it yet; `"refused"`;
-            `"rolled back"`, refused together with what the training copy had learned since the live weights;
-            `"restored"`, where older weights went live instead; `"failed"`.
+        request (`int`): Requests recorded by then.
+        decision (`str`): `"published"`: what is learned, or a part of it, went live. `"held"`: an update ended while
+            other weights led. `"restored"`: earlier weights went live instead. `"rolled back"`: training goes on from
+            the live weights, since what it had led to lost. `"failed"`.
         reason (`str`): In words.
-        loss (`float`, *optional*): Mean loss of its steps, in nats.
-        learning_rate (`float`, *optional*): Of its last step.
-        gain (`float`, *optional*): Accepted tokens a round of the new weights over those of the live ones, by held-out
-            requests.
-        uncertainty (`float`, *optional*): Standard error of `gain`.
-        mixing (`float`, *optional*): How far the new weights lie on the way from the initial ones to what was learned.
-        seconds (`float`): Time it took, without pauses.
+        loss (`float`, *optional*): Mean loss of the steps of an update, in nats.
+        learning_rate (`float`, *optional*): At that moment.
+        gain (`float`, *optional*): Acceptance of what goes live over that of what was live, on the latest requests.
+        mixing (`float`, *optional*): Weight interpolation (alpha): how far the new weights lie on the way from the
+            static ones to what is learned.
+        seconds (`float`): Time that an update took, without pauses.
     """
 
     request: int
@@ -57,7 +56,6 @@ class UpdateRecord:
     loss: float | None = None
     learning_rate: float | None = None
     gain: float | None = None
-    uncertainty: float | None = None
     mixing: float | None = None
     seconds: float = 0.0
 
@@ -65,17 +63,39 @@ class UpdateRecord:
 @dataclass(frozen=True, slots=True)
 class Drift:
     """
-    A change of the traffic: the acceptance is far below what is usual.
+    A change of the traffic that made earlier weights better than those which were live.
 
     Attributes:
         request (`int`): Requests recorded when it was noticed.
-        short (`float`): Acceptance on the latest requests, those that are unlike the others.
-        long (`float`): The usual one.
+        short (`float`): Acceptance of what was live on the requests since the last time that it went live.
+        long (`float`): Acceptance of what took its place, on the latest requests.
     """
 
     request: int
     short: float
     long: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """
+    What learning has done so far.
+
+    Attributes:
+        updates (`int`): Updates whose weights went live.
+        failures (`int`): Updates, or other pieces of work, that failed.
+        steps (`int`): Steps of the optimiser.
+        positions (`int`): Positions learned from, counted once a step.
+        last_loss (`float`, *optional*): Mean loss of the last update, in nats.
+        seconds (`float`): Time of all of it, without the pauses in which serving went first.
+    """
+
+    updates: int = 0
+    failures: int = 0
+    steps: int = 0
+    positions: int = 0
+    last_loss: float | None = None
+    seconds: float = 0.0
 
 
 class Journal:

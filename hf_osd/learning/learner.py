@@ -1,0 +1,393 @@
+"""
+The method of online learning, from a recorded request to new weights: observe, score, select, publish, train.
+
+Each request first scores every candidate, then teaches. So no candidate is judged by what it has learned from, nothing
+is held out, and the selector sees at once when other weights have become better: after an update that did harm, or
+after a change of the traffic. Not covered: when and where this runs; see `online.py` and `worker.py`.
+"""
+
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from ..config import OnlineConfig
+from ..errors import LearningError
+from ..precision import multiplies_bfloat16
+from ..records import Observation
+from .candidates import ALPHAS, PREVIOUS, WHOLE, Candidates, Checkpoint
+from .history import Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord
+from .reading import teaches
+from .replay import ReplayBuffer
+from .resuming import sample
+from .scoring import Score, Scorer, Weights, token_mean
+from .selector import MEMORY, STATIC, Selector
+from .student import Student
+from .throttle import Throttle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .trainer import OnlineGKDTrainer
+
+logger = logging.get_logger(__name__)
+
+USUAL = 32  # latest scored requests that say what is usual: a request's length, a candidate's acceptance
+MEMORABLE = 32  # requests that weights have to lead for to be worth freezing when they give way
+WORTH_FREEZING = 0.05  # acceptance above the static draft's that they need for it
+SLOWER_AFTER_HARM = 0.3  # factor on the learning rate where training has led to weights that lost `MEMORY`
+RATES = {"third": 0.9, WHOLE: 1.1}  # factors on the learning rate after an update, by who leads
+RECOVERY = 1.1  # factor on a lowered learning rate after an update that did not tell: harm does not count for ever
+LOWEST_RATE, HIGHEST_RATE = 0.01, 4.0  # bounds of the learning rate, as multiples of where it begins
+
+SAVED = ("requests", "_fresh", "_led", "_scale")  # numbers that a saved state holds
+
+Publish = Callable[[Weights, float], None]
+
+
+class Learner:
+    """
+    Learns a draft from requests. Not thread-safe: one thread works at a time.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): The live draft; only read.
+        config (`OnlineConfig`): Settings.
+        throttle (`Throttle`): What learning may cost.
+        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live; told the acceptance to
+            expect of them.
+        give_way (`Callable[[], float]`): Called between parts of the work; returns the seconds since the last call.
+        is_stopped (`Callable[[], bool]`): Whether to end with the step in progress.
+        target ([`~transformers.PreTrainedModel`], *optional*): The live target, where learning runs it.
+        frozen (`Collection[str]`, *optional*): Parameters that are never trained.
+        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
+
+    Attributes:
+        journal (`Journal`): What happened.
+        counters (`Counters`): The same in numbers.
+        replay (`ReplayBuffer`): The latest requests.
+        live (`Checkpoint`): What is live.
+        initial (`Mapping[str, torch.Tensor]`): A sample of the draft's weights before it learned anything, which tells
+            drafts apart.
+    """
+
+    def __init__(
+        self,
+        draft: "PreTrainedModel",
+        config: OnlineConfig,
+        throttle: Throttle,
+        publish: Publish,
+        give_way: Callable[[], float],
+        is_stopped: Callable[[], bool],
+        target: "PreTrainedModel | None" = None,
+        frozen: Collection[str] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.journal, self.counters = Journal(), Counters()
+        bounds = config.replay_size * config.max_length, config.max_state_bytes
+        self.replay = ReplayBuffer(config.replay_size, config.seed, *bounds)
+        self.give_way, self._is_stopped = give_way, is_stopped
+        self._draft, self.config, self._throttle, self._publish = draft, config, throttle, publish
+        self._target, self._vocab_size, self.frozen = target, vocab_size, frozen
+        self.initial = sample(draft.named_parameters())
+        self.student = Student(draft, config.peft_config, config.seed, frozen)
+        self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
+        self.live = Checkpoint.of(self.student.weights(), self.student.state()).on_cpu()
+        self.candidates = Candidates(self.live, config.archive_size, config.gate)
+        self.selector = Selector()
+        self._trainer: OnlineGKDTrainer | None = None
+        self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
+        self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
+        self._scale = 1.0  # on the learning rate
+        self.requests = self._fresh = self._led = 0
+        self._ends = False  # whether the update in progress has to end when it is out of time
+        self._began = 0.0
+
+    # Observe.
+
+    def learn(self, requests: Sequence[Observation]) -> None:
+        """
+        Do everything that new requests call for.
+
+        Args:
+            requests (`Sequence[Observation]`): They have not been learned from.
+        """
+        self._began = time.perf_counter()
+        first = self.requests + 1
+        self.requests += len(requests)
+        self._fresh += len(requests)
+        try:
+            self._select(first, self._score(requests))
+        finally:  # where that fails, at least nothing to learn from is lost
+            for request in requests:
+                if teaches(request, self.config.positions, self._scorer.known):
+                    self.replay.add(request)
+        if self._is_due():
+            self._ends = not self.config.background
+            self.train()
+        self._ends = False
+
+    def _is_due(self) -> bool:
+        is_time = self._fresh >= self.config.update_every and len(self.replay) > 0
+        return is_time and not self._is_stopped() and self._throttle.allows_training()
+
+    # Score.
+
+    def _score(self, requests: Sequence[Observation]) -> list[dict[str, Score]]:
+        """Score all candidates on requests, which none of them has been trained on; nothing where time forbids."""
+        if not requests or not self._throttle.allows_scoring():
+            return []
+        began = time.perf_counter()
+        found = self._scorer.scores({name: self.candidates.weights(name) for name in self.candidates.names()}, requests)
+        self._throttle.spend(0.0, scoring=time.perf_counter() - began)
+        return found
+
+    # Select.
+
+    def _select(self, first: int, scored: Sequence[dict[str, Score]]) -> None:
+        """Follow the candidate that leads after some more requests, of which the first has a number."""
+        before = self.selector.leader
+        for number, scores in enumerate(scored, first):
+            live, static = scores[before], scores[STATIC]
+            self.journal.add(JudgedRequest(number, live.acceptance, live.positions, live.accepted, static.accepted))
+            self._usual.append(scores)
+            self._led += 1
+            if self.config.gate:
+                self.selector.add({name: score.acceptance * self._length(score) for name, score in scores.items()})
+        if self.selector.leader != before:
+            self._switch(before, self.selector.leader)
+
+    def _length(self, score: Score) -> float:
+        """Return how long a request is, in requests of the usual length."""
+        usual = sum(scores[STATIC].positions for scores in self._usual) / len(self._usual)
+        return score.positions / max(usual, 1.0)
+
+    def _switch(self, before: str, leader: str) -> None:
+        """Let another candidate go live. Where earlier weights do, the traffic has changed, or training did harm."""
+        was_live, expected, known = self.live, self.expected(before), self._led >= MEMORABLE
+        gain = self.expected(leader) - expected
+        try:
+            self._go_live(leader)
+        except BaseException:
+            self.selector.leader = before
+            raise
+        if leader in ALPHAS:
+            self._note("published", f"{leader} of what is learned leads", gain=gain)
+            return
+        self._note("restored", f"the {leader} weights lead", gain=gain)
+        if leader == PREVIOUS:
+            return
+        self.journal.add(Drift(self.requests, expected, self.expected(before)))
+        if known and before not in self.candidates.frozen and expected - self.expected(STATIC) > WORTH_FREEZING:
+            self._freeze(before, was_live)
+        self._scale = 1.0
+        if leader in self.candidates.frozen:
+            self.candidates.use(leader)
+            self.go_on_from_live()
+
+    def _freeze(self, name: str, checkpoint: Checkpoint) -> None:
+        frozen = self.candidates.freeze(checkpoint)
+        if frozen is not None:
+            self.selector.enter(frozen, like=name)
+        for surplus in self.candidates.surplus():
+            if surplus != self.selector.leader:
+                del self.candidates.frozen[surplus]
+                self.selector.leave(surplus)
+
+    def expected(self, name: str | None = None) -> float:
+        """Return the acceptance of a candidate, the leader by default, on the latest scored requests that it was there for."""
+        name = name or self.selector.leader
+        found = (scores[name] for scores in self._usual if name in scores)
+        return token_mean((score.acceptance, score.positions) for score in found)
+
+    # Publish.
+
+    def _go_live(self, name: str) -> None:
+        latest = self.student.state()
+        chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.state(name, latest))
+        self._publish(chosen.weights, self.expected(name))  # first: if that fails, the others stay live
+        self.live, self._led = chosen, 0
+
+    # Train.
+
+    def train(self) -> None:
+        """
+        Run one update: take back what did harm, take some steps, and let the result go live where its kind leads.
+
+        Raises:
+            LearningError: There is nothing to learn from, or weights are not finite.
+        """
+        if not len(self.replay):
+            raise LearningError("no request has anything to learn from")
+        self._fresh = 0
+        self._take_back_harm()
+        trainer = self._trainer = self._trainer or self._make_trainer()
+        loss = trainer.update(self.config.steps_per_update, self._rate)
+        weights = self.student.weights()
+        broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+        if broken:
+            self._scale = max(self._scale * SLOWER_AFTER_HARM, LOWEST_RATE)
+            raise LearningError(f"weights are not finite after the update: {broken[0]}")
+        self.counters.last_loss = loss
+        self._take_over(weights, loss)
+
+    @property
+    def _rate(self) -> float:
+        return self.config.learning_rate * self._scale
+
+    def _take_back_harm(self) -> None:
+        """Train on from what is live, more slowly, where what training led to has lost all that it could."""
+        if self.selector.leader != WHOLE and self.selector.sums.get(WHOLE, 0.0) <= -MEMORY:
+            self._adapt(SLOWER_AFTER_HARM)
+            self.go_on_from_live()
+            self._note("rolled back", "what training led to has lost too much against the live weights")
+
+    def go_on_from_live(self) -> None:
+        """Have training go on from the live weights, and forget where else it has led to."""
+        self.student.load_state(self.live.state)
+        if self.selector.leader in ALPHAS:  # the name will stand for other weights
+            self.candidates.previous = self.live
+            self.selector.enter(PREVIOUS, like=self.selector.leader)
+            self.selector.leader = PREVIOUS
+        self.candidates.restart()
+        for name in ALPHAS.keys() & self.selector.sums.keys():
+            self.selector.leave(name)
+        self._moments = {}
+        if self._trainer is not None:
+            self._trainer.load_optimizer_state({})
+
+    def _make_trainer(self) -> "OnlineGKDTrainer":
+        trainer = import_trainer()
+        bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
+        made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(
+            self.student.model, self.replay.sample, self.config, trainer.UpdateCallback(self), self._target, bf16,
+            self._vocab_size,
+        )  # fmt: skip
+        if self._moments:
+            made.load_optimizer_state(self._moments)
+        return made
+
+    def _take_over(self, weights: Weights, loss: float) -> None:
+        """Put what an update has led to in the place of what the one before had; it goes live if that led."""
+        leader, seconds = self.selector.leader, time.perf_counter() - self._began
+        self._keep_previous(leader)
+        self.candidates.follow(weights)
+        for name in self.candidates.names():
+            if name not in self.selector.sums:
+                self.selector.enter(name, like=leader)
+        if not self.config.gate:
+            self.selector.leader = leader = WHOLE
+        if leader in ALPHAS:
+            led = self._led
+            self._go_live(leader)
+            self._led = led
+            self.counters.updates += 1
+            self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
+        else:
+            self._note("held", f"the {leader} weights lead", loss, seconds)
+        self._adapt(RATES.get(leader, 1.0 if leader in ALPHAS else RECOVERY))
+
+    def _keep_previous(self, leader: str) -> None:
+        """Keep what is live as a candidate, for the case that the update does harm."""
+        if not self.config.gate or leader == PREVIOUS:
+            return
+        if leader in ALPHAS:
+            self.candidates.previous = self.live
+            self.selector.enter(PREVIOUS, like=leader)
+        elif self.candidates.previous is not None:
+            self.candidates.previous = None
+            self.selector.leave(PREVIOUS)
+
+    def _adapt(self, factor: float) -> None:
+        if self.config.adaptive_learning_rate and self.config.gate:
+            scale = min(max(self._scale * factor, LOWEST_RATE), HIGHEST_RATE)
+            self._scale = min(scale, max(self._scale, 1.0)) if factor == RECOVERY and scale > 1.0 else scale
+
+    # What the trainer asks for.
+
+    def count_step(self, positions: int) -> None:
+        """Count a step of the optimiser, and the positions that it learned from."""
+        self.counters.steps += 1
+        self.counters.positions += positions
+
+    def is_over(self) -> bool:
+        """Whether the update in progress has to end with this step: a request that waits for it has waited enough."""
+        return self._is_stopped() or (self._ends and self._throttle.is_used_up(time.perf_counter() - self._began))
+
+    # Failing.
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure, and go back to the live weights, with another trainer: it may have touched both."""
+        self._trainer, self._moments = None, {}
+        self.counters.failures += 1
+        self._note("failed", str(error) or repr(error))
+        self.go_on_from_live()
+
+    def _note(
+        self,
+        decision: Decision,
+        reason: str,
+        loss: float | None = None,
+        seconds: float = 0.0,
+        alpha: float | None = None,
+        gain: float | None = None,
+    ) -> None:
+        logger.debug("An update of the draft was %s: %s.", decision, reason)
+        self.journal.add(UpdateRecord(self.requests, decision, reason, loss, self._rate, gain, alpha, seconds))
+
+    # Saving.
+
+    def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """Return groups of tensors, which do not change any more, and numbers for JSON: all that `load_state` needs."""
+        student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
+        groups = {**self.candidates.tensors(), **self.live.on_cpu().groups("live"), "student": student}
+        return groups, {
+            "candidates": self.candidates.numbers(),
+            "selector": self.selector.state_dict(),
+            "usual": [{name: astuple(score) for name, score in scores.items()} for scores in self._usual],
+            **{name: getattr(self, name) for name in SAVED},
+        }
+
+    def optimizer_state(self) -> Mapping[int, Any]:
+        """Return what the optimiser knows, by parameter."""
+        if self._trainer is None or self._trainer.optimizer is None:
+            return self._moments
+        state: Mapping[int, Any] = self._trainer.optimizer.state_dict()["state"]
+        return state
+
+    def load_state(
+        self, groups: Mapping[str, Weights], numbers: Mapping[str, Any], moments: Mapping[int, Any]
+    ) -> None:
+        """
+        Go on from a saved state, whose live weights go live at once.
+
+        Raises:
+            KeyError: Something is missing.
+            LearningError: The training copy has another shape.
+        """
+        live = Checkpoint.from_groups(groups, "live")
+        self.student.load_state(groups["student"])
+        self.candidates.load(groups, numbers["candidates"])
+        self.selector.load_state_dict(numbers["selector"])
+        self._usual.extend({name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"])
+        for name in SAVED:
+            setattr(self, name, numbers[name])
+        self.live, self._moments = live, moments
+        self._publish(live.weights, self.expected())
+
+
+def import_trainer() -> ModuleType:
+    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
+    state = random.getstate()
+    is_first = f"{__package__}.trainer" not in sys.modules
+    from . import trainer
+
+    if is_first:  # rich, which comes with TRL, draws from it while it is imported
+        random.setstate(state)
+    return trainer
