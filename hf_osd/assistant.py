@@ -22,8 +22,8 @@ from .drafts.compatibility import check_draft, check_pair, check_target, check_t
 from .drafts.features import FeatureDraft
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
-from .learning.online import OnlineLearner
 from .learning.history import Journal
+from .learning.online import OnlineLearner
 from .learning.resuming import STATE_FOLDER
 from .learning.sharing import shared_with
 from .learning.storage.files import write_file

@@ -1,4 +1,4 @@
-"""The weights that could be live: the static draft, what is learned, what was live before, and a few former leaders."""
+"""The weights that could be live: the static draft, what is learned, what was live before, a few former leaders."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ class Candidates:
         self.learned, self._updates = {}, 0
 
     def freeze(self, leader: Checkpoint) -> str | None:
-        """Keep a leader that gives way, for when its traffic comes back; return its name, `None` where none are kept."""
+        """Keep a leader that gives way, for when its traffic comes back; return its name, if any are kept."""
         if not self._size:
             return None
         self._numbered += 1

@@ -2,12 +2,17 @@
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 Decision = Literal["published", "held", "rolled back", "restored", "failed"]
 
 _ENTRIES = 10_000  # of each kind, at most; the oldest leave
+DROP_REQUESTS = 4  # latest requests whose acceptance is compared with that of those before
+DROP_ERRORS = 4.5  # standard errors by which it is lower where the traffic has changed
+LEAST_SPREAD = 0.1  # acceptance: standard deviation from request to request, at least
 _LATEST = 64  # scored requests that say what learning is worth now
 
 
@@ -63,12 +68,12 @@ class UpdateRecord:
 @dataclass(frozen=True, slots=True)
 class Drift:
     """
-    A change of the traffic that made earlier weights better than those which were live.
+    A change of the traffic: the acceptance is far below what is usual.
 
     Attributes:
         request (`int`): Requests recorded when it was noticed.
-        short (`float`): Acceptance of what was live on the requests since the last time that it went live.
-        long (`float`): Acceptance of what took its place, on the latest requests.
+        short (`float`): Acceptance of the live weights on the latest requests, those that are unlike the others.
+        long (`float`): The usual one.
     """
 
     request: int
@@ -144,3 +149,17 @@ class Journal:
         """Return everything, ready for JSON."""
         kinds: dict[str, list[Any]] = {"requests": self.requests, "updates": self.updates, "drifts": self.drifts}
         return {name: [asdict(entry) for entry in entries] for name, entries in kinds.items()}
+
+
+def has_dropped(rates: Sequence[float]) -> bool:
+    """
+    Return whether the acceptance of the latest requests is so far below that of those before that traffic has changed.
+
+    Args:
+        rates (`Sequence[float]`): Acceptance of requests, oldest first, in [0, 1]; too few say nothing.
+    """
+    now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
+    if len(before) < 2 * DROP_REQUESTS:
+        return False
+    error = max(stdev(before), LEAST_SPREAD) / DROP_REQUESTS**0.5
+    return fmean(before) - fmean(now) > DROP_ERRORS * error

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
+from statistics import fmean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ..errors import LearningError
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from .candidates import ALPHAS, PREVIOUS, WHOLE, Candidates, Checkpoint
-from .history import Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord
+from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
 from .reading import teaches
 from .replay import ReplayBuffer
 from .resuming import sample
@@ -144,7 +145,8 @@ class Learner:
         if not requests or not self._throttle.allows_scoring():
             return []
         began = time.perf_counter()
-        found = self._scorer.scores({name: self.candidates.weights(name) for name in self.candidates.names()}, requests)
+        candidates = {name: self.candidates.weights(name) for name in self.candidates.names()}
+        found = self._scorer.scores(candidates, requests)
         self._throttle.spend(0.0, scoring=time.perf_counter() - began)
         return found
 
@@ -160,6 +162,7 @@ class Learner:
             self._led += 1
             if self.config.gate:
                 self.selector.add({name: score.acceptance * self._length(score) for name, score in scores.items()})
+        self._look_for_drop(before)
         if self.selector.leader != before:
             self._switch(before, self.selector.leader)
 
@@ -170,7 +173,7 @@ class Learner:
 
     def _switch(self, before: str, leader: str) -> None:
         """Let another candidate go live. Where earlier weights do, the traffic has changed, or training did harm."""
-        was_live, expected, known = self.live, self.expected(before), self._led >= MEMORABLE
+        was_live, expected = self.live, self.expected(before)
         gain = self.expected(leader) - expected
         try:
             self._go_live(leader)
@@ -183,13 +186,17 @@ class Learner:
         self._note("restored", f"the {leader} weights lead", gain=gain)
         if leader == PREVIOUS:
             return
-        self.journal.add(Drift(self.requests, expected, self.expected(before)))
-        if known and before not in self.candidates.frozen and expected - self.expected(STATIC) > WORTH_FREEZING:
+        if self._is_memorable(before):
             self._freeze(before, was_live)
-        self._scale = 1.0
+        self._scale, self._led = 1.0, 0
         if leader in self.candidates.frozen:
             self.candidates.use(leader)
             self.go_on_from_live()
+
+    def _is_memorable(self, leader: str) -> bool:
+        """Whether a leader that gives way has led for long, and well."""
+        has_learned = leader != STATIC and leader not in self.candidates.frozen
+        return has_learned and self._led >= MEMORABLE and self.selector.stay > WORTH_FREEZING * self._led
 
     def _freeze(self, name: str, checkpoint: Checkpoint) -> None:
         frozen = self.candidates.freeze(checkpoint)
@@ -200,8 +207,17 @@ class Learner:
                 del self.candidates.frozen[surplus]
                 self.selector.leave(surplus)
 
+    def _look_for_drop(self, leader: str) -> None:
+        """Forget what was found out of the traffic before, where acceptance says that it has changed."""
+        rates = [scores[leader].acceptance for scores in self._usual if leader in scores]
+        if has_dropped(rates):
+            now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
+            self.journal.add(Drift(self.requests, fmean(now), fmean(before)))
+            self._scale = 1.0
+            self._usual = deque(list(self._usual)[-DROP_REQUESTS:], maxlen=USUAL)
+
     def expected(self, name: str | None = None) -> float:
-        """Return the acceptance of a candidate, the leader by default, on the latest scored requests that it was there for."""
+        """Return the acceptance of a candidate, by default the leader, on the latest scored requests."""
         name = name or self.selector.leader
         found = (scores[name] for scores in self._usual if name in scores)
         return token_mean((score.acceptance, score.positions) for score in found)
@@ -212,7 +228,7 @@ class Learner:
         latest = self.student.state()
         chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.state(name, latest))
         self._publish(chosen.weights, self.expected(name))  # first: if that fails, the others stay live
-        self.live, self._led = chosen, 0
+        self.live = chosen
 
     # Train.
 
@@ -284,9 +300,7 @@ class Learner:
         if not self.config.gate:
             self.selector.leader = leader = WHOLE
         if leader in ALPHAS:
-            led = self._led
             self._go_live(leader)
-            self._led = led
             self.counters.updates += 1
             self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
         else:
@@ -344,7 +358,7 @@ class Learner:
     # Saving.
 
     def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
-        """Return groups of tensors, which do not change any more, and numbers for JSON: all that `load_state` needs."""
+        """Return what `load_state` needs: groups of tensors, which do not change any more, and numbers for JSON."""
         student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
         groups = {**self.candidates.tensors(), **self.live.on_cpu().groups("live"), "student": student}
         return groups, {

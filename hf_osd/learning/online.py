@@ -93,7 +93,7 @@ class OnlineLearner:
         self._collected: tuple[int, ...] = ()
         self._parts = target if config.needs_target else None, frozen, vocab_size
         self.learner = self._made_learner() if self.learns else None
-        if config.training_arguments and self.learns:  # TRL is imported this early only where there is something to check
+        if config.training_arguments and self.learns:  # what is wrong is told now, not at the first update
             import_trainer().training_arguments(config, draft.device)
         if self.learner is not None and config.state_dir is not None:
             self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)

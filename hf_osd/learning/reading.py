@@ -39,7 +39,6 @@ def _is_poisoned(observation: Observation) -> bool:
     return not bool((log_probs <= 1e-3).all() and (tail >= 0.0).all() and (tail <= 1.0 + 1e-3).all())
 
 
-
 def teaches(observation: Observation, positions: str, known: int | None = None) -> bool:
     """Whether a request has any of the `positions` to learn from; see [`ObservationCollator`]."""
     chosen = observation.rejected if positions == "rejected" else torch.ones_like(observation.rejected)

@@ -1,8 +1,8 @@
 """
 Which candidate should be live, by how all of them did on recent requests. Numbers only: no weights, no tensors.
 
-A leader-following form of Fixed Share (Herbster and Warmuth 1998) with a safe expert (Sani, Neu and Lazaric 2014): every
-candidate has a sum of its scores, no sum falls far behind the best one, and who leads clearly enough goes live.
+A leader-following form of Fixed Share (Herbster and Warmuth 1998) with a safe expert (Sani, Neu and Lazaric 2014).
+Every candidate has a sum of its scores, no sum falls far behind the best one, and who leads clearly enough goes live.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from typing import Any
 
 STATIC = "static"  # name of the draft before it learned anything, the safe expert
 
-MEMORY = 0.5  # acceptance, summed over requests, that a candidate can be behind the best: a change shows after about that
-STATIC_MEMORY = 0.25  # the same of the static draft: what learned weights can lose before it is back
-LEAD = 0.05  # acceptance, summed over requests, by which a candidate replaces the leader
-ENTRY = 0.2  # the same, to replace the static draft for the first time
+# All in acceptance, summed over requests of the usual length.
+MEMORY = 0.5  # what a candidate can be behind the best one; a change of the traffic shows after about as much loss
+STATIC_MEMORY = 0.25  # what the static draft can be behind; learned weights that lose as much give way to it
+LEAD = 0.05  # by how much a candidate has to lead the leader to replace it
+ENTRY = 0.2  # by how much it has to lead the static draft
 HIGHEST_ENTRY = 3.2  # bound on the entry, which doubles after each stay of learned weights that lost
 
 
@@ -22,19 +23,20 @@ class Selector:
     Follows the candidate that has done best lately.
 
     The static draft is a candidate for ever. Learned weights replace it once they lead by `ENTRY`, and give way after
-    they have lost `STATIC_MEMORY` and `LEAD` against it. A stay that lost doubles the entry, one that gained resets it,
-    so losses against the static draft grow with the logarithm of the number of requests at most.
+    they have lost `STATIC_MEMORY` and `LEAD` against it. A stay that lost doubles the entry and one that gained resets
+    it, so that losses against the static draft do not add up.
 
     Attributes:
         leader (`str`): Name of the candidate that should be live.
         sums (`dict[str, float]`): Of each candidate: its score, summed, relative to the best one; at most 0.
+        stay (`float`): What the leaders have gained on the static draft since that gave way the last time.
     """
 
     def __init__(self) -> None:
         self.leader = STATIC
         self.sums: dict[str, float] = {STATIC: 0.0}
         self._entry = ENTRY
-        self._stay = 0.0  # what the leader has gained on the static draft since that gave way
+        self.stay = 0.0
 
     def add(self, scores: Mapping[str, float]) -> str:
         """
@@ -47,7 +49,7 @@ class Selector:
         Returns:
             `str`: The leader from now on.
         """
-        self._stay += scores[self.leader] - scores[STATIC]
+        self.stay += scores[self.leader] - scores[STATIC]
         sums = {name: total + scores[name] for name, total in self.sums.items()}
         best = max(sums.values())
         self.sums = {name: max(total - best, -self._memory(name)) for name, total in sums.items()}
@@ -67,9 +69,9 @@ class Selector:
     def follow(self, name: str) -> None:
         """Make a candidate the leader."""
         if name == STATIC and self.leader != STATIC:
-            self._entry = ENTRY if self._stay >= 0.0 else min(2.0 * self._entry, HIGHEST_ENTRY)
+            self._entry = ENTRY if self.stay >= 0.0 else min(2.0 * self._entry, HIGHEST_ENTRY)
         if self.leader == STATIC:
-            self._stay = 0.0
+            self.stay = 0.0
         self.leader = name
 
     def enter(self, name: str, like: str) -> None:
@@ -82,9 +84,9 @@ class Selector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
-        return {"leader": self.leader, "sums": self.sums, "entry": self._entry, "stay": self._stay}
+        return {"leader": self.leader, "sums": self.sums, "entry": self._entry, "stay": self.stay}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.leader, self.sums = str(state["leader"]), dict(state["sums"])
-        self._entry, self._stay = float(state["entry"]), float(state["stay"])
+        self._entry, self.stay = float(state["entry"]), float(state["stay"])

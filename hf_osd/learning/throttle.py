@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-IDLE_AFTER = 0.02  # seconds without a request after which serving counts as idle: in a shorter gap the next one follows
+IDLE_AFTER = 0.02  # seconds without a request after which serving counts as idle
 SCORING_SHARE = 0.25  # of the time that learning may take: what scoring gets of it, so that training gets the bulk
 
 
