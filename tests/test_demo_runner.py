@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_osd.learning.supervisor import Supervisor
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,7 +23,6 @@ from hf_osd.demo.models import Pair, encode_prompts, load_pair
 from hf_osd.demo.results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, DemoResult, Measure
 from hf_osd.demo.runner import DemoSettings, find_differences, run_demo
 from hf_osd.errors import ConfigError, InputError, UnsupportedModelError
-from hf_osd.learning.supervisor import Supervisor
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 SECRET = "zanzibar"

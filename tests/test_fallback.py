@@ -1,9 +1,8 @@
 """Decisions after a request: alarms, earlier weights that go live again, and which ones are remembered."""
 
 import pytest
-from world import EVERY, FOUR, World, published, table, visit
-
 from hf_osd.learning.watch import _LOSS_LIMIT
+from world import EVERY, FOUR, World, published, table, visit
 
 
 @pytest.mark.parametrize(

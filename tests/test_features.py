@@ -40,7 +40,7 @@ def recorded(draft, target, count):
     config = OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100})
     with OnlineAssistant(draft, target, config) as assistant:
         hf_osd.generate(target, **prompts(count), online_assistant=assistant, **GREEDY)
-        return assistant._learner._loop.replay.observations()
+        return assistant._learner.learner.replay.observations()
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "mistral", "gemma3"])
@@ -358,7 +358,7 @@ def test_states_are_kept_within_their_budget():
     with OnlineAssistant(draft, target, config) as assistant:
         for seed in range(9):
             hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, **GREEDY)
-        kept = [request.states is not None for request in assistant._learner._loop.replay.observations()]
+        kept = [request.states is not None for request in assistant._learner.learner.replay.observations()]
         assert kept == [False] * 6 + [True] * 3
         assert assistant.stats().updates == 2
         assert assistant.stats().failed_updates == 0

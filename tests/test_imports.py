@@ -9,7 +9,7 @@ import pytest
 import hf_osd
 
 PACKAGE = Path(hf_osd.__file__).parent
-ONLY_TRL_IMPORTER = "learning.distillation"
+ONLY_TRL_IMPORTER = "learning.trainer"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {

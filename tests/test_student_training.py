@@ -41,7 +41,7 @@ class Once:
 
 def learned(student: Student, arguments: dict[str, Any]) -> float:
     """Three steps with TRL's trainer on random requests; the mean loss."""
-    from hf_osd.learning.distillation import OnlineGKDTrainer, OnlineUpdateCallback
+    from hf_osd.learning.trainer import OnlineGKDTrainer, OnlineUpdateCallback
 
     config = OnlineConfig(batch_size=4, steps_per_update=3, learning_rate=1e-2, training_arguments=arguments)
     session = Once()

@@ -202,11 +202,10 @@ def test_an_adapter_that_is_disabled_for_a_while(when: int, gate: bool) -> None:
     draft = unwrap(wrapper)
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft, lambda number: wrapper.disable_adapter() if number == when else nullcontext(), gate=gate)
-    assert (learner.steps > 0, learner.failures) == (True, 0)
+    assert (learner.counters.steps > 0, learner.counters.failures) == (True, 0)
     if not gate:
         assert changed(draft, before)
-    supervisor = learner._loop._supervisor
-    for model in (supervisor.student.model, supervisor._judge._skeleton):
+    for model in (learner.learner.student.model, learner.learner._scorer._skeleton):
         layers = [module for module in model.modules() if hasattr(module, "lora_A")]
         assert layers
         assert not any(layer.disable_adapters for layer in layers)
@@ -220,9 +219,9 @@ def test_a_merged_adapter_is_refused() -> None:
         learned(unwrap(wrapper))
     learned(unwrap(wrapper), learn=False)
     wrapper.unmerge_adapter()
-    assert learned(unwrap(wrapper)).failures == 0
+    assert learned(unwrap(wrapper)).counters.failures == 0
     wrapper.merge_adapter()
-    assert learned(wrapper.unload()).failures == 0
+    assert learned(wrapper.unload()).counters.failures == 0
 
 
 def test_the_config_must_not_ask_for_an_adapter_twice() -> None:

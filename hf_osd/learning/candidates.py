@@ -1,4 +1,4 @@
-"""The weights that could be live: the static draft, what is learned, what was live before, a few former leaders."""
+"""The weights that could be live: the static draft, what is learned, in part or whole, and a few former leaders."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ import torch
 from .scoring import Weights
 from .selector import STATIC
 
-ALPHAS = {"third": 1 / 3, "two thirds": 2 / 3, "whole": 1.0}
+HALF, WHOLE = "half", "whole"  # names of what is learned
+ALPHAS = {HALF: 0.5, WHOLE: 1.0}
 """Candidates on the way from the static draft to what is learned, by their weight interpolation (alpha)."""
 
-WHOLE = "whole"  # all of what is learned
-PREVIOUS = "previous"  # what was live before the latest update
 SHARE_OF_LATEST = 0.25  # least weight of an update in the running average of what training led to
 
 
@@ -71,7 +70,7 @@ class Candidates:
     Everything that could be live.
 
     What is learned is a running average (https://arxiv.org/abs/1803.05407) of what the updates led to, without the
-    noise of their last steps. It is a candidate as a whole and in part: a third of the way from the static draft loses
+    noise of their last steps. It is a candidate as a whole and in part: half of the way from the static draft loses
     less of what that knew than it gains of the new (https://arxiv.org/abs/2109.01903), even where the learning rate is
     too high.
 
@@ -82,14 +81,12 @@ class Candidates:
 
     Attributes:
         static (`Checkpoint`): A candidate for ever.
-        previous (`Checkpoint`, *optional*): What was live before the latest update.
         frozen (`dict[str, Checkpoint]`): Former leaders by name, that of the most recent use last.
         learned (`dict[str, torch.Tensor]`): The average; empty before the first update, and after a restart.
     """
 
     def __init__(self, static: Checkpoint, size: int, averages: bool = True) -> None:
         self.static = static
-        self.previous: Checkpoint | None = None
         self.frozen: dict[str, Checkpoint] = {}
         self.learned: dict[str, torch.Tensor] = {}
         self._size, self._averages = size, averages
@@ -100,26 +97,22 @@ class Candidates:
         yield STATIC
         if self.learned:
             yield from ALPHAS if self._averages else [WHOLE]
-        if self.previous is not None:
-            yield PREVIOUS
         yield from self.frozen
 
     @torch.no_grad()
     def weights(self, name: str) -> Weights:
         """Return the weights of a candidate, float32."""
         if name not in ALPHAS:
-            return self._checkpoint(name).weights
+            return self._kept(name).weights
         start = self.static.weights
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
     def state(self, name: str, latest: Weights) -> Weights:
         """Return what training goes on from, where a candidate leads; `latest` is the training copy as it is."""
-        return self._checkpoint(name).state if name not in ALPHAS else latest
+        return self._kept(name).state if name not in ALPHAS else latest
 
-    def _checkpoint(self, name: str) -> Checkpoint:
-        found = {STATIC: self.static, PREVIOUS: self.previous, **self.frozen}[name]
-        assert found is not None
-        return found
+    def _kept(self, name: str) -> Checkpoint:
+        return self.static if name == STATIC else self.frozen[name]
 
     @torch.no_grad()
     def follow(self, weights: Weights) -> None:
@@ -132,9 +125,10 @@ class Candidates:
             average = self.learned[name].to(weight.device)  # a saved one comes from the disk
             self.learned[name] = average.lerp_(weight.float(), share)
 
-    def restart(self) -> None:
-        """Forget what is learned: training goes on from somewhere else."""
-        self.learned, self._updates = {}, 0
+    def restart(self, weights: Weights) -> None:
+        """Begin the average anew, with weights that training goes on from; without any where a kept candidate is live."""
+        self.learned = {name: weight.float().clone() for name, weight in weights.items()}
+        self._updates = min(len(weights), 1)
 
     def freeze(self, leader: Checkpoint) -> str | None:
         """Keep a leader that gives way, for when its traffic comes back; return its name, if any are kept."""
@@ -157,8 +151,6 @@ class Candidates:
         """Return groups of tensors to save, which do not change any more."""
         groups: dict[str, Weights] = dict(self.static.groups(STATIC))
         groups["learned"] = {name: tensor.to("cpu", copy=True) for name, tensor in self.learned.items()}
-        if self.previous is not None:
-            groups |= self.previous.on_cpu().groups(PREVIOUS)
         for name, checkpoint in self.frozen.items():
             groups |= checkpoint.groups(name)
         return groups
@@ -176,6 +168,5 @@ class Candidates:
         """
         self.static = Checkpoint.from_groups(groups, STATIC)
         self.frozen = {name: Checkpoint.from_groups(groups, name) for name in numbers["frozen"]}
-        self.previous = Checkpoint.from_groups(groups, PREVIOUS) if PREVIOUS in groups else None
         self.learned = {name: tensor.clone() for name, tensor in groups["learned"].items()}
         self._updates, self._numbered = numbers["updates"], numbers["numbered"]

@@ -23,7 +23,7 @@ from ..config import OnlineConfig
 from ..errors import LearningError
 from ..precision import multiplies_bfloat16
 from ..records import Observation
-from .candidates import ALPHAS, PREVIOUS, WHOLE, Candidates, Checkpoint
+from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
 from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
 from .reading import teaches
 from .replay import ReplayBuffer
@@ -44,11 +44,13 @@ USUAL = 32  # latest scored requests that say what is usual: a request's length,
 MEMORABLE = 32  # requests that weights have to lead for to be worth freezing when they give way
 WORTH_FREEZING = 0.05  # acceptance above the static draft's that they need for it
 SLOWER_AFTER_HARM = 0.3  # factor on the learning rate where training has led to weights that lost `MEMORY`
-RATES = {"third": 0.9, WHOLE: 1.1}  # factors on the learning rate after an update, by who leads
+RATES = {HALF: 0.9, WHOLE: 1.1}  # factors on the learning rate after an update, by who leads
 RECOVERY = 1.1  # factor on a lowered learning rate after an update that did not tell: harm does not count for ever
+SPACING = 1.2  # factor on the interval after an update before which acceptance had not risen to a new record
+MOST_SPACING = 4.0  # bound on the interval, as a multiple of `update_every`
 LOWEST_RATE, HIGHEST_RATE = 0.01, 4.0  # bounds of the learning rate, as multiples of where it begins
 
-SAVED = ("requests", "_fresh", "_led", "_scale")  # numbers that a saved state holds
+SAVED = ("requests", "_fresh", "_led", "_scale", "_interval", "_record")  # numbers that a saved state holds
 
 Publish = Callable[[Weights, float], None]
 
@@ -106,6 +108,8 @@ class Learner:
         self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
         self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
         self._scale = 1.0  # on the learning rate
+        self._interval = float(config.update_every)  # requests between two updates
+        self._record = 0.0  # highest acceptance above the static draft's, over the usual number of requests
         self.requests = self._fresh = self._led = 0
         self._ends = False  # whether the update in progress has to end when it is out of time
         self._began = 0.0
@@ -135,7 +139,7 @@ class Learner:
         self._ends = False
 
     def _is_due(self) -> bool:
-        is_time = self._fresh >= self.config.update_every and len(self.replay) > 0
+        is_time = self._fresh >= self._interval and len(self.replay) > 0
         return is_time and not self._is_stopped() and self._throttle.allows_training()
 
     # Score.
@@ -184,14 +188,17 @@ class Learner:
             self._note("published", f"{leader} of what is learned leads", gain=gain)
             return
         self._note("restored", f"the {leader} weights lead", gain=gain)
-        if leader == PREVIOUS:
-            return
         if self._is_memorable(before):
             self._freeze(before, was_live)
-        self._scale, self._led = 1.0, 0
+        self._led = 0
+        self._begin_anew()
         if leader in self.candidates.frozen:
             self.candidates.use(leader)
             self.go_on_from_live()
+
+    def _begin_anew(self) -> None:
+        """Learn from new traffic as fast as from the first."""
+        self._scale, self._interval, self._record = 1.0, float(self.config.update_every), 0.0
 
     def _is_memorable(self, leader: str) -> bool:
         """Whether a leader that gives way has led for long, and well."""
@@ -213,7 +220,7 @@ class Learner:
         if has_dropped(rates):
             now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
             self.journal.add(Drift(self.requests, fmean(now), fmean(before)))
-            self._scale = 1.0
+            self._begin_anew()
             self._usual = deque(list(self._usual)[-DROP_REQUESTS:], maxlen=USUAL)
 
     def expected(self, name: str | None = None) -> float:
@@ -242,9 +249,13 @@ class Learner:
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
         self._fresh = 0
+        if self.config.gate:
+            self._space_updates()
         self._take_back_harm()
         trainer = self._trainer = self._trainer or self._make_trainer()
         loss = trainer.update(self.config.steps_per_update, self._rate)
+        if self._is_stopped():
+            return
         weights = self.student.weights()
         broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
         if broken:
@@ -252,6 +263,12 @@ class Learner:
             raise LearningError(f"weights are not finite after the update: {broken[0]}")
         self.counters.last_loss = loss
         self._take_over(weights, loss)
+
+    def _space_updates(self) -> None:
+        """Make updates rarer where acceptance does not rise to new records, and as frequent as before where it does."""
+        gain, every = self.expected() - self.expected(STATIC), float(self.config.update_every)
+        self._interval = every if gain > self._record else min(self._interval * SPACING, MOST_SPACING * every)
+        self._record = max(gain, self._record)
 
     @property
     def _rate(self) -> float:
@@ -267,12 +284,13 @@ class Learner:
     def go_on_from_live(self) -> None:
         """Have training go on from the live weights, and forget where else it has led to."""
         self.student.load_state(self.live.state)
-        if self.selector.leader in ALPHAS:  # the name will stand for other weights
-            self.candidates.previous = self.live
-            self.selector.enter(PREVIOUS, like=self.selector.leader)
-            self.selector.leader = PREVIOUS
-        self.candidates.restart()
-        for name in ALPHAS.keys() & self.selector.sums.keys():
+        is_learned = self.selector.leader in ALPHAS
+        self.candidates.restart(self.live.weights if is_learned else {})
+        if is_learned:
+            self.selector.enter(WHOLE, like=self.selector.leader)
+            self.selector.leader = WHOLE
+            self.selector.enter(HALF, like=STATIC)
+        for name in self.selector.sums.keys() - set(self.candidates.names()):
             self.selector.leave(name)
         self._moments = {}
         if self._trainer is not None:
@@ -292,7 +310,6 @@ class Learner:
     def _take_over(self, weights: Weights, loss: float) -> None:
         """Put what an update has led to in the place of what the one before had; it goes live if that led."""
         leader, seconds = self.selector.leader, time.perf_counter() - self._began
-        self._keep_previous(leader)
         self.candidates.follow(weights)
         for name in self.candidates.names():
             if name not in self.selector.sums:
@@ -305,18 +322,7 @@ class Learner:
             self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
         else:
             self._note("held", f"the {leader} weights lead", loss, seconds)
-        self._adapt(RATES.get(leader, 1.0 if leader in ALPHAS else RECOVERY))
-
-    def _keep_previous(self, leader: str) -> None:
-        """Keep what is live as a candidate, for the case that the update does harm."""
-        if not self.config.gate or leader == PREVIOUS:
-            return
-        if leader in ALPHAS:
-            self.candidates.previous = self.live
-            self.selector.enter(PREVIOUS, like=leader)
-        elif self.candidates.previous is not None:
-            self.candidates.previous = None
-            self.selector.leave(PREVIOUS)
+        self._adapt(RATES.get(leader, RECOVERY))
 
     def _adapt(self, factor: float) -> None:
         if self.config.adaptive_learning_rate and self.config.gate:

@@ -13,7 +13,7 @@ STATIC = "static"  # name of the draft before it learned anything, the safe expe
 # All in acceptance, summed over requests of the usual length.
 MEMORY = 0.5  # what a candidate can be behind the best one; a change of the traffic shows after about as much loss
 STATIC_MEMORY = 0.25  # what the static draft can be behind; learned weights that lose as much give way to it
-LEAD = 0.05  # by how much a candidate has to lead the leader to replace it
+LEAD = 0.15  # by how much a candidate has to lead the leader to replace it
 ENTRY = 0.2  # by how much it has to lead the static draft
 HIGHEST_ENTRY = 3.2  # bound on the entry, which doubles after each stay of learned weights that lost
 
