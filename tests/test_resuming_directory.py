@@ -108,19 +108,6 @@ def test_closing_writes_everything(background: bool, tmp_path: Path) -> None:
     assert same_weights(snapshot.tensors["live"], live.published[-1])
 
 
-def test_held_out_requests_of_a_directory_have_not_been_learned_from(tmp_path: Path) -> None:
-    """Catches a gate that is asked about requests which the draft it tests has seen before the restart."""
-    _, learner = made(state_dir=tmp_path / "state", replay_size=10)
-    observe(learner, traffic(23))
-    learned = {tuple(o.output_ids.tolist()) for o in learner.learner.replay.sample(99)}
-    left = killed(learner, tmp_path / "state")
-    _, restored = made(state_dir=left, replay_size=10)
-    held = {tuple(o.output_ids.tolist()) for o in restored.learner.replay.held}
-    assert not held & learned
-    for one in (learner, restored):
-        one.close()
-
-
 def blank(observation: Observation) -> Observation | None:
     """Drops short prompts' requests by their first token, and hides the prompts of the others."""
     if int(observation.prompt_ids[0]) % 2:

@@ -126,7 +126,7 @@ class Candidates:
             self.learned[name] = average.lerp_(weight.float(), share)
 
     def restart(self, weights: Weights) -> None:
-        """Begin the average anew, with weights that training goes on from; without any where a kept candidate is live."""
+        """Begin the average anew, with the weights that training goes on from, unless these are a kept candidate."""
         self.learned = {name: weight.float().clone() for name, weight in weights.items()}
         self._updates = min(len(weights), 1)
 

@@ -99,20 +99,27 @@ class Learner:
         self._draft, self.config, self._throttle, self._publish = draft, config, throttle, publish
         self._target, self._vocab_size, self.frozen = target, vocab_size, frozen
         self.initial = sample(draft.named_parameters())
-        self.student = Student(draft, config.peft_config, config.seed, frozen)
         self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
-        self.live = Checkpoint.of(self.student.weights(), self.student.state()).on_cpu()
-        self.candidates = Candidates(self.live, config.archive_size, config.gate)
-        self.selector = Selector()
-        self._trainer: OnlineGKDTrainer | None = None
-        self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
-        self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
-        self._scale = 1.0  # on the learning rate
-        self._interval = float(config.update_every)  # requests between two updates
-        self._record = 0.0  # highest acceptance above the static draft's, over the usual number of requests
         self.requests = self._fresh = self._led = 0
         self._ends = False  # whether the update in progress has to end when it is out of time
         self._began = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begin with the live draft as it is, and with nothing learned."""
+        config = self.config
+        self.student = Student(self._draft, config.peft_config, config.seed, self.frozen)
+        self.live = Checkpoint.of(self.student.weights(), self.student.state()).on_cpu()
+        self.candidates, self.selector = Candidates(self.live, config.archive_size, config.gate), Selector()
+        self._trainer: OnlineGKDTrainer | None = None
+        self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
+        self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
+        self._begin_anew()
+
+    def start_from(self, weights: Weights) -> None:
+        """Make weights live, and begin with these."""
+        self._publish(weights, 0.0)
+        self.start()
 
     # Observe.
 
@@ -198,7 +205,9 @@ class Learner:
 
     def _begin_anew(self) -> None:
         """Learn from new traffic as fast as from the first."""
-        self._scale, self._interval, self._record = 1.0, float(self.config.update_every), 0.0
+        self._scale = 1.0  # on the learning rate
+        self._interval = float(self.config.update_every)  # requests between two updates
+        self._record = 0.0  # highest acceptance above the static draft's, over the usual number of requests
 
     def _is_memorable(self, leader: str) -> bool:
         """Whether a leader that gives way has led for long, and well."""
@@ -249,7 +258,7 @@ class Learner:
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
         self._fresh = 0
-        if self.config.gate:
+        if self.config.learning_share is not None:
             self._space_updates()
         self._take_back_harm()
         trainer = self._trainer = self._trainer or self._make_trainer()
@@ -265,7 +274,7 @@ class Learner:
         self._take_over(weights, loss)
 
     def _space_updates(self) -> None:
-        """Make updates rarer where acceptance does not rise to new records, and as frequent as before where it does."""
+        """Make updates rarer where acceptance rises to no new record, and as frequent as before where it does."""
         gain, every = self.expected() - self.expected(STATIC), float(self.config.update_every)
         self._interval = every if gain > self._record else min(self._interval * SPACING, MOST_SPACING * every)
         self._record = max(gain, self._record)
@@ -389,16 +398,17 @@ class Learner:
 
         Raises:
             KeyError: Something is missing.
-            LearningError: The training copy has another shape.
+            LearningError: The training copy is of another kind. As with any error, nothing has been changed.
         """
-        live = Checkpoint.from_groups(groups, "live")
-        self.student.load_state(groups["student"])
-        self.candidates.load(groups, numbers["candidates"])
-        self.selector.load_state_dict(numbers["selector"])
-        self._usual.extend({name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"])
-        for name in SAVED:
-            setattr(self, name, numbers[name])
-        self.live, self._moments = live, moments
+        candidates, selector = Candidates(self.live, self.config.archive_size, self.config.gate), Selector()
+        candidates.load(groups, numbers["candidates"])
+        selector.load_state_dict(numbers["selector"])
+        usual = [{name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"]]
+        saved, live = {name: numbers[name] for name in SAVED}, Checkpoint.from_groups(groups, "live")
+        self.student.load_state(groups["student"])  # from here on nothing is missing
+        self.candidates, self.selector, self.live, self._moments = candidates, selector, live, moments
+        self._usual.extend(usual)
+        vars(self).update(saved)
         self._publish(live.weights, self.expected())
 
 

@@ -90,14 +90,14 @@ class OnlineLearner:
         self.throttle = Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
         self._worker = Worker(config.background, weakref.WeakMethod(self._work), self.throttle, draft.device)
         self._disk: StateDirectory | None = None
-        self._collected: tuple[int, ...] = ()
+        self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
         self._parts = target if config.needs_target else None, frozen, vocab_size
         self.learner = self._made_learner() if self.learns else None
         if config.training_arguments and self.learns:  # what is wrong is told now, not at the first update
             import_trainer().training_arguments(config, draft.device)
         if self.learner is not None and config.state_dir is not None:
             self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)
-        self._stop = weakref.finalize(self, _stop, self._worker, self._disk)  # also at interpreter exit
+        self._stop = weakref.finalize(self, self._worker.stop)  # also at interpreter exit, and before the directory's
 
     def _made_learner(self) -> Learner:
         worker = self._worker
@@ -190,6 +190,8 @@ class OnlineLearner:
     def close(self) -> None:
         """Stop learning after the step in progress. Idempotent; the state can still be saved."""
         self._stop()
+        if self._disk is not None:
+            self._disk.close()
 
     # The work, one piece at a time.
 
@@ -280,12 +282,6 @@ class OnlineLearner:
             return snapshot
         finally:
             self._worker.lock.release()
-
-
-def _stop(worker: Worker, disk: StateDirectory | None) -> None:
-    worker.stop()
-    if disk is not None:
-        disk.close()
 
 
 @contextmanager

@@ -7,11 +7,12 @@ two drafts that differ by less than the rounding of bfloat16.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from ..config import OnlineConfig
 from ..errors import LearningError, StateError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .learner import Learner
+
+logger = logging.get_logger(__name__)
 
 STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
 
@@ -241,8 +244,13 @@ def _resume(learner: "Learner", snapshot: Snapshot) -> None:
     if trained:
         raise LearningError(f"the state has another {trained[0]} than the target, with which the draft shares it")
     moments = by_parameter(snapshot.tensors["optimizer"], snapshot.numbers["optimizer"])
-    learner.load_state(snapshot.tensors, snapshot.numbers["learner"], moments)
-    learner.counters = Counters(**snapshot.numbers["counters"])
+    counters = Counters(**{one.name: snapshot.numbers["counters"][one.name] for one in fields(Counters)})
+    try:
+        learner.load_state(snapshot.tensors, snapshot.numbers["learner"], moments)
+    except LearningError as error:
+        logger.warning("Training starts anew from the saved live weights, since settings have changed: %s.", error)
+        learner.start_from(snapshot.tensors["live"])
+    learner.counters = counters
 
 
 def _refill(learner: "Learner", saved: Mapping[str, Any] | None, observations: Sequence[Observation]) -> None:

@@ -14,7 +14,7 @@ STATIC = "static"  # name of the draft before it learned anything, the safe expe
 MEMORY = 0.5  # what a candidate can be behind the best one; a change of the traffic shows after about as much loss
 STATIC_MEMORY = 0.25  # what the static draft can be behind; learned weights that lose as much give way to it
 LEAD = 0.15  # by how much a candidate has to lead the leader to replace it
-ENTRY = 0.2  # by how much it has to lead the static draft
+ENTRY = 0.2  # by how much it has to lead the static draft the first time; twice as much after that gave way once
 HIGHEST_ENTRY = 3.2  # bound on the entry, which doubles after each stay of learned weights that lost
 
 
@@ -23,8 +23,8 @@ class Selector:
     Follows the candidate that has done best lately.
 
     The static draft is a candidate for ever. Learned weights replace it once they lead by `ENTRY`, and give way after
-    they have lost `STATIC_MEMORY` and `LEAD` against it. A stay that lost doubles the entry and one that gained resets
-    it, so that losses against the static draft do not add up.
+    they have lost `STATIC_MEMORY` and `LEAD` against it. A stay that lost on the whole doubles the entry, and one that
+    gained sets it to twice the first one, so that losses against the static draft do not add up.
 
     Attributes:
         leader (`str`): Name of the candidate that should be live.
@@ -69,7 +69,7 @@ class Selector:
     def follow(self, name: str) -> None:
         """Make a candidate the leader."""
         if name == STATIC and self.leader != STATIC:
-            self._entry = ENTRY if self.stay >= 0.0 else min(2.0 * self._entry, HIGHEST_ENTRY)
+            self._entry = min(2.0 * (ENTRY if self.stay >= 0.0 else self._entry), HIGHEST_ENTRY)
         if self.leader == STATIC:
             self.stay = 0.0
         self.leader = name
