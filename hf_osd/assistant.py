@@ -317,12 +317,12 @@ class OnlineAssistant:
 
     @property
     def journal(self) -> Journal:
-        """What learning did: judged requests, updates and what the gate made of them, changes of the traffic."""
+        """What learning did: scored requests, updates and what went live, changes of the traffic."""
         return self._learner.journal
 
     def report(self, directory: str | Path, *, window: int = 50, plot: bool = True) -> list[Path]:
         """
-        Write `report.json` and `report.png`: acceptance by request, updates, decisions of the gate, learning rate and
+        Write `report.json` and `report.png`: acceptance by request, updates, what went live, learning rate and
         changes of the traffic. No prompts and no tokens; see [`~hf_osd.reporting.write_report`].
 
         Args:
@@ -337,8 +337,8 @@ class OnlineAssistant:
 
     def update(self) -> None:
         """
-        Learn from what is recorded, now, whatever `update_every` says. Waits for the result, which goes live if it
-        passes the gate.
+        Learn from what is recorded, now, whatever `update_every` says, in this thread. The result goes live if what
+        was learned so far leads.
 
         Raises:
             LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..drafts.machine import digest
-from ..learning.resuming import sample
+from ..learning.identity import sample
 from ..records import Observation
 from .reading import read_texts
 from .requests import Request

@@ -162,4 +162,4 @@ def has_dropped(rates: Sequence[float]) -> bool:
     if len(before) < 2 * DROP_REQUESTS:
         return False
     error = max(stdev(before), LEAST_SPREAD) / DROP_REQUESTS**0.5
-    return fmean(before) - fmean(now) > DROP_ERRORS * error
+    return bool(fmean(before) - fmean(now) > DROP_ERRORS * error)

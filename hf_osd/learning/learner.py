@@ -6,14 +6,11 @@ is held out, and the selector sees at once when other weights have become better
 after a change of the traffic. Not covered: when and where this runs; see `online.py` and `worker.py`.
 """
 
-import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
 from statistics import fmean
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +22,15 @@ from ..precision import multiplies_bfloat16
 from ..records import Observation
 from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
 from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
+from .identity import sample
+from .pace import Pace
 from .reading import teaches
 from .replay import ReplayBuffer
-from .resuming import sample
 from .scoring import Score, Scorer, Weights, token_mean
 from .selector import MEMORY, STATIC, Selector
 from .student import Student
 from .throttle import Throttle
+from .worker import import_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,14 +42,8 @@ logger = logging.get_logger(__name__)
 USUAL = 32  # latest scored requests that say what is usual: a request's length, a candidate's acceptance
 MEMORABLE = 32  # requests that weights have to lead for to be worth freezing when they give way
 WORTH_FREEZING = 0.05  # acceptance above the static draft's that they need for it
-SLOWER_AFTER_HARM = 0.3  # factor on the learning rate where training has led to weights that lost `MEMORY`
-RATES = {HALF: 0.9, WHOLE: 1.1}  # factors on the learning rate after an update, by who leads
-RECOVERY = 1.1  # factor on a lowered learning rate after an update that did not tell: harm does not count for ever
-SPACING = 1.2  # factor on the interval after an update before which acceptance had not risen to a new record
-MOST_SPACING = 4.0  # bound on the interval, as a multiple of `update_every`
-LOWEST_RATE, HIGHEST_RATE = 0.01, 4.0  # bounds of the learning rate, as multiples of where it begins
 
-SAVED = ("requests", "_fresh", "_led", "_scale", "_interval", "_record")  # numbers that a saved state holds
+SAVED = ("requests", "_fresh", "_led")  # numbers that a saved state holds
 
 Publish = Callable[[Weights, float], None]
 
@@ -114,7 +107,8 @@ class Learner:
         self._trainer: OnlineGKDTrainer | None = None
         self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
         self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
-        self._begin_anew()
+        adapts = config.adaptive_learning_rate and config.gate
+        self._pace = Pace(config.learning_rate, config.update_every, adapts, config.learning_share is not None)
 
     def start_from(self, weights: Weights) -> None:
         """Make weights live, and begin with these."""
@@ -146,7 +140,7 @@ class Learner:
         self._ends = False
 
     def _is_due(self) -> bool:
-        is_time = self._fresh >= self._interval and len(self.replay) > 0
+        is_time = self._fresh >= self._pace.interval and len(self.replay) > 0
         return is_time and not self._is_stopped() and self._throttle.allows_training()
 
     # Score.
@@ -198,16 +192,10 @@ class Learner:
         if self._is_memorable(before):
             self._freeze(before, was_live)
         self._led = 0
-        self._begin_anew()
+        self._pace.begin_anew()
         if leader in self.candidates.frozen:
             self.candidates.use(leader)
             self.go_on_from_live()
-
-    def _begin_anew(self) -> None:
-        """Learn from new traffic as fast as from the first."""
-        self._scale = 1.0  # on the learning rate
-        self._interval = float(self.config.update_every)  # requests between two updates
-        self._record = 0.0  # highest acceptance above the static draft's, over the usual number of requests
 
     def _is_memorable(self, leader: str) -> bool:
         """Whether a leader that gives way has led for long, and well."""
@@ -229,7 +217,7 @@ class Learner:
         if has_dropped(rates):
             now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
             self.journal.add(Drift(self.requests, fmean(now), fmean(before)))
-            self._begin_anew()
+            self._pace.begin_anew()
             self._usual = deque(list(self._usual)[-DROP_REQUESTS:], maxlen=USUAL)
 
     def expected(self, name: str | None = None) -> float:
@@ -258,35 +246,24 @@ class Learner:
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
         self._fresh = 0
-        if self.config.learning_share is not None:
-            self._space_updates()
+        self._pace.space(self.expected() - self.expected(STATIC))
         self._take_back_harm()
         trainer = self._trainer = self._trainer or self._make_trainer()
-        loss = trainer.update(self.config.steps_per_update, self._rate)
+        loss = trainer.update(self.config.steps_per_update, self._pace.learning_rate)
         if self._is_stopped():
             return
         weights = self.student.weights()
         broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
         if broken:
-            self._scale = max(self._scale * SLOWER_AFTER_HARM, LOWEST_RATE)
+            self._pace.slow_down()
             raise LearningError(f"weights are not finite after the update: {broken[0]}")
         self.counters.last_loss = loss
         self._take_over(weights, loss)
 
-    def _space_updates(self) -> None:
-        """Make updates rarer where acceptance rises to no new record, and as frequent as before where it does."""
-        gain, every = self.expected() - self.expected(STATIC), float(self.config.update_every)
-        self._interval = every if gain > self._record else min(self._interval * SPACING, MOST_SPACING * every)
-        self._record = max(gain, self._record)
-
-    @property
-    def _rate(self) -> float:
-        return self.config.learning_rate * self._scale
-
     def _take_back_harm(self) -> None:
         """Train on from what is live, more slowly, where what training led to has lost all that it could."""
         if self.selector.leader != WHOLE and self.selector.sums.get(WHOLE, 0.0) <= -MEMORY:
-            self._adapt(SLOWER_AFTER_HARM)
+            self._pace.slow_down()
             self.go_on_from_live()
             self._note("rolled back", "what training led to has lost too much against the live weights")
 
@@ -331,12 +308,7 @@ class Learner:
             self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
         else:
             self._note("held", f"the {leader} weights lead", loss, seconds)
-        self._adapt(RATES.get(leader, RECOVERY))
-
-    def _adapt(self, factor: float) -> None:
-        if self.config.adaptive_learning_rate and self.config.gate:
-            scale = min(max(self._scale * factor, LOWEST_RATE), HIGHEST_RATE)
-            self._scale = min(scale, max(self._scale, 1.0)) if factor == RECOVERY and scale > 1.0 else scale
+        self._pace.follow(leader)
 
     # What the trainer asks for.
 
@@ -368,7 +340,9 @@ class Learner:
         gain: float | None = None,
     ) -> None:
         logger.debug("An update of the draft was %s: %s.", decision, reason)
-        self.journal.add(UpdateRecord(self.requests, decision, reason, loss, self._rate, gain, alpha, seconds))
+        self.journal.add(
+            UpdateRecord(self.requests, decision, reason, loss, self._pace.learning_rate, gain, alpha, seconds)
+        )
 
     # Saving.
 
@@ -379,6 +353,7 @@ class Learner:
         return groups, {
             "candidates": self.candidates.numbers(),
             "selector": self.selector.state_dict(),
+            "pace": self._pace.state_dict(),
             "usual": [{name: astuple(score) for name, score in scores.items()} for scores in self._usual],
             **{name: getattr(self, name) for name in SAVED},
         }
@@ -404,20 +379,11 @@ class Learner:
         candidates.load(groups, numbers["candidates"])
         selector.load_state_dict(numbers["selector"])
         usual = [{name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"]]
+        numbers["pace"]
         saved, live = {name: numbers[name] for name in SAVED}, Checkpoint.from_groups(groups, "live")
         self.student.load_state(groups["student"])  # from here on nothing is missing
         self.candidates, self.selector, self.live, self._moments = candidates, selector, live, moments
         self._usual.extend(usual)
+        self._pace.load_state_dict(numbers["pace"])
         vars(self).update(saved)
         self._publish(live.weights, self.expected())
-
-
-def import_trainer() -> ModuleType:
-    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
-    state = random.getstate()
-    is_first = f"{__package__}.trainer" not in sys.modules
-    from . import trainer
-
-    if is_first:  # rich, which comes with TRL, draws from it while it is imported
-        random.setstate(state)
-    return trainer

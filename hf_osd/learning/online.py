@@ -17,13 +17,13 @@ from ..records import Observation
 from . import resuming
 from .features import check_settings
 from .history import Counters, Journal
-from .learner import Learner, Publish, import_trainer
+from .learner import Learner, Publish
 from .reading import usable
 from .scoring import Weights
 from .sharing import has_own_weights
 from .storage import Snapshot, StateDirectory
 from .throttle import Throttle
-from .worker import Worker
+from .worker import Worker, import_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,11 +93,20 @@ class OnlineLearner:
         self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
         self._parts = target if config.needs_target else None, frozen, vocab_size
         self.learner = self._made_learner() if self.learns else None
-        if config.training_arguments and self.learns:  # what is wrong is told now, not at the first update
-            import_trainer().training_arguments(config, draft.device)
+        if self.learner is not None:
+            self._prepare(self.learner)
         if self.learner is not None and config.state_dir is not None:
             self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)
         self._stop = weakref.finalize(self, self._worker.stop)  # also at interpreter exit, and before the directory's
+
+    def _prepare(self, learner: Learner) -> None:
+        """Import the trainer, seconds the first time, where no request is to wait for that; check its arguments."""
+        began, config = time.perf_counter(), self._config
+        if config.training_arguments:
+            import_trainer().training_arguments(config, self._draft.device)
+        elif config.background or config.learning_share is not None:
+            import_trainer()
+        learner.counters.seconds += time.perf_counter() - began
 
     def _made_learner(self) -> Learner:
         worker = self._worker

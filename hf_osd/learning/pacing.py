@@ -4,12 +4,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-if TYPE_CHECKING:
-    from .trainer import OnlineGKDTrainer
 
 
 class Session(Protocol):
@@ -36,7 +33,7 @@ class UpdateCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         session (`Session`): Whoever runs the trainer.
     """
 
-    trainer: "OnlineGKDTrainer"
+    trainer: Any  # the `OnlineGKDTrainer` that it paces
 
     def __init__(self, session: Session) -> None:
         self.session = session

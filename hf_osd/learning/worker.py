@@ -1,10 +1,13 @@
 """Where the work of learning is done, one piece at a time: in the thread that observed, or in one of its own."""
 
 import os
+import random
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 
 import torch
 from transformers.utils import logging
@@ -173,3 +176,14 @@ def leave_cores_to_serving() -> None:
 def _cores() -> int:
     available = getattr(os, "sched_getaffinity", None)
     return len(available(0)) if available is not None else os.cpu_count() or 1
+
+
+def import_trainer() -> ModuleType:
+    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
+    state = random.getstate()
+    is_first = f"{__package__}.trainer" not in sys.modules
+    from . import trainer
+
+    if is_first:  # rich, which comes with TRL, draws from it while it is imported
+        random.setstate(state)
+    return trainer
