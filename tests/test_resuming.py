@@ -152,7 +152,7 @@ def test_the_state_of_another_draft_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    ["updates", "learner", "live", "student", "static", "learned", "optimizer", "selector", "usual", "_scale"],
+    ["updates", "learner", "live", "student", "static", "learned", "optimizer", "selector", "usual", "pace"],
 )
 def test_a_state_with_holes_is_refused_and_changes_nothing(missing: str, tmp_path: Path) -> None:
     """Catches a state of another version that is half loaded, and takes the first update down with it."""

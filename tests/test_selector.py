@@ -97,7 +97,7 @@ def test_the_static_draft_comes_back_sooner(before: list[tuple[float, float, flo
     """Catches a safe expert that waits as long as the others."""
     selector = selector_of()
     run(selector, before)
-    for _ in range(math.ceil((STATIC_MEMORY + LEAD) / ahead) + 1):
+    for _ in range(math.ceil((STATIC_MEMORY + LEAD) / ahead) + 2):
         selector.add({STATIC: ahead, "half": 0.0, "whole": 0.0})
     assert selector.leader == STATIC
 

@@ -87,7 +87,7 @@ class Counters:
     What learning has done so far.
 
     Attributes:
-        updates (`int`): Updates whose weights went live.
+        updates (`int`): Times that learned weights went live.
         failures (`int`): Updates, or other pieces of work, that failed.
         steps (`int`): Steps of the optimiser.
         positions (`int`): Positions learned from, counted once a step.

@@ -186,6 +186,7 @@ class Learner:
             self.selector.leader = before
             raise
         if leader in ALPHAS:
+            self.counters.updates += 1
             self._note("published", f"{leader} of what is learned leads", gain=gain)
             return
         self._note("restored", f"the {leader} weights lead", gain=gain)
