@@ -3,7 +3,7 @@ TRL's GKD trainer, taught to learn from recorded teachers; the only module that 
 
 `trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.24.
 One trainer lives as long as its learner: `train()` runs the steps of one update and returns, and the optimiser stays.
-On-policy samples are made in `on_policy.py`. Not covered: `seq_kd`; several processes.
+Not covered: `seq_kd`; several processes.
 """
 
 import warnings
@@ -52,7 +52,7 @@ _RESERVED = {
 }
 # transformers 5.23 renamed it; TRL sets the old one by default.
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-_LOG_HISTORY = 100  # entries of the trainer's log that are kept: there is always another update
+_LOG_HISTORY = 100  # latest entries of the trainer's log that are kept
 
 
 class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
@@ -239,6 +239,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.steps_before = self.state.global_step
         self.args.max_steps = self.steps_before + steps
         self.args.learning_rate = learning_rate
+        self.callback_handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run each time
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = group["initial_lr"] = learning_rate
         self.train()
