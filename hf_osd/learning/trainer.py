@@ -239,7 +239,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.steps_before = self.state.global_step
         self.args.max_steps = self.steps_before + steps
         self.args.learning_rate = learning_rate
-        self.callback_handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run each time
+        handler: Any = self.callback_handler
+        handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run each time
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = group["initial_lr"] = learning_rate
         self.train()
