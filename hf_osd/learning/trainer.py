@@ -2,8 +2,7 @@
 TRL's GKD trainer, taught to learn from recorded teachers; the only module that imports TRL.
 
 `trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.24.
-One trainer lives as long as its learner: `train()` runs the steps of one update and returns, and the optimiser stays.
-Not covered: `seq_kd`; several processes.
+`train()` runs one update and returns; the optimiser lives on. Not covered: `seq_kd`; several processes.
 """
 
 import warnings
