@@ -56,13 +56,21 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
     rounds, different = [], dict.fromkeys((racer.name for racer in racers), 0)
     for index, request in enumerate(track(requests[:-1], description=Path(path).stem, transient=True)):
         turn = index % len(racers)
-        answers = {racer.name: racer.answer(request, **settings) for racer in (*racers[turn:], *racers[:turn])}
+        taking_part = [
+            racer for racer in (*racers[turn:], *racers[:turn]) if index % options.every == 0 or ours(racer)
+        ]
+        answers = {racer.name: racer.answer(request, **settings) for racer in taking_part}
         rounds.append({name: sample for name, (_, sample) in answers.items()})
-        for name, (tokens, _) in answers.items():
+        for name, (tokens, _) in answers.items() if PLAIN in answers else ():
             different[name] += not torch.equal(tokens, answers[PLAIN][0])
     online = racers[-1]
     assert isinstance(online, Assisted)
     return figures(rounds, online.assistant) | {"outputs_that_differ_from_plain": different}
+
+
+def ours(racer: Contender) -> bool:
+    """Whether a contender is served by an assistant, which has to see every request."""
+    return isinstance(racer, Assisted)
 
 
 def figures(rounds: list[dict[str, Sample]], online: OnlineAssistant) -> dict[str, Any]:
@@ -97,14 +105,15 @@ def figures(rounds: list[dict[str, Sample]], online: OnlineAssistant) -> dict[st
 
 def per_token(rounds: list[dict[str, Sample]], name: str, *, learning: bool = True) -> float:
     """Return seconds a token, with the waiting for updates."""
-    samples = [one[name] for one in rounds]
+    samples = [one[name] for one in rounds if name in one]
     seconds = sum(one.seconds + (one.learning_seconds if learning else 0.0) for one in samples)
     return seconds / sum(one.tokens for one in samples)
 
 
 def ratio(rounds: list[dict[str, Sample]], one: str, other: str, *, learning: bool = True) -> float:
     """Return how many times as fast one contender is as another."""
-    return round(per_token(rounds, other, learning=learning) / per_token(rounds, one, learning=learning), 3)
+    both = [samples for samples in rounds if one in samples and other in samples]
+    return round(per_token(both, other, learning=learning) / per_token(both, one, learning=learning), 3)
 
 
 def acceptance(rounds: list[dict[str, Sample]], name: str) -> float:
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--assistant", help="made of the target if left out")
     parser.add_argument("--prompts", action="append", required=True, help=".jsonl with a prompt column; repeat it")
     parser.add_argument("--requests", type=int, default=200, help="of each stream")
+    parser.add_argument("--every", type=int, default=1, help="transformers answers one request of so many")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)

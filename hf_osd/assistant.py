@@ -22,8 +22,8 @@ from .drafts.compatibility import check_draft, check_pair, check_target, check_t
 from .drafts.features import FeatureDraft
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
-from .learning.background import OnlineLearner
-from .learning.journal import Journal
+from .learning.history import Journal
+from .learning.online import OnlineLearner
 from .learning.resuming import STATE_FOLDER
 from .learning.sharing import shared_with
 from .learning.storage.files import write_file
@@ -312,18 +312,19 @@ class OnlineAssistant:
             counted: dict[str, Any] = dict(self._totals)
             reasons = {reason: count for reason, count in self._reasons.items() if count}
         counted |= {"fallbacks": sum(reasons.values()), "fallback_reasons": reasons}
-        counted |= {"updates": self._learner.updates, "failed_updates": self._learner.failures}
-        counted |= {"learned_steps": self._learner.steps, "learned_positions": self._learner.positions}
-        return OnlineStats(**{**counted, "learn_seconds": self._learner.seconds})
+        learned = self._learner.counters
+        counted |= {"updates": learned.updates, "failed_updates": learned.failures}
+        counted |= {"learned_steps": learned.steps, "learned_positions": learned.positions}
+        return OnlineStats(**{**counted, "learn_seconds": learned.seconds})
 
     @property
     def journal(self) -> Journal:
-        """What learning did: judged requests, updates and what the gate made of them, changes of the traffic."""
+        """What learning did: scored requests, updates and what went live, changes of the traffic."""
         return self._learner.journal
 
     def report(self, directory: str | Path, *, window: int = 50, plot: bool = True) -> list[Path]:
         """
-        Write `report.json` and `report.png`: acceptance by request, updates, decisions of the gate, learning rate and
+        Write `report.json` and `report.png`: acceptance by request, updates, what went live, learning rate and
         changes of the traffic. No prompts and no tokens; see [`~hf_osd.reporting.write_report`].
 
         Args:
@@ -338,8 +339,8 @@ class OnlineAssistant:
 
     def update(self) -> None:
         """
-        Learn from what is recorded, now, whatever `update_every` says. Waits for the result, which goes live if it
-        passes the gate.
+        Learn from what is recorded, now, whatever `update_every` says, in this thread. The result goes live if what
+        was learned so far leads.
 
         Raises:
             LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.

@@ -187,8 +187,8 @@ class OnlineConfig:
             Log-probabilities of the target to keep at each position, at least 1; the mass of all others is kept as one
             number.
         replay_size (`int`, defaults to 256):
-            Requests that the replay buffer holds; the oldest leaves first. As many again of traffic before the last
-            change.
+            Requests that the replay buffer holds; the oldest leaves first. Half of what is learned from is drawn from
+            the newest ones.
         max_state_bytes (`int`, defaults to 268435456):
             Bound on the target's states that are kept with recorded requests, 256 MiB, for a draft that reads them;
             the target reads older requests again when they are learned from.
@@ -210,18 +210,18 @@ class OnlineConfig:
             [0, 1]; the target then runs over them. 0.0 learns from what the target wrote, 1.0 from what the draft
             writes, 0.5 from a mix: the three sampling sources of Online Speculative Decoding.
         gate (`bool`, defaults to `True`):
-            Publish only what held-out requests show to be better, as far on the way to what was learned as pays, and
-            fall back to earlier weights where the live ones are worse. Holds out one request of four until newer ones
-            take its place. `False` publishes every update.
+            Let a selector decide which weights are live, by how each candidate does on every request before it is
+            learned from: the draft as it was at first, what is learned, half of the way there, and a few former
+            leaders. `False` publishes every update.
         archive_size (`int`, defaults to 4):
-            Drafts of earlier traffic to keep, in memory on the CPU, for when it comes back; besides the initial
-            weights.
+            Former leaders to keep, in memory on the CPU, for when their traffic comes back; besides the draft as it
+            was at first.
         learning_rate (`float`, defaults to 1e-3):
             Step size to begin with; see `adaptive_learning_rate`.
         adaptive_learning_rate (`bool`, defaults to `True`):
-            Let the gate find the step size: up while updates help, down where they harm or a part of them is better,
-            and back to `learning_rate` when the traffic changes. `False`, or `gate=False`, uses `learning_rate` as it
-            is.
+            Let the selector find the step size: up while what is learned leads, down where half of it or the draft as
+            it was at first does better, and back to `learning_rate` when the traffic changes. `False`, or
+            `gate=False`, uses `learning_rate` as it is.
         max_length (`int`, defaults to 1024):
             Tokens of a request (its end) that one training example keeps.
         full_teacher (`bool`, defaults to `False`):

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from .errors import ConfigError, MissingDependencyError
-from .learning.journal import Decision, Journal
+from .learning.history import Decision, Journal
 from .reporting import mean_acceptance
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _GAUGES = {
     "recent_acceptance_ratio": f"Positions of the last {_RECENT} judged requests where the draft chose as the target.",
 }
 _FALLBACKS = "Prompts served without the draft, or without speculation, by reason."
-_UPDATES = "Updates of the draft, by what the gate decided."
+_UPDATES = "Updates of the draft and changes of what is live, by what was decided."
 _DRIFTS = "Changes of the traffic that were noticed."
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from .errors import InputError
-from .learning.journal import Decision, Journal, JudgedRequest, UpdateRecord
+from .learning.history import Decision, Journal, JudgedRequest, UpdateRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,6 @@ _WINDOW = 50
 _STYLES = {
     "published": ("o", "tab:green"),
     "held": ("s", "0.6"),
-    "refused": ("v", "tab:orange"),
     "rolled back": ("X", "tab:red"),
     "restored": ("D", "tab:purple"),
     "failed": ("*", "black"),
@@ -47,7 +46,7 @@ def write_report(
     Write `report.json` and `report.png`, over those of an earlier report in the same folder.
 
     The picture shows how many prompts were served without speculation and why, acceptance by request, the updates by
-    what the gate decided, the gain that it measured with its standard error, the learning rate, and when the traffic
+    what became of them, the acceptance gained by what went live, the learning rate, and when the traffic
     changed. The files hold counts, rates and reasons; no prompt, no output, no token.
 
     Args:
@@ -195,7 +194,7 @@ def _draw_acceptance(axes: "Axes", journal: Journal, window: int) -> None:
 
 
 def _draw_decisions(axes: "Axes", updates: Sequence[UpdateRecord]) -> None:
-    axes.set_title("Updates, by what the gate decided", fontsize="small")
+    axes.set_title("Updates, and what became of them", fontsize="small")
     for decision, chosen in _by_decision(updates):
         places = [update.request for update in chosen]
         label = f"{decision} ({len(chosen)})"
@@ -206,13 +205,13 @@ def _draw_decisions(axes: "Axes", updates: Sequence[UpdateRecord]) -> None:
 
 
 def _draw_gain(axes: "Axes", updates: Sequence[UpdateRecord]) -> None:
-    axes.set_title("Gain by held-out requests: accepted tokens a round, ± 1 standard error", fontsize="small")
+    axes.set_title("Acceptance gained by what went live, on the latest requests", fontsize="small")
     for decision, chosen in _by_decision(updates):
-        measured = [(one.request, one.gain, one.uncertainty or 0.0) for one in chosen if one.gain is not None]
+        measured = [(one.request, one.gain) for one in chosen if one.gain is not None]
         if measured:
-            places, gains, errors = zip(*measured, strict=True)
+            places, gains = zip(*measured, strict=True)
             marker, colour = _STYLES[decision]
-            axes.errorbar(places, gains, yerr=errors, fmt=marker, color=colour, markersize=4, elinewidth=0.8)
+            axes.plot(places, gains, marker, color=colour, markersize=4)
     axes.axhline(0.0, color="0.3", linewidth=0.8)
 
 

@@ -32,10 +32,9 @@ class OnlineStats:
         verify_seconds (`float`): Part of it that the target took.
         accept_seconds (`float`): Part of it that comparing the two took.
         record_seconds (`float`): Part of it that recording took.
-        learn_seconds (`float`): Wall time of training, without pauses: what learning has cost.
+        learn_seconds (`float`): Wall time of learning, scoring and imports included, without pauses: what it has cost.
         saved_seconds (`float`): What it has won, as far as can be told: the passes of the target that were saved by
-            drafted tokens which the draft, as it was at first, would not have got right. 0 without the gate, which
-            alone judges the initial weights.
+            drafted tokens which the draft, as it was at first, would not have got right.
         learned_steps (`int`): Steps of the optimiser.
         learned_positions (`int`): Positions that these learned from, counted once a step.
     """

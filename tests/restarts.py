@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from traffic import Live, request
 
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj"]}

@@ -9,7 +9,7 @@ from traffic import VOCAB, llama
 from transformers import LlamaForCausalLM
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 
 Weights = dict[str, torch.Tensor]

@@ -164,13 +164,13 @@ def test_a_failing_update_costs_nothing_but_itself(monkeypatch):
     assert all(torch.isfinite(value).all() for value in draft.state_dict().values())
 
 
-def test_the_gate_end_to_end():
-    """Catches a gate that lets nothing through, one that is not asked, and outputs that depend on its decisions."""
+def test_the_selector_end_to_end():
+    """Catches a selector that lets nothing through, one that is not asked, and outputs that depend on it."""
     draft = tiny_model("llama", seed=5, layers=1, dtype=torch.float32)
     config = OnlineConfig(steps_per_update=8, learning_rate=1e-2, gate=True, **ALWAYS)
     with OnlineAssistant(draft, TARGET, config) as assistant:
         for number in range(80):
-            seed = number % 5  # each of the five is held out at times, and learned from at others
+            seed = number % 5
             assert torch.equal(serve(assistant, seed=seed, batch=1), plain(seed, batch=1))
         stats, journal = assistant.stats(), assistant.journal
     assert [entry.request for entry in journal.requests] == list(range(1, 81))
@@ -178,10 +178,7 @@ def test_the_gate_end_to_end():
     assert stats.failed_updates == 0
     acceptance = [entry.acceptance for entry in journal.requests]
     assert sum(acceptance[-16:]) / 16 > sum(acceptance[:16]) / 16 + 0.2
-    for entry in journal.updates:
-        if entry.decision == "published":
-            assert entry.gain > 0.0
-            assert entry.uncertainty > 0.0
+    assert journal.updates[0].decision == "held"  # no request has scored it yet
 
 
 def test_a_report(tmp_path):

@@ -18,8 +18,8 @@ from hf_osd.design.requests import Request
 from hf_osd.design.training import OfflineCallback, OfflineTrainer
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import ConfigError
-from hf_osd.learning.distillation import OnlineGKDTrainer
 from hf_osd.learning.student import Student
+from hf_osd.learning.trainer import OnlineGKDTrainer
 
 RECIPE = Recipe(steps=45, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=200, evaluations=3)
 

@@ -53,7 +53,7 @@ def test_recording_is_what_serving_records():
     prompt = texts(1)[0]
     assistant = OnlineAssistant(draft, target, OnlineConfig(update_every=100))
     generate(target, prompt[None], online_assistant=assistant, max_new_tokens=12, do_sample=False)
-    (served,) = assistant._learner._loop.replay.observations()
+    (served,) = assistant._learner.learner.replay.observations()
     assistant.close()
     (answer,) = write_answers(target, [prompt], 12)
     (read,) = read_texts(target, [torch.cat((prompt, answer))], [len(prompt)], draft.state_layers)

@@ -41,7 +41,7 @@ def recorded(draft, target, count):
     config = OnlineConfig(**{**ALWAYS, "learn": True, "update_every": 100})
     with OnlineAssistant(draft, target, config) as assistant:
         hf_osd.generate(target, **prompts(count), online_assistant=assistant, **GREEDY)
-        return assistant._learner._loop.replay.observations()
+        return assistant._learner.learner.replay.observations()
 
 
 @pytest.mark.parametrize("kind", [*ARCHITECTURES, "mistral", "gemma3"])
@@ -326,7 +326,7 @@ def test_auto_is_solved_from_its_requests():
             hf_osd.generate(target, **prompts(1, seed=turn), online_assistant=assistant, **GREEDY)
             solved.append(assistant.draft.config.solved)
             if turn == 7:
-                seen = assistant._learner._loop.replay.observations()
+                seen = assistant._learner.learner.replay.observations()
         assert assistant.stats().updates == 3
         assert 0 < solved[3] < solved[7] == solved[11]
         expected = {**cold.state_dict(), **solve(cold, seen[::-1])}
@@ -377,7 +377,7 @@ def test_states_are_kept_within_their_budget():
     with OnlineAssistant(draft, target, config) as assistant:
         for seed in range(9):
             hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, **GREEDY)
-        kept = [request.states is not None for request in assistant._learner._loop.replay.observations()]
+        kept = [request.states is not None for request in assistant._learner.learner.replay.observations()]
         assert kept == [False] * 6 + [True] * 3
         assert assistant.stats().updates == 2
         assert assistant.stats().failed_updates == 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traffic import llama
 
-from hf_osd.learning.identity import INITIAL, LIVE, difference, groups, sample
+from hf_osd.learning.identity import INITIAL, LIVE, difference, identity_groups, sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -119,7 +119,7 @@ def test_tied_and_frozen_parameters() -> None:
 def test_what_is_live() -> None:
     """Catches weights that never change, beside an adapter, which go missing from what is live."""
     weights = {"w": torch.zeros(3), "frozen": torch.ones(2)}
-    found = groups(sample(weights.items()), {"w": torch.full((3,), 5.0)})
+    found = identity_groups(sample(weights.items()), {"w": torch.full((3,), 5.0)})
     assert difference(found[INITIAL], sample(weights.items())) is None
     assert difference(found[LIVE], sample((weights | {"w": torch.full((3,), 5.0)}).items())) is None
 

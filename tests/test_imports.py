@@ -9,7 +9,7 @@ import pytest
 import hf_osd
 
 PACKAGE = Path(hf_osd.__file__).parent
-ONLY_TRL_IMPORTER = "learning.distillation"
+ONLY_TRL_IMPORTER = "learning.trainer"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {
@@ -129,7 +129,7 @@ def test_imports_point_down() -> None:
         ("serving/engine.py", "from trl.experimental import gkd", "serving.engine imports trl"),
         ("serving/engine.py", "from . import cache", "cycle: serving.cache -> serving.engine -> serving.cache"),
         ("extra.py", "import torch", "extra: component 'extra' has no layer"),
-        ("learning/distillation.py", "import trl", None),
+        ("learning/trainer.py", "import trl", None),
         ("assistant.py", "from .serving.engine import decode\nfrom .learning import replay", None),
         ("demo/runner.py", "from ..generation import generate\nfrom .results import Round", None),
         ("demo/runner.py", "from ..bench import race", "demo.runner imports bench.race"),
@@ -150,7 +150,7 @@ def test_the_check_finds_what_it_is_there_for(tmp_path: Path, module: str, line:
         "serving/engine.py": "",
         "learning/__init__.py": "",
         "learning/replay.py": "",
-        "learning/distillation.py": "",
+        "learning/trainer.py": "",
         "bench/__init__.py": "",
         "bench/race.py": "",
         "demo/__init__.py": "",

@@ -51,9 +51,9 @@ def test_learning_goes_on(settings: dict[str, Any], draft_bound: bool, target_bo
         learner.observe(request)
     learner.update()
     learner.close()
-    assert (learner.failures, learner.steps > 0) == (0, True)
+    assert (learner.counters.failures, learner.counters.steps > 0) == (0, True)
     if not settings.get("gate"):
-        assert learner.updates >= 1  # in the background, updates that come due together are one
+        assert learner.counters.updates >= 1  # in the background, updates that come due together are one
         assert any(not torch.equal(old, new) for old, new in zip(before, draft.parameters(), strict=True))
     assert next(draft.parameters()).is_inference() == draft_bound
 
@@ -69,7 +69,7 @@ def test_a_learner_that_is_made_in_inference_mode(settings: dict[str, Any]) -> N
             learner.observe(request)
         learner.update()
     learner.close()
-    assert (learner.updates, learner.failures) == (3, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (3, 0)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -83,21 +83,21 @@ def test_a_restart_in_inference_mode(mode: Any, tmp_path: Path) -> None:
             draft = llama()
             learner = learner_of(draft, target, **settings)
             if folder == "saved":
-                assert learner.updates == 3
+                assert learner.counters.updates == 3
             for request in bound_requests(target, 8):
                 learner.observe(request)
             learner.update()
             learner.save(tmp_path / "saved")
             learner.close()
         weights.append({name: weight.clone() for name, weight in draft.named_parameters()})
-    assert (learner.updates, learner.failures) == (6, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (6, 0)
     with mode():
         again = learner_of(llama(), target, peft_config={"r": 4})
         again.load(tmp_path / "saved")
         for request in bound_requests(target, 4):
             again.observe(request)
         again.close()
-    assert (again.updates, again.failures) == (7, 0)
+    assert (again.counters.updates, again.counters.failures) == (7, 0)
 
 
 def test_what_is_shared_may_be_bound_too() -> None:
@@ -110,12 +110,10 @@ def test_what_is_shared_may_be_bound_too() -> None:
     learner = learner_of(draft, target)
     for request in bound_requests(target, 8):
         learner.observe(request)
-    supervisor = learner._loop._supervisor
     learner.close()
-    assert (learner.updates, learner.failures) == (2, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (2, 0)
     assert all(torch.equal(before[name], weight) for name, weight in target.state_dict().items())
-    assert supervisor is not None
-    shared = supervisor.student.model.lm_head.weight
+    shared = learner.learner.student.model.lm_head.weight
     assert shared.data_ptr() == target.lm_head.weight.data_ptr()
     assert not shared.is_inference()
 
@@ -128,7 +126,7 @@ def test_recorded_requests_are_set_free() -> None:
     assert bound.teacher_tail.is_inference()
     learner.observe(bound)
     learner.observe(free)
-    kept = learner._loop.replay.observations()
+    kept = learner.learner.replay.observations()
     learner.close()
     for one in kept:
         for name in FIELDS:

@@ -10,8 +10,8 @@ from traffic import Live, recorded, request, target
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.background import OnlineLearner
 from hf_osd.learning.on_policy import OnPolicySource
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 
 KINDS = ("llama", "gpt2")
@@ -162,7 +162,7 @@ def test_a_draft_learns_from_its_own_outputs(peft_config: Any, background: bool)
     losses = []
     for _ in range(6):
         learner.update()
-        losses.append(learner.last_loss)
+        losses.append(learner.counters.last_loss)
     learner.close()
-    assert (learner.updates, learner.failures) == (6, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (6, 0)
     assert losses[-1] < 0.7 * losses[0], losses

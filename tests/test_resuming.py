@@ -14,7 +14,8 @@ from traffic import llama, request
 
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import LearningError
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
+from hf_osd.learning.resuming import snapshot_of
 from hf_osd.learning.storage import Snapshot, read_state, write_state
 
 
@@ -40,17 +41,14 @@ def test_restart_goes_on_as_if_there_had_been_none(recipe: str, cut: int, tmp_pa
     """Catches optimiser, replay, gate, archive, averages, rate, counters or precision that get lost between runs."""
     live, learner = made(recipe)
     observe(learner, traffic(cut))
-    supervisor: Any = learner._loop._supervisor
     if recipe == "archive":
-        supervisor.archive.add(supervisor._incumbent.live.on_cpu())
-    if recipe != "no gate":  # an alarm that is being raised is raised anew: the requests that led to it are not saved
-        supervisor._watch.clear()
+        learner.learner._freeze(learner.learner.selector.leader, learner.learner.live)
     learner.save(tmp_path)
     published = len(live.published)
     again, restored = made(recipe, live.draft.state_dict())
     restored.load(tmp_path)
     for name in ("updates", "failures", "steps", "positions", "last_loss"):
-        assert getattr(restored, name) == getattr(learner, name)
+        assert getattr(restored.counters, name) == getattr(learner.counters, name)
     assert same_weights(live.draft.state_dict(), again.draft.state_dict())
     for number in range(cut, cut + 14):
         for one in (learner, restored):
@@ -58,10 +56,10 @@ def test_restart_goes_on_as_if_there_had_been_none(recipe: str, cut: int, tmp_pa
         assert same_weights(live.draft.state_dict(), again.draft.state_dict()), number
     for one in (learner, restored):
         one.close()
-    assert learner.failures == 0
-    assert learner.steps == restored.steps
+    assert learner.counters.failures == 0
+    assert learner.counters.steps == restored.counters.steps
     assert len(live.published) - published == len(again.published) - 1  # which went live at once
-    assert same_snapshots(learner._loop.snapshot(), restored._loop.snapshot())
+    assert same_snapshots(snapshot_of(learner.learner), snapshot_of(restored.learner))
 
 
 def test_a_restored_draft_is_expected_to_be_as_good_as_it_was(tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_saving_waits_for_no_request_and_an_update_in_progress(tmp_path: Path) -
         snapshot, _ = read_state(tmp_path / str(number))
         if snapshot is not None and "counters" in snapshot.numbers:
             assert snapshot.numbers["counters"]["steps"] == 2 * snapshot.numbers["counters"]["updates"]
-    assert len(live.published) == learner.updates
+    assert len(live.published) == learner.counters.updates
 
 
 # What must not be loaded.
@@ -153,26 +151,27 @@ def test_the_state_of_another_draft_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["updates", "supervisor", "live", "optimizer", "average", "path", "watch", "acceptance"]
+    "missing",
+    ["updates", "learner", "live", "student", "static", "learned", "optimizer", "selector", "usual", "pace"],
 )
 def test_a_state_with_holes_is_refused_and_changes_nothing(missing: str, tmp_path: Path) -> None:
     """Catches a state of another version that is half loaded, and takes the first update down with it."""
     _, learner = made()
     observe(learner, traffic(4))
     learner.close()
-    snapshot: Any = learner._loop.snapshot()
+    snapshot: Any = snapshot_of(learner.learner)
     numbers, tensors = json.loads(json.dumps(snapshot.numbers)), dict(snapshot.tensors)
-    for holder in (numbers, tensors, numbers["counters"], numbers["supervisor"]):
+    for holder in (numbers, tensors, numbers["counters"], numbers["learner"]):
         holder.pop(missing, None)
     write_state(tmp_path, Snapshot(tensors, numbers), [])
     live, fresh = made()
     with pytest.raises(LearningError, match=missing):
         fresh.load(tmp_path)
-    assert (fresh.updates, fresh.steps, live.published) == (0, 0, [])
+    assert (fresh.counters.updates, fresh.counters.steps, live.published) == (0, 0, [])
     observe(fresh, traffic(8))
     fresh.close()
-    assert fresh.failures == 0
-    assert fresh.steps == 4
+    assert fresh.counters.failures == 0
+    assert fresh.counters.steps == 4
 
 
 @pytest.mark.parametrize(("before", "after"), [("full", "lora"), ("lora", "full")])
@@ -187,7 +186,7 @@ def test_another_recipe_goes_on_from_the_live_weights(before: str, after: str, t
     assert same_weights(live.draft.state_dict(), again.draft.state_dict())
     observe(changed, traffic(12, 12))
     changed.close()
-    assert changed.updates > learner.updates
+    assert changed.counters.updates > learner.counters.updates
     first = again.published[1]
     for name, weight in live.draft.state_dict().items():  # it moved on from there, and not from the initial draft
         assert name not in first or (first[name] - weight).abs().max() < 0.2

@@ -15,17 +15,22 @@ from restarts import made, observe, same_weights, traffic
 from traffic import llama, request
 
 from hf_osd.config import OnlineConfig
-from hf_osd.errors import LearningError, StateError
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.errors import ClosedError, LearningError, StateError
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.storage import Snapshot, read_state
 from hf_osd.records import Observation
 
 # A state directory.
 
 
+def update_until_closed(learner: Any) -> None:
+    with pytest.raises(ClosedError):
+        learner.update()
+
+
 def killed(learner: Any, directory: Path) -> Path:
     """What a process that is killed after a flush leaves behind: its files, and no lock."""
-    learner._loop.disk.flush()
+    learner._disk.flush()
     return Path(shutil.copytree(directory, directory.with_name(f"{directory.name}-left")))
 
 
@@ -39,11 +44,11 @@ def test_a_killed_learner_goes_on(recipe: str, tmp_path: Path) -> None:
     assert same_weights(live.draft.state_dict(), again.draft.state_dict())
     assert restored.acceptance == learner.acceptance
     for name in ("updates", "steps", "positions", "last_loss"):
-        assert getattr(restored, name) == getattr(learner, name)
-    assert len(restored._loop.replay.observations()) == 18
+        assert getattr(restored.counters, name) == getattr(learner.counters, name)
+    assert len(restored.learner.replay.observations()) == 18
     observe(restored, traffic(10, 18))
-    assert restored.failures == 0
-    assert restored.steps > learner.steps
+    assert restored.counters.failures == 0
+    assert restored.counters.steps > learner.counters.steps
     for one in (learner, restored):
         one.close()
     assert len(read_state(left)[1]) == 28
@@ -53,14 +58,13 @@ def test_what_is_newer_than_the_snapshot_is_there(tmp_path: Path) -> None:
     """Catches requests that are lost where the process died after they were written and before they were learned."""
     _, learner = made(state_dir=tmp_path / "state")
     observe(learner, traffic(6))
-    learner._loop.disk.flush()
-    learner._loop.collect = lambda: None  # type: ignore[method-assign, union-attr]
-    learner._loop.disk._writer._collect = lambda: None
+    learner._disk.flush()
+    learner._disk._writer._collect = lambda: None
     observe(learner, traffic(3, 6))
     left = killed(learner, tmp_path / "state")
     _, restored = made(state_dir=left)
-    assert restored.steps == 2
-    assert len(restored._loop.replay.observations()) == 9
+    assert restored.counters.steps == 2
+    assert len(restored.learner.replay.observations()) == 9
     for one in (learner, restored):
         one.close()
 
@@ -69,12 +73,12 @@ def test_an_update_without_a_new_request_is_kept(tmp_path: Path) -> None:
     """Catches a snapshot that is taken between a request and the update it leads to, and is never taken again."""
     live, learner = made(state_dir=tmp_path, gate=False, update_every=100)
     observe(learner, traffic(3))
-    learner._loop.disk.flush()
+    learner._disk.flush()
     learner.update()
     learner.close()
     snapshot, _ = read_state(tmp_path)
     assert snapshot is not None
-    assert snapshot.numbers["counters"]["updates"] == learner.updates == 1
+    assert snapshot.numbers["counters"]["updates"] == learner.counters.updates == 1
     assert same_weights(snapshot.tensors["live"], live.published[-1])
 
 
@@ -82,10 +86,10 @@ def test_nothing_new_is_not_written_again(tmp_path: Path) -> None:
     """Catches a disk that is written to every few seconds by an idle server."""
     _, learner = made(state_dir=tmp_path)
     observe(learner, traffic(4))
-    learner._loop.disk.flush()
+    learner._disk.flush()
     names = {path.name for path in (tmp_path / "snapshots").iterdir()}
     for _ in range(3):
-        learner._loop.disk.flush()
+        learner._disk.flush()
     learner.close()
     assert {path.name for path in (tmp_path / "snapshots").iterdir()} == names
 
@@ -100,21 +104,8 @@ def test_closing_writes_everything(background: bool, tmp_path: Path) -> None:
     snapshot, observations = read_state(tmp_path)
     assert snapshot is not None
     assert len(observations) == 9
-    assert snapshot.numbers["counters"]["updates"] == learner.updates
+    assert snapshot.numbers["counters"]["updates"] == learner.counters.updates
     assert same_weights(snapshot.tensors["live"], live.published[-1])
-
-
-def test_held_out_requests_of_a_directory_have_not_been_learned_from(tmp_path: Path) -> None:
-    """Catches a gate that is asked about requests which the draft it tests has seen before the restart."""
-    _, learner = made(state_dir=tmp_path / "state", replay_size=10)
-    observe(learner, traffic(23))
-    learned = {tuple(o.output_ids.tolist()) for o in learner._loop.replay.sample(99)}
-    left = killed(learner, tmp_path / "state")
-    _, restored = made(state_dir=left, replay_size=10)
-    held = {tuple(o.output_ids.tolist()) for o in restored._loop.replay.held}
-    assert not held & learned
-    for one in (learner, restored):
-        one.close()
 
 
 def blank(observation: Observation) -> Observation | None:
@@ -139,14 +130,14 @@ def test_redaction_comes_before_the_disk(where: str, tmp_path: Path) -> None:
     kept = [one for one in requests if int(one.prompt_ids[0]) % 2 == 0]
     assert 0 < len(observations) == len(kept) < 12
     assert all(bool((one.prompt_ids == 7).all()) for one in observations)
-    in_memory = learner._loop.replay.observations()
+    in_memory = learner.learner.replay.observations()
     assert len(in_memory) == 12
     assert not any(bool((one.prompt_ids == 7).all()) for one in in_memory)
     _, restored = made()
     restored.load(tmp_path)
-    assert len(restored._loop.replay.observations()) == len(kept)
+    assert len(restored.learner.replay.observations()) == len(kept)
     observe(restored, traffic(4))
-    assert restored.failures == 0
+    assert restored.counters.failures == 0
     restored.close()
 
 
@@ -178,10 +169,10 @@ def test_only_rejected_positions_come_back(tmp_path: Path) -> None:
     )
     _, learner = made(state_dir=tmp_path, positions="rejected")
     observe(learner, [perfect, request(1)])
-    assert len(learner._loop.replay.observations()) == 1
+    assert len(learner.learner.replay.observations()) == 1
     learner.close()
     _, restored = made(state_dir=tmp_path, positions="rejected")
-    assert len(restored._loop.replay.observations()) == 1
+    assert len(restored.learner.replay.observations()) == 1
     restored.close()
 
 
@@ -223,7 +214,7 @@ def test_snapshots_while_learning_never_ends(tmp_path: Path) -> None:
     assert len(seen) >= 4
     learner.close()
     assert not [one for one in threading.enumerate() if one.name.startswith("hf_osd") and one not in before]
-    assert learner._loop.disk.failures == 0
+    assert learner._disk.failures == 0
 
 
 def test_a_long_update_does_not_keep_requests_from_the_disk(tmp_path: Path) -> None:
@@ -232,12 +223,12 @@ def test_a_long_update_does_not_keep_requests_from_the_disk(tmp_path: Path) -> N
     observe(learner, traffic(1))
     learner.update()
     with learner.serving():  # so this update takes hours
-        learner._loop.ask()
+        threading.Thread(target=update_until_closed, args=[learner], daemon=True).start()
         deadline = time.perf_counter() + 60.0
-        while not learner._loop._working and time.perf_counter() < deadline:
+        while learner.counters.steps < 3 and time.perf_counter() < deadline:
             time.sleep(0.01)
         observe(learner, traffic(3, 1))
-        flusher = threading.Thread(target=learner._loop.disk.flush)
+        flusher = threading.Thread(target=learner._disk.flush)
         flusher.start()
         flusher.join(60.0)
         written = len(read_state(tmp_path)[1])
@@ -253,15 +244,15 @@ def test_closing_while_a_flush_is_in_progress(tmp_path: Path, monkeypatch: pytes
     _, learner = made(state_dir=tmp_path, background=True, update_every=1, gate=False)
     observe(learner, traffic(3))
     entered, go_on = threading.Event(), threading.Event()
-    save = learner._loop.disk._writer._store.save
+    save = learner._disk._writer._store.save
 
     def slow(snapshot: Snapshot) -> None:
         entered.set()
         assert go_on.wait(60.0)
         save(snapshot)
 
-    monkeypatch.setattr(learner._loop.disk._writer._store, "save", slow)
-    flusher = threading.Thread(target=learner._loop.disk.flush)
+    monkeypatch.setattr(learner._disk._writer._store, "save", slow)
+    flusher = threading.Thread(target=learner._disk.flush)
     flusher.start()
     assert entered.wait(60.0)
     closer = threading.Thread(target=learner.close)
@@ -288,10 +279,10 @@ def test_a_close_in_the_training_thread_keeps_the_state(tmp_path: Path, monkeypa
         learner.close()
         closed.set()
 
-    learner._loop._publish = lambda: last  # type: ignore[assignment]
+    learner._publish = last
     observe(learner, traffic(4))
     assert closed.wait(60.0)
-    thread = learner._loop._thread
+    thread = learner._worker._thread
     assert thread is not None
     thread.join(60.0)
     assert not thread.is_alive()

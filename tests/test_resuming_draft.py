@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_osd
 from hf_osd import LearningError, OnlineAssistant, OnlineConfig
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.resuming import STATE_FOLDER
 from hf_osd.learning.storage import StateDirectory, read_state
 
@@ -29,7 +29,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     live, learner = made(state_dir=path, gate=False)
     observe(learner, traffic(12))
     learner.close()
-    assert learner.updates == 3
+    assert learner.counters.updates == 3
     return path, {name: weight.clone() for name, weight in live.draft.state_dict().items()}
 
 
@@ -56,7 +56,7 @@ def test_the_draft_itself_is_known(
         learner = live.learner(state_dir=state, gate=False)
         expected = {name: weight.to(dtype) for name, weight in learned[1].items()}
         assert same_weights(live.draft.state_dict(), expected)
-        assert learner.updates == 3
+        assert learner.counters.updates == 3
         learner.close()
 
 
@@ -68,7 +68,7 @@ def test_a_draft_that_has_learned_more_is_still_known(tmp_path: Path) -> None:
         live, learner = made(draft=weights if life % 2 else began, state_dir=tmp_path, gate=False)
         observe(learner, traffic(8, 8 * life))
         learner.close()
-        assert learner.updates == 2 * (life + 1)
+        assert learner.counters.updates == 2 * (life + 1)
         weights = {name: weight.clone() for name, weight in live.draft.state_dict().items()}
     assert not same_weights(began, weights)
 
@@ -143,10 +143,9 @@ def test_what_an_adapter_does_not_touch_counts_too(tmp_path: Path) -> None:
 def test_requests_without_a_snapshot_have_an_owner(tmp_path: Path) -> None:
     """Catches requests of another pair of models that are learned from, because the process died before any update."""
     _, learner = made(state_dir=tmp_path / "state", update_every=1000)
-    learner._loop.collect = lambda: None
-    learner._loop.disk._writer._collect = lambda: None
+    learner._disk._writer._collect = lambda: None
     observe(learner, traffic(3))
-    learner._loop.disk.flush()
+    learner._disk.flush()
     left = Path(shutil.copytree(tmp_path / "state", tmp_path / "left"))  # as after a kill
     learner.close()
     live, _ = made(learn=False)
@@ -154,8 +153,8 @@ def test_requests_without_a_snapshot_have_an_owner(tmp_path: Path) -> None:
     with pytest.raises(LearningError, match="another draft"):
         live.learner(state_dir=left)
     _, restored = made(state_dir=left)
-    assert len(restored._loop.replay.observations()) == 3
-    assert restored.updates == 0
+    assert len(restored.learner.replay.observations()) == 3
+    assert restored.counters.updates == 0
     restored.close()
 
 

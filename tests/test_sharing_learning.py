@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from wired import learner_of, requests
 
 from hf_osd.errors import LearningError
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.sharing import shared_with
 from hf_osd.serving.weights import LiveWeights
 
@@ -51,10 +51,10 @@ def test_learning_leaves_the_target_alone(settings: dict[str, Any], dtype: torch
     learner = learned(draft, target, **settings)
     learner.close()
     assert same(target, before)
-    assert learner.failures == 0
-    assert learner.steps > 0
+    assert learner.counters.failures == 0
+    assert learner.counters.steps > 0
     if not settings.get("gate"):
-        assert learner.updates >= 2
+        assert learner.counters.updates >= 2
         changed = {name for name, weight in draft.named_parameters() if not torch.equal(weight, own[name])}
         assert changed
         assert not changed & {EMBEDDING, OUTPUT}
@@ -68,7 +68,7 @@ def test_learning_leaves_the_targets_memory_alone(share: Share) -> None:
     learner = learned(draft, target)
     learner.close()
     assert same(target, before)
-    assert (learner.updates >= 2, learner.failures) == (True, 0)
+    assert (learner.counters.updates >= 2, learner.counters.failures) == (True, 0)
 
 
 @pytest.mark.parametrize("gate", [False, True])
@@ -77,7 +77,7 @@ def test_a_draft_learns_around_what_it_shares(gate: bool) -> None:
     draft, target = pair()
     learner = learned(draft, target, count=40, gate=gate, steps_per_update=8)
     learner.close()
-    assert learner.updates > 0
+    assert learner.counters.updates > 0
     assert learner.acceptance > 0.3
 
 
@@ -92,7 +92,7 @@ def test_an_adapter_on_a_base_that_is_the_targets() -> None:
     learner = learned(draft, target)
     learner.close()
     assert same(target, before)
-    assert (learner.updates >= 2, learner.failures) == (True, 0)
+    assert (learner.counters.updates >= 2, learner.counters.failures) == (True, 0)
     changed = {name for name, weight in draft.named_parameters() if not torch.equal(weight, own[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -114,7 +114,7 @@ def test_a_draft_that_shares_everything_does_not_learn(
     assert caplog.text.count("does not learn") == 1
     with pytest.raises(LearningError, match="nothing to train"):
         learner.update()
-    assert (learner.failures, learner.steps, learner._loop.has_begun) == (0, 0, False)
+    assert (learner.counters.failures, learner.counters.steps, learner.has_state) == (0, 0, False)
     assert same(target, before)
     learner.close()
 
@@ -154,7 +154,7 @@ def test_a_saved_state_goes_on(tmp_path: Path) -> None:
     for request in requests(other, 4):
         second.observe(request)
     second.close()
-    assert (second.updates, second.failures) == (first.updates + 1, 0)
+    assert (second.counters.updates, second.counters.failures) == (first.counters.updates + 1, 0)
     assert same(other, before)
 
 

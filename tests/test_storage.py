@@ -137,7 +137,7 @@ def test_manifest_says_what_is_there(tmp_path: Path) -> None:
     write_state(tmp_path, snapshot(1), [])
     folder = next((tmp_path / "snapshots").iterdir())
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert set(manifest["files"]) == {"weights.safetensors", "optimizer.safetensors", "numbers.json"}
     assert {"hf_osd_version", "created_at", "sha256"} < set(manifest)
     for name, entry in manifest["files"].items():

@@ -139,7 +139,7 @@ def test_a_foreign_parquet_file_under_a_shards_name(tmp_path: Path) -> None:
     assert numbers(read_state(tmp_path)[1]) == [0]
 
 
-@pytest.mark.parametrize(("version", "what_to_do"), [(1, "delete it"), (3, "update hf_osd")])
+@pytest.mark.parametrize(("version", "what_to_do"), [(2, "delete it"), (4, "update hf_osd")])
 def test_another_format_is_refused(
     version: int, what_to_do: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

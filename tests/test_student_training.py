@@ -13,41 +13,24 @@ from hf_osd.records import Observation
 pytest.importorskip("peft")
 
 
-class Once:
-    """A session of one update."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def count_step(self, positions: int) -> None: ...
-    def learning_rate_scale(self) -> float:
-        return 1.0
-
-    def is_out_of_time(self) -> bool:
-        return False
+class Undisturbed:
+    """A session that never interrupts."""
 
     def give_way(self) -> float:
         return 1.0
 
-    def is_stopped(self) -> bool:
-        return bool(self.losses)
-
-    def finish_update(self, loss: float) -> None:
-        self.losses.append(loss)
-
-    def wait_for_update(self) -> bool:
-        return True
+    def count_step(self, positions: int) -> None: ...
+    def is_over(self) -> bool:
+        return False
 
 
 def learned(student: Student, arguments: dict[str, Any]) -> float:
     """Three steps with TRL's trainer on random requests; the mean loss."""
-    from hf_osd.learning.distillation import OnlineGKDTrainer, OnlineUpdateCallback
+    from hf_osd.learning.pacing import UpdateCallback
+    from hf_osd.learning.trainer import OnlineGKDTrainer
 
-    config = OnlineConfig(batch_size=4, steps_per_update=3, learning_rate=1e-2, training_arguments=arguments)
-    session = Once()
-    callback = OnlineUpdateCallback(session, config.steps_per_update)
-    OnlineGKDTrainer(student.model, requests, config, callback).train()
-    return session.losses[0]
+    config = OnlineConfig(batch_size=4, training_arguments=arguments)
+    return OnlineGKDTrainer(student.model, requests, config, UpdateCallback(Undisturbed())).update(3, 1e-2)
 
 
 def requests(count: int) -> list[Observation]:

@@ -190,13 +190,16 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "why"), [(lambda: time.sleep(60), "no end within 0.1 seconds"), (lambda: os._exit(1), "its process died")]
+    ("make", "seconds", "why"),
+    [(lambda: time.sleep(60), 0.1, "no end within 0.1 seconds"), (lambda: os._exit(1), 60.0, "its process died")],
 )
-def test_a_row_that_hangs_or_dies_costs_itself_alone(monkeypatch: pytest.MonkeyPatch, make: Any, why: str) -> None:
+def test_a_row_that_hangs_or_dies_costs_itself_alone(
+    monkeypatch: pytest.MonkeyPatch, make: Any, seconds: float, why: str
+) -> None:
     """Catches a table that never ends, or ends with its worst row."""
     monkeypatch.setitem(ROWS, "bad", Row("modes", "bad", make))
     context = multiprocessing.get_context("fork")  # which sees the row
-    assert run_apart(context, "bad", 0.1) == {"group": "modes", "label": "bad", "failed": why}
+    assert run_apart(context, "bad", seconds) == {"group": "modes", "label": "bad", "failed": why}
 
 
 def row(label: str, one: str, four: str, why: str = "", draft: str = "") -> dict[str, Any]:

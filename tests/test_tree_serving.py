@@ -36,7 +36,7 @@ def test_feature_drafts_read_the_accepted_path(batch, sample, monkeypatch):
             output = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=24, do_sample=sample)
             if not sample:
                 assert torch.equal(output, target.generate(**inputs, max_new_tokens=24, do_sample=False))
-        observations = assistant._learner._loop.replay.observations()
+        observations = assistant._learner.learner.replay.observations()
     assert len(observations) == 3 * batch
     assert plans.shapes
     for one in observations:

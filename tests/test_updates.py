@@ -15,7 +15,7 @@ from traffic import VOCAB, llama
 
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ConfigError, LearningError
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 
 
@@ -32,24 +32,24 @@ def test_inline_learning_raises_acceptance() -> None:
         observation = request(live.draft, number)
         rates.append(observation.accepted.float().mean().item())
         learner.observe(observation)
-        assert learner.updates == (number + 1) // 4
+        assert learner.counters.updates == (number + 1) // 4
     learner.close()
     assert sum(rates[:4]) / 4 < 0.2
     assert sum(rates[-12:]) / 12 > 0.5
     assert learner.acceptance > 0.4
-    assert learner.last_loss is not None
-    assert learner.seconds > 0.0
-    assert learner.failures == 0
+    assert learner.counters.last_loss is not None
+    assert learner.counters.seconds > 0.0
+    assert learner.counters.failures == 0
 
 
-def test_an_inline_request_waits_until_it_is_judged() -> None:
-    """Catches a request that waits only where it makes an update due: what it says would come at a random time."""
+def test_an_inline_request_is_scored_at_once() -> None:
+    """Catches a request that is looked at only where it makes an update due: new traffic would be noticed late."""
     live = Live()
     learner = learner_of(live, update_every=100)
     for number in range(3):
         learner.observe(request(live.draft, number))
         assert [entry.request for entry in learner.journal.requests] == list(range(1, number + 2))
-    assert (learner.updates, learner.steps, learner.seconds > 0.0) == (0, 0, True)
+    assert (learner.counters.updates, learner.counters.steps, learner.counters.seconds > 0.0) == (0, 0, True)
     learner.close()
 
 
@@ -77,15 +77,15 @@ def test_an_update_sees_the_requests_that_made_it_due() -> None:
     learner = learner_of(live, update_every=1, replay_size=1)
     seen: list[list[list[int]]] = []
     learner.observe(request(live.draft, 0))
-    stream = learner._loop._trainer.callback_handler.train_dataloader.dataset  # type: ignore[union-attr]
-    sample = stream.sample
+    trainer: Any = learner.learner._trainer
+    sample = trainer._sample
 
     def spy(size: int) -> list[Observation]:
         drawn = sample(size)
         seen.append([o.prompt_ids.tolist() for o in drawn])
         return drawn
 
-    stream.sample = spy
+    trainer._sample = spy
     for number in (1, 2):
         seen.clear()
         observation = request(live.draft, number)
@@ -102,7 +102,7 @@ def test_the_live_draft_changes_only_by_publishing() -> None:
     learner = OnlineLearner(live.draft, OnlineConfig(update_every=2, gate=False), lambda weights, acceptance: None)
     for number in range(4):
         learner.observe(request(live.draft, number))
-    assert learner.updates == 2
+    assert learner.counters.updates == 2
     assert same(before, dict(live.draft.named_parameters()))
     assert not live.draft.training
     assert all(weight.grad is None and not weight.requires_grad for weight in live.draft.parameters())
@@ -127,17 +127,17 @@ def test_a_failing_update_costs_only_itself(caplog: pytest.LogCaptureFixture) ->
     """Catches an exception that reaches the request or kills the thread, and a failure that is not told."""
     live = Live()
     learner = learner_of(live, update_every=1)
-    sample = learner._loop.replay.sample
-    learner._loop.replay.sample = lambda size: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    sample = learner.learner.replay.sample
+    learner.learner.replay.sample = lambda size: 1 / 0  # type: ignore[assignment, method-assign, return-value]
     with caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
         learner.observe(request(live.draft, 0))
-    assert (learner.updates, learner.failures, live.published) == (0, 1, [])
+    assert (learner.counters.updates, learner.counters.failures, live.published) == (0, 1, [])
     assert "serving goes on" in caplog.text
     with pytest.raises(LearningError, match="division by zero"):
         learner.update()
-    learner._loop.replay.sample = sample  # type: ignore[method-assign]
+    learner.learner.replay.sample = sample  # type: ignore[method-assign]
     learner.observe(request(live.draft, 1))
-    assert (learner.updates, learner.failures) == (1, 2)
+    assert (learner.counters.updates, learner.counters.failures) == (1, 2)
     learner.close()
 
 
@@ -149,17 +149,17 @@ def test_poisoned_weights_are_not_published() -> None:
     """Catches NaN in the live draft, and a training copy that stays poisoned."""
     live = Live()
     learner = learner_of(live, update_every=1)
-    sample, poison = learner._loop.replay.sample, []
-    learner._loop.replay.sample = lambda size: poison or sample(size)  # type: ignore[method-assign]
+    sample, poison = learner.learner.replay.sample, []
+    learner.learner.replay.sample = lambda size: poison or sample(size)  # type: ignore[method-assign]
     good = request(live.draft, 0)
     learner.observe(good)
     poison.append(poisoned(good))
     learner.observe(good)
-    assert (learner.updates, learner.failures) == (1, 1)
+    assert (learner.counters.updates, learner.counters.failures) == (1, 1)
     assert all(weight.isfinite().all() for weight in live.draft.parameters())
     poison.clear()
     learner.observe(good)
-    assert (learner.updates, learner.failures) == (2, 1)
+    assert (learner.counters.updates, learner.counters.failures) == (2, 1)
     assert all(weight.isfinite().all() for weight in live.draft.parameters())
     learner.close()
 
@@ -173,8 +173,8 @@ def test_a_poisoned_recording_costs_only_itself(gate: bool) -> None:
     sampled = replace(sampled, output_ids=(sampled.output_ids + 1) % VOCAB)
     for number in range(8):
         learner.observe(poisoned(sampled) if number % 4 == 3 else request(live.draft, number))
-    assert learner.failures == 0
-    assert learner.steps > 0
+    assert learner.counters.failures == 0
+    assert learner.counters.steps > 0
     assert 0.0 <= learner.acceptance <= 1.0
     assert all(0.0 <= entry.acceptance <= 1.0 for entry in learner.journal.requests)
     learner.close()
@@ -191,7 +191,7 @@ def test_a_publish_that_raises_is_a_failed_update() -> None:
     draft = llama()
     learner = OnlineLearner(draft, OnlineConfig(update_every=1, gate=False), publish)
     learner.observe(request(draft, 0))
-    assert (learner.updates, learner.failures, len(calls)) == (0, 1, 1)
+    assert (learner.counters.updates, learner.counters.failures, len(calls)) == (0, 1, 1)
     learner.close()
 
 
@@ -206,9 +206,9 @@ def test_requests_without_rejections_or_output() -> None:
     )  # fmt: skip
     learner.observe(perfect)
     learner.observe(Observation(*(getattr(o, name)[:0] for name in FIELDS)))
-    assert (learner.updates, learner.failures) == (0, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (0, 0)
     learner.observe(o)
-    assert learner.updates == 1
+    assert learner.counters.updates == 1
     learner.close()
 
 
@@ -233,4 +233,4 @@ def test_updates_that_run_the_target_succeed(settings: dict[str, Any]) -> None:
     for number in range(4):
         learner.observe(request(live.draft, number))
     learner.close()
-    assert (learner.updates, learner.failures) == (2, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (2, 0)

@@ -9,11 +9,10 @@ from traffic import llama
 from wired import learner_of, requests
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.collation import ObservationCollator, teaches
-from hf_osd.learning.forwards import Reader
-from hf_osd.learning.judge import Judge
 from hf_osd.learning.losses import overlap
 from hf_osd.learning.on_policy import OnPolicySource
+from hf_osd.learning.reading import ObservationCollator, Reader, teaches
+from hf_osd.learning.scoring import Scorer
 
 LARGE, SMALL = 64, 40
 
@@ -42,11 +41,11 @@ def test_learning_goes_on(settings: dict[str, Any], own: int, targets: int, gree
         learner.observe(request)
     learner.update()
     learner.close()
-    assert learner.failures == 0
-    assert learner.steps > 0
+    assert learner.counters.failures == 0
+    assert learner.counters.steps > 0
     assert len(learner.journal.requests) == 12
     if not settings.get("gate"):
-        assert learner.updates >= 3
+        assert learner.counters.updates >= 3
     assert all(bool(weight.isfinite().all()) for weight in draft.parameters())
 
 
@@ -97,7 +96,7 @@ def test_requests_without_a_known_token_are_not_kept(positions: str) -> None:
     draft, target = llama(vocab_size=SMALL), llama(seed=1, layers=2, vocab_size=LARGE)
     learner = learner_of(draft, target, update_every=1, positions=positions)
     learner.observe(replace(request, teacher_ids=request.teacher_ids.clamp(min=SMALL)))
-    assert (learner.steps, learner.failures, len(learner.journal.requests)) == (0, 0, 1)
+    assert (learner.counters.steps, learner.counters.failures, len(learner.journal.requests)) == (0, 0, 1)
     learner.close()
 
 
@@ -115,16 +114,16 @@ def test_mass_on_unknown_tokens_is_not_shared() -> None:
 
 
 def test_tokens_that_the_target_lacks_are_not_proposed() -> None:
-    """Catches a judge that counts proposals which serving never makes, and a draft that is scored too low."""
+    """Catches a scorer that counts proposals which serving never makes, and a draft that is scored too low."""
     target = llama(seed=1, layers=2, vocab_size=SMALL)
     draft = llama(seed=1, layers=2, vocab_size=SMALL)
     draft.resize_token_embeddings(LARGE, mean_resizing=False)
     with torch.no_grad():  # what nobody has trained would win
         draft.lm_head.weight[SMALL:] = 50.0 * draft.lm_head.weight[:SMALL].mean(0)
     request = requests(target, 4)
-    blind, aware = Judge(draft, 64, 4), Judge(draft, 64, 4, vocab_size=SMALL)
-    assert all(score.acceptance == 1.0 for score in aware.scores({}, request))
-    assert any(score.acceptance < 1.0 for score in blind.scores({}, request))
+    blind, aware = Scorer(draft, 64, 4), Scorer(draft, 64, 4, vocab_size=SMALL)
+    assert all(found["one"].acceptance == 1.0 for found in aware.scores({"one": {}}, request))
+    assert any(found["one"].acceptance < 1.0 for found in blind.scores({"one": {}}, request))
 
 
 def test_a_draft_writes_only_what_the_target_reads() -> None:

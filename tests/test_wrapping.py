@@ -151,7 +151,7 @@ def test_the_adapter_that_a_draft_carries_learns(trainable: bool, settings: dict
     draft = unwrap(wrapper)
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft, **settings)
-    assert (learner.failures, learner.steps > 0) == (0, True)
+    assert (learner.counters.failures, learner.counters.steps > 0) == (0, True)
     found = changed(draft, before)
     assert found or settings.get("gate")
     assert all("lora_" in name for name in found)
@@ -163,7 +163,7 @@ def test_gated_updates_of_an_adapter_go_live() -> None:
     """Catches a judge that scores the draft without the adapter that is learned: no update would ever pass."""
     draft = unwrap(adapted(target_modules=["q_proj", "v_proj", "up_proj", "down_proj", "lm_head"], r=16))
     learner = learned(draft, gate=True, steps_per_update=16, learning_rate=3e-2)
-    assert learner.updates > 0
+    assert learner.counters.updates > 0
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -177,7 +177,7 @@ def test_of_several_adapters_the_active_one_learns(trainable: bool) -> None:
     draft = unwrap(wrapper)
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft)
-    assert (learner.updates, learner.failures) == (3, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (3, 0)
     assert changed(draft, before)
     assert all(".other." in name for name in changed(draft, before))
 
@@ -189,7 +189,7 @@ def test_several_adapters_at_once() -> None:
     draft.set_adapter(["default", "other"])
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft)
-    assert (learner.updates, learner.failures) == (3, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (3, 0)
     for part in (".default.", ".other."):
         assert any(part in name for name in changed(draft, before))
 
@@ -202,11 +202,10 @@ def test_an_adapter_that_is_disabled_for_a_while(when: int, gate: bool) -> None:
     draft = unwrap(wrapper)
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
     learner = learned(draft, lambda number: wrapper.disable_adapter() if number == when else nullcontext(), gate=gate)
-    assert (learner.steps > 0, learner.failures) == (True, 0)
+    assert (learner.counters.steps > 0, learner.counters.failures) == (True, 0)
     if not gate:
         assert changed(draft, before)
-    supervisor = learner._loop._supervisor
-    for model in (supervisor.student.model, supervisor._judge._skeleton):
+    for model in (learner.learner.student.model, learner.learner._scorer._skeleton):
         layers = [module for module in model.modules() if hasattr(module, "lora_A")]
         assert layers
         assert not any(layer.disable_adapters for layer in layers)
@@ -220,9 +219,9 @@ def test_a_merged_adapter_is_refused() -> None:
         learned(unwrap(wrapper))
     learned(unwrap(wrapper), learn=False)
     wrapper.unmerge_adapter()
-    assert learned(unwrap(wrapper)).failures == 0
+    assert learned(unwrap(wrapper)).counters.failures == 0
     wrapper.merge_adapter()
-    assert learned(wrapper.unload()).failures == 0
+    assert learned(wrapper.unload()).counters.failures == 0
 
 
 def test_the_config_must_not_ask_for_an_adapter_twice() -> None:
@@ -237,7 +236,7 @@ def test_a_model_compiled_in_place_learns() -> None:
     draft.compile(backend="eager")
     assert unwrap(draft) is draft
     learner = learned(draft)
-    assert (learner.updates, learner.failures) == (3, 0)
+    assert (learner.counters.updates, learner.counters.failures) == (3, 0)
 
 
 def test_unwrapping_leaves_the_wrapper_alone() -> None:

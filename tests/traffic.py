@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 
 VOCAB = 64

@@ -7,7 +7,7 @@ from traffic import recorded
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.sharing import shared_with
 from hf_osd.records import Observation
 from hf_osd.serving.weights import LiveWeights

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-import hf_osd.learning.distillation  # noqa: F401 -- TRL takes seconds to import: once, before processes fork
+import hf_osd.learning.trainer  # noqa: F401 -- TRL takes seconds to import: once, before processes fork
 
 from .building import Missing
 from .checks import check, first_words

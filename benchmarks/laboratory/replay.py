@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
-from hf_osd.learning.background import OnlineLearner
+from hf_osd.learning.online import OnlineLearner
 from hf_osd.records import Observation
 from hf_osd.serving.weights import LiveWeights
 
@@ -91,7 +91,7 @@ def _train_then_score(
 def _counters(learner: OnlineLearner) -> dict[str, Any]:
     journal = learner.journal.to_dict()
     return (
-        {name: getattr(learner, name) for name in _COUNTERS}
-        | {"seconds": round(learner.seconds, 1)}
+        {name: getattr(learner.counters, name) for name in _COUNTERS}
+        | {"seconds": round(learner.counters.seconds, 1)}
         | {"journal": {name: journal[name] for name in ("updates", "drifts")}}
     )

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.machine import digest
 from ..errors import InputError
-from ..learning.forwards import longest_request
 from ..learning.identity import sample
+from ..learning.reading import longest_request
 from .requests import Request, encode_texts
 from .texts import Text, in_turn, load_texts
 from .writing import end_tokens, write_prompts

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import OnlineConfig
-from ..learning.distillation import OnlineGKDTrainer
 from ..learning.features import OWN_STEPS, STEP_WEIGHT
+from ..learning.trainer import OnlineGKDTrainer
 from ..records import Observation
 from .averaging import Average
 from .batches import Batches
@@ -112,7 +112,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 class OfflineTrainer(OnlineGKDTrainer):
     """
-    [`~hf_osd.learning.distillation.OnlineGKDTrainer`] over texts that are all there.
+    [`~hf_osd.learning.trainer.OnlineGKDTrainer`] over texts that are all there.
 
     Only a random half of a batch goes on from the draft's own states, which costs as much as another pass: a text more
     teaches more than a second token behind each position.
@@ -150,6 +150,7 @@ class OfflineTrainer(OnlineGKDTrainer):
             },
         )
         super().__init__(model, self._draw, config, callback, bf16=bf16)  # type: ignore[arg-type]
+        self.args.max_steps = _NEVER  # the callback says when it is over
 
     def _draw(self, _: int) -> list[Observation]:
         """Return the next batch of this process."""
@@ -163,7 +164,7 @@ class OfflineTrainer(OnlineGKDTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """See [`~hf_osd.learning.distillation.OnlineGKDTrainer.compute_loss`]."""
+        """See [`~hf_osd.learning.trainer.OnlineGKDTrainer.compute_loss`]."""
         if "states" not in inputs or return_outputs or len(inputs["input_ids"]) < 2:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         divergences: list[list[torch.Tensor]] = [[] for _ in range(OWN_STEPS + 1)]

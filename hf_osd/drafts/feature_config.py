@@ -8,10 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 LEARNING: dict[str, Any] = {
     "learning_rate": 3e-4,
     "steps_per_update": 3,
-    "gate": False,
     "learning_share": 0.1,
 }
-"""How such a draft learns online: short updates, which go live at once and take a tenth of the time of serving."""
+"""How such a draft learns online: short updates, which take a tenth of the time of serving."""
 
 
 class FeatureDraftConfig(PreTrainedConfig):

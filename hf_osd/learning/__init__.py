@@ -1,29 +1,20 @@
-"""Learning from served requests: replay, losses, distillation with TRL, and the thread that runs it."""
+"""Learning from served requests: the method in `learner.py`, and what it is made of."""
 
 from typing import TYPE_CHECKING, Any
 
-from .background import OnlineLearner
 from .losses import generalized_jsd, overlap, sparse_divergence
+from .online import OnlineLearner
 from .replay import ReplayBuffer
 
 if TYPE_CHECKING:
-    from .distillation import OnlineGKDTrainer
-    from .pacing import OnlineUpdateCallback
+    from .trainer import OnlineGKDTrainer
 
-__all__ = [
-    "OnlineGKDTrainer",
-    "OnlineLearner",
-    "OnlineUpdateCallback",
-    "ReplayBuffer",
-    "generalized_jsd",
-    "overlap",
-    "sparse_divergence",
-]
+__all__ = ["OnlineGKDTrainer", "OnlineLearner", "ReplayBuffer", "generalized_jsd", "overlap", "sparse_divergence"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("OnlineGKDTrainer", "OnlineUpdateCallback"):  # they import TRL, which takes seconds
-        from . import distillation
+    if name == "OnlineGKDTrainer":  # it imports TRL, which takes seconds
+        from . import trainer
 
-        return getattr(distillation, name)
+        return trainer.OnlineGKDTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,7 @@ from ..drafts.starting import ONLINE_POSITIONS, is_due, solve
 from ..drafts.states import StateTap
 from ..errors import ConfigError, LearningError
 from ..records import Observation
-from .collation import ObservationCollator
-from .forwards import Reader, base_model
+from .reading import ObservationCollator, Reader, base_model
 
 OWN_STEPS = 1
 """Tokens that the training copy drafts from its own states behind each position, besides the first."""
@@ -41,7 +40,7 @@ def check_settings(config: OnlineConfig, draft: Any) -> None:
 
 
 def reader_of(model: Any, proposed: int | None = None) -> Reader:
-    """Return what reads recorded requests for a draft; see [`~hf_osd.learning.forwards.Reader`]."""
+    """Return what reads recorded requests for a draft; see [`~hf_osd.learning.reading.Reader`]."""
     draft, plain = base_model(model), Reader.of(model, proposed)
     return FeatureReader(plain.parameters, plain.known, None, draft) if isinstance(draft, FeatureDraft) else plain
 
@@ -58,16 +57,16 @@ class FeatureReader(Reader):
     draft: Any = None
 
     def collator(self, max_length: int, positions: str) -> ObservationCollator:
-        """See [`~hf_osd.learning.forwards.Reader.collator`]."""
+        """See [`~hf_osd.learning.reading.Reader.collator`]."""
         return FeatureCollator(max_length, positions, self.draft)
 
     def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """See [`~hf_osd.learning.forwards.Reader.options`]."""
+        """See [`~hf_osd.learning.reading.Reader.options`]."""
         more = {name: inputs[name] for name in ("states", "vocabulary") if name in inputs}
         return super(FeatureReader, self).options(inputs) | more
 
     def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
-        """See [`~hf_osd.learning.forwards.Reader.steps`]."""
+        """See [`~hf_osd.learning.reading.Reader.steps`]."""
         count = OWN_STEPS if self.draft.state_layers else 0
         logits = model(**self.options(inputs), own_steps=count).logits
         weights = [STEP_WEIGHT**step for step in range(count + 1)]
@@ -76,7 +75,7 @@ class FeatureReader(Reader):
 
 class FeatureCollator(ObservationCollator):
     """
-    Pads requests to one batch; see [`~hf_osd.learning.collation.ObservationCollator`].
+    Pads requests to one batch; see [`~hf_osd.learning.reading.ObservationCollator`].
 
     Args:
         max_length, positions: See there.

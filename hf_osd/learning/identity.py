@@ -13,7 +13,7 @@ Sample = Mapping[str, torch.Tensor]
 
 # Groups of a snapshot's tensors.
 INITIAL, LIVE = "identity-initial", "identity-live"
-_VALUES = 256  # of each weight in a sample, at most
+_VALUES = 256  # values of each weight in a sample, at most
 # A prime, so that its multiples are places all over a weight, in other rows and columns each.
 _STRIDE = 2_654_435_761
 # One step of bfloat16, relative: weights that were rounded to bfloat16 and to float16 are not further apart.
@@ -47,7 +47,7 @@ def _values(weight: torch.Tensor) -> torch.Tensor:
         return torch.empty(0)
 
 
-def groups(initial: Sample, live: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
+def identity_groups(initial: Sample, live: Mapping[str, torch.Tensor]) -> dict[str, Sample]:
     """
     What a snapshot says of its draft.
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from .._compat import cache_argument, cache_of
 from ..config import OnlineConfig
 from ..records import Observation, sparse_teacher
-from .collation import ObservationCollator
-from .forwards import Reader, longest_request, vocabulary
+from .reading import ObservationCollator, Reader, longest_request, vocabulary
 
 
 class OnPolicySource:

@@ -1,49 +1,65 @@
-"""Saving a learner and going on from what was saved, in a folder of its own or in a `state_dir`."""
+"""
+Saving a learner and going on from what was saved, in a folder of its own or in a `state_dir`.
 
-from collections.abc import Mapping, Sequence
+What a state of another draft is, `identity.py` says.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers.utils import logging
+
+from ..config import OnlineConfig
 from ..errors import LearningError, StateError
 from ..records import Observation
-from .collation import teaches
-from .identity import INITIAL, LIVE, Sample, difference, sample
+from .history import Counters
+from .identity import INITIAL, LIVE, Sample, difference, identity_groups, sample
+from .reading import teaches
 from .storage import Snapshot, StateDirectory, read_groups, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .loop import TrainingLoop
+    from .learner import Learner
+
+logger = logging.get_logger(__name__)
 
 STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
 
 
-def save(loop: "TrainingLoop", directory: Path) -> None:
+def save(learner: "Learner", directory: Path, redact: Callable[[Observation], Observation | None] | None) -> None:
     """
-    Write everything that `load` needs. Waits for an update in progress; requests go on being recorded meanwhile, and
-    those that learning has not looked at yet are left out.
+    Write everything that `load` needs; the learner is at rest.
 
     Args:
-        loop (`TrainingLoop`): Whose state it is.
+        learner (`Learner`): Whose state it is.
         directory (`Path`): Made if it does not exist.
+        redact (`Callable[[Observation], Observation | None]`, *optional*): Applied to each request.
 
     Raises:
         StateError: The directory cannot be written to.
     """
-    with loop.at_rest():
-        snapshot = loop.snapshot() or loop.blank()
-        replay, observations = loop.replay.state_dict(), loop.replay.observations()
-    redact = loop.config.redact
+    snapshot, observations = snapshot_of(learner), learner.replay.observations()
     if redact is not None:
         observations = [kept for kept in map(redact, observations) if kept is not None]
-    write_state(directory, Snapshot(snapshot.tensors, {**snapshot.numbers, "replay": replay}), observations)
+    numbers = {**snapshot.numbers, "replay": learner.replay.state_dict()}
+    write_state(directory, Snapshot(snapshot.tensors, numbers), observations)
 
 
-def load(loop: "TrainingLoop", draft: "PreTrainedModel", directory: Path) -> None:
+def snapshot_of(learner: "Learner") -> Snapshot:
+    """Return the state of a learner, without its replay buffer."""
+    groups, numbers = learner.state()
+    moments, plain = flat_moments(learner.optimizer_state())
+    tensors = {**groups, "optimizer": moments, **identity_groups(learner.initial, groups["live"])}
+    return Snapshot(tensors, {"counters": asdict(learner.counters), "learner": numbers, "optimizer": plain})
+
+
+def load(learner: "Learner", draft: "PreTrainedModel", directory: Path) -> None:
     """
-    Go on from what `save` wrote: the same requests then give the same weights as without the restart, unless requests
-    had come since the last update, an alarm was about to be raised or was not sure yet, or the weights before the last
-    update come back.
+    Go on from what `save` wrote: the same requests then give the same weights as without the restart.
 
     Raises:
         LearningError: The state is missing, damaged or of another draft, or requests have been seen already.
@@ -53,24 +69,31 @@ def load(loop: "TrainingLoop", draft: "PreTrainedModel", directory: Path) -> Non
     if snapshot is None:
         raise LearningError(f"{directory} does not hold the state of a learner")
     check_draft(draft, snapshot.tensors, directory)
-    resume(loop, snapshot, observations)
+    resume(learner, snapshot, observations)
 
 
-def keep_on_disk(loop: "TrainingLoop", draft: "PreTrainedModel") -> None:
+def keep_on_disk(
+    learner: "Learner", draft: "PreTrainedModel", config: OnlineConfig, collect: Callable[[], Snapshot | None]
+) -> StateDirectory:
     """
     Go on from what `config.state_dir` holds, if anything, and keep it up to date from now on.
+
+    Args:
+        learner (`Learner`): Goes on from it.
+        draft ([`~transformers.PreTrainedModel`]): The live draft.
+        config (`OnlineConfig`): Settings.
+        collect (`Callable[[], Snapshot | None]`): A bound method that returns what to write.
 
     Raises:
         LearningError: It is the state of another draft.
         StateError: The directory cannot be used.
     """
-    config = loop.config
     assert config.state_dir is not None
     directory = Path(config.state_dir)
     check_draft(draft, read_groups(directory, (INITIAL, LIVE)), directory)  # before anything of it may leave
     disk = StateDirectory(
         directory,
-        collect=loop.collect,
+        collect=collect,
         flush_seconds=config.flush_seconds,
         max_bytes=config.max_disk_bytes,
         time_to_live=config.time_to_live,
@@ -79,13 +102,13 @@ def keep_on_disk(loop: "TrainingLoop", draft: "PreTrainedModel") -> None:
     try:
         snapshot, observations = disk.load(config.replay_size)
         check_draft(draft, None if snapshot is None else snapshot.tensors, directory)
-        resume(loop, snapshot, observations)
+        resume(learner, snapshot, observations)
         if snapshot is None:  # requests that come before the first update are of this draft too
-            disk.save(loop.blank())
+            disk.save(Snapshot(identity_groups(learner.initial, dict(draft.named_parameters()))))
     except BaseException:
         disk.close()
         raise
-    loop.disk = disk
+    return disk
 
 
 def check_draft(draft: "PreTrainedModel", state: Mapping[str, Sample] | None, directory: Path) -> None:
@@ -133,40 +156,60 @@ def _saved_with(draft: "PreTrainedModel") -> Mapping[str, Sample] | None:
     return state if state is not None and state.keys() >= {INITIAL, LIVE} else None
 
 
-def resume(loop: "TrainingLoop", snapshot: Snapshot | None, observations: list[Observation]) -> None:
+def resume(learner: "Learner", snapshot: Snapshot | None, observations: Sequence[Observation]) -> None:
     """
     Go on from a state of this draft.
 
     Raises:
         LearningError: It is not that of a learner, or requests have been seen already.
     """
-    if loop.has_begun:
+    if learner.requests:
         raise LearningError("a state has to be loaded before the first request")
     numbers = snapshot.numbers if snapshot is not None else {}
     try:
         if snapshot is not None and "counters" in numbers:
-            _check_complete(snapshot)
-            loop.resume(snapshot)
-        _refill(loop, numbers.get("replay"), observations)
+            _resume(learner, snapshot)
+        _refill(learner, numbers.get("replay"), observations)
         if snapshot is not None:
-            loop.initial = snapshot.tensors[INITIAL]
+            learner.initial = dict(snapshot.tensors[INITIAL])
     except (KeyError, TypeError, ValueError) as error:
         raise LearningError(f"this is not the state of a learner: {error!r}") from error
 
 
-def _refill(loop: "TrainingLoop", saved: Mapping[str, Any] | None, observations: Sequence[Observation]) -> None:
-    if saved is not None and sum(saved["parts"]) == len(observations):
-        loop.replay.load_state_dict(observations, saved)
-        return
-    # Redacted, or from a directory, which knows only their order: some have been learned from, so none is a test.
-    useful = [observation for observation in observations if teaches(observation, loop.config.positions)]
-    loop.replay.load_state_dict(useful, {**loop.replay.state_dict(), "parts": [0, len(useful), 0]})
+def _resume(learner: "Learner", snapshot: Snapshot) -> None:
+    trained = sorted(snapshot.tensors["live"].keys() & set(learner.frozen))
+    if trained:
+        raise LearningError(f"the state has another {trained[0]} than the target, with which the draft shares it")
+    moments = by_parameter(snapshot.tensors["optimizer"], snapshot.numbers["optimizer"])
+    counters = Counters(**{one.name: snapshot.numbers["counters"][one.name] for one in fields(Counters)})
+    try:
+        learner.load_state(snapshot.tensors, snapshot.numbers["learner"], moments)
+    except LearningError as error:
+        logger.warning("Training starts anew from the saved live weights, since settings have changed: %s.", error)
+        learner.start_from(snapshot.tensors["live"])
+    learner.counters = counters
 
 
-def _check_complete(snapshot: Snapshot) -> None:
-    """Raise `KeyError` now rather than in the thread."""
-    for name in ("live", "student", "average", "archive-0", "optimizer"):
-        snapshot.tensors[name]
-    for name in ("live", "rate", "path", "watch", "acceptance", "archived", "remembered"):
-        snapshot.numbers["supervisor"][name]
-    snapshot.numbers["optimizer"]
+def _refill(learner: "Learner", saved: Mapping[str, Any] | None, observations: Sequence[Observation]) -> None:
+    useful = [observation for observation in observations if teaches(observation, learner.config.positions)]
+    learner.replay.load_state_dict(useful, saved or learner.replay.state_dict())
+
+
+def flat_moments(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Return tensors and numbers of an optimiser's state, named `"PARAMETER.KEY"`; copies, on the CPU."""
+    flat = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in flat.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return tensors, {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+
+def by_parameter(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, float]) -> dict[int, dict[str, Any]]:
+    """Undo `flat_moments`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **numbers}.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    return state

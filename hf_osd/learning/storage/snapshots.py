@@ -38,7 +38,7 @@ from .files import (
 logger = logging.getLogger(__name__)
 
 # Goes up with every change of what a snapshot must hold; the manifest's own form stays for ever.
-FORMAT = 2  # since it says which draft it is of
+FORMAT = 3  # since it holds candidates and their sums
 _KEEP = 2
 NAME = re.compile(r"snapshot-(\d{6,})")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")

@@ -1,11 +1,11 @@
 """
-How good weights of the draft are, by recorded requests: without the live draft and without the training copy.
+How well weights of the draft do on recorded requests; without the live draft and without the training copy.
 
 Teacher-forced: the draft reads the recorded output and says what it would have proposed at each position.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..records import Observation
-from .adapters import carries_adapter, enable_adapter
 from .features import reader_of
-from .forwards import longest_request
 from .losses import overlap
+from .reading import longest_request
+from .student import carries_adapter, enable_adapter
+
+PROPOSAL_LENGTH = 5  # tokens of a proposal, in the measure of `Score.accepted`; the papers' k
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters of a draft by name; those that are missing are as in the live draft."""
-
-# Tokens of a proposal, in the measure of `Score.accepted`; the papers' k.
-PROPOSAL_LENGTH = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +39,10 @@ class Score:
     accepted: float
     positions: int
 
-    @property
-    def passes(self) -> float:
-        """Target passes a token: each gives one token besides the accepted ones."""
-        return 1.0 / (1.0 + self.accepted)
 
-
-class Judge:
+class Scorer:
     """
-    Scores weights of a draft on recorded requests.
+    Scores weights of a draft on recorded requests, in the precision in which they would serve.
 
     Args:
         draft (`PreTrainedModel`): The live draft. It is read only, and only the parameters that a caller leaves out.
@@ -78,34 +72,42 @@ class Judge:
         """Tokens that the draft knows."""
         return self._reader.known
 
-    @torch.no_grad()
-    def scores(self, weights: Weights, observations: Sequence[Observation]) -> list[Score]:
+    def scores(self, candidates: Mapping[str, Weights], requests: Sequence[Observation]) -> list[dict[str, Score]]:
         """
-        Score weights, in the precision in which they would serve.
+        Score candidates on requests, which are made into batches once for all of them.
 
         Args:
-            weights (`Mapping[str, torch.Tensor]`): By name; any dtype and device. None for the live ones.
-            observations (`Sequence[Observation]`): Requests, best not learned from.
+            candidates (`Mapping[str, Mapping[str, torch.Tensor]]`): Weights by name; any dtype and device.
+            requests (`Sequence[Observation]`): Requests that have not been learned from.
 
         Returns:
-            `list[Score]`: One a request.
+            `list[dict[str, Score]]`: For each request, the score of every candidate.
         """
+        starts = range(0, len(requests), self._batch_size)
+        batches = [self._batch(requests[start : start + self._batch_size]) for start in starts]
+        columns = {name: self._column(weights, batches) for name, weights in candidates.items()}
+        return [{name: column[row] for name, column in columns.items()} for row in range(len(requests))]
+
+    def _batch(self, requests: Sequence[Observation]) -> dict[str, torch.Tensor]:
+        greedy = torch.tensor([_is_greedy(request) for request in requests])
+        batch = {**self._collate(list(requests)), "greedy": greedy}
+        return {name: tensor.to(self._draft.device) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def _column(self, weights: Weights, batches: Iterable[dict[str, torch.Tensor]]) -> list[Score]:
         values: dict[str, torch.Tensor] = dict(self._draft.named_parameters()) | dict(self._draft.named_buffers())
         values |= {name: weight.to(values[name]) for name, weight in weights.items()}
         found: list[Score] = []
-        for start in range(0, len(observations), self._batch_size):
-            found += self._score_batch(values, observations[start : start + self._batch_size])
+        for batch in batches:
+            found += self._score_batch(values, batch)
             self._pause()
         return found
 
-    def _score_batch(self, values: Weights, observations: Sequence[Observation]) -> Iterator[Score]:
-        device = self._draft.device
-        batch = {name: tensor.to(device) for name, tensor in self._collate(list(observations)).items()}
+    def _score_batch(self, values: Weights, batch: dict[str, torch.Tensor]) -> Iterable[Score]:
         options = self._reader.options(batch)
         logits = self._reader.proposable(torch.func.functional_call(self._skeleton, dict(values), (), options).logits)
         mask = batch["learn_mask"]
-        greedy = torch.tensor([_is_greedy(observation) for observation in observations], device=device)
-        accepted = acceptance(logits[:, -mask.shape[1] :].float(), batch, greedy)
+        accepted = acceptance(logits[:, -mask.shape[1] :].float(), batch)
         lengths = mask.sum(dim=1).clamp(min=1)
         means = (accepted.sum(dim=1) / lengths).tolist()
         runs = (accepted_run(accepted).sum(dim=1) / lengths).tolist()
@@ -118,15 +120,15 @@ def token_mean(rates: Iterable[tuple[float, int]]) -> float:
     return sum(rate * positions for rate, positions in pairs) / max(sum(positions for _, positions in pairs), 1)
 
 
-def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], greedy: torch.Tensor) -> torch.Tensor:
+def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     Return how likely the target accepts the draft's token at each position.
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch, verified, vocab)`): Of the draft.
-        batch (`Mapping[str, torch.Tensor]`): A batch of [`ObservationCollator`].
-        greedy (`torch.BoolTensor` of shape `(batch,)`): Requests that were decoded greedily, where the draft's first
-            choice has to be the target's. Of others it is the mass that both distributions share.
+        batch (`Mapping[str, torch.Tensor]`): A batch of [`ObservationCollator`], and `greedy` of shape `(batch,)`:
+            requests that were decoded greedily, where the draft's first choice has to be the target's. Of others it is
+            the mass that both distributions share.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, verified)`: In [0, 1]; 0 where there is no output.
@@ -134,11 +136,11 @@ def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor], greedy: 
     mask = batch["learn_mask"]
     best = logits.max(dim=-1)
     right = (best.indices == batch["teacher_ids"][..., 0]).float()
-    if not bool(greedy.all()):
+    if not bool(batch["greedy"].all()):
         shared = torch.zeros_like(right)
         teacher = (batch[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
         shared[mask] = overlap(logits[mask], *teacher)
-        right = torch.where(greedy[:, None], right, shared)
+        right = torch.where(batch["greedy"][:, None], right, shared)
     counts = mask & best.values.isfinite() & right.isfinite()  # what is broken accepts nothing
     return right.where(counts, torch.zeros_like(right))
 

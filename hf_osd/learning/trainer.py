@@ -1,8 +1,8 @@
 """
 TRL's GKD trainer, taught to learn from recorded teachers; the only module that imports TRL.
 
-`trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.23.
-On-policy samples are made in `on_policy.py`. Not covered: `seq_kd`; several processes.
+`trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.24.
+`train()` runs one update and returns; the optimiser lives on. Not covered: `seq_kd`; several processes.
 """
 
 import warnings
@@ -28,18 +28,16 @@ from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .features import reader_of
-from .forwards import Reader, longest_request
-from .isolation import global_seed_untouched
 from .losses import student_outcomes, teacher_outcomes, token_loss
 from .on_policy import OnPolicySource
-from .pacing import OnlineUpdateCallback
-from .parts import BatchParts
+from .pacing import UpdateCallback, global_seed_untouched
+from .reading import BatchParts, Reader, longest_request
 
 with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-# Fields that OnlineConfig sets itself, or that have no meaning where training never ends.
+# Fields that OnlineConfig sets itself, or that have no meaning where there is always another update.
 _RESERVED = {
     "beta": "OnlineConfig.beta",
     "lmbda": "OnlineConfig.lmbda",
@@ -53,8 +51,7 @@ _RESERVED = {
 }
 # transformers 5.23 renamed it; TRL sets the old one by default.
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-_LOG_HISTORY = 100
-_NEVER = 2**31 - 1
+_LOG_HISTORY = 100  # latest entries of the trainer's log that are kept
 
 
 class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
@@ -83,7 +80,7 @@ class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
 
 def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = False) -> OnlineGKDConfig:
     """
-    The arguments of the trainer: quiet, endless, constant learning rate, then whatever the user chose.
+    The arguments of the trainer: quiet, constant learning rate, then whatever the user chose.
 
     Args:
         config (`OnlineConfig`): Settings; `config.training_arguments` may name any other field of `GKDConfig`.
@@ -117,7 +114,7 @@ def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = 
         "beta": config.beta,
         "learning_rate": config.learning_rate,
         "max_length": config.max_length,
-        "max_steps": _NEVER,
+        "max_steps": config.steps_per_update,
         "per_device_train_batch_size": config.batch_size,
         "seed": config.seed,
         "use_cpu": device.type == "cpu",
@@ -173,8 +170,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             Draws that many requests; called once a batch, for ever.
         config (`OnlineConfig`):
             Settings: batch size, positions, divergence, length, and every other training argument.
-        callback (`OnlineUpdateCallback`):
-            Paces the training and ends it.
+        callback (`UpdateCallback`):
+            Paces the training and may end it.
         target ([`~transformers.PreTrainedModel`], *optional*):
             The live target, which `config.full_teacher` re-runs over the recorded requests for its full distribution,
             and `config.lmbda` over what the draft writes. It is read only: neither moved, wrapped nor prepared.
@@ -192,7 +189,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         model: PreTrainedModel,
         sample: Callable[[int], list[Observation]],
         config: OnlineConfig,
-        callback: OnlineUpdateCallback,
+        callback: UpdateCallback,
         target: PreTrainedModel | None = None,
         bf16: bool = False,
         vocab_size: int | None = None,
@@ -211,6 +208,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
                 callbacks=[callback],
             )
         self.remove_callback(PrinterCallback)
+        # `train` begins with it, and collects all garbage of the process: 0.2 s of each update, 40 times the rest.
+        self.accelerator.free_memory = self._forget_prepared
         # `train` would change the special tokens of the model to those of the placeholder.
         self.processing_class = None
         self.target = target if config.full_teacher else None
@@ -222,8 +221,42 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self._session = callback.session
         self._parts = BatchParts(config.batch_size) if config.background else None
         self._loss_sum = torch.zeros((), device=model.device)
-        self._loss_count = self._positions = 0
+        self._loss_count = self._positions = self.steps_before = 0
         callback.trainer = self
+
+    def update(self, steps: int, learning_rate: float) -> float:
+        """
+        Take some steps. The optimiser goes on from the update before.
+
+        Args:
+            steps (`int`): How many, at most; the session may end it earlier.
+            learning_rate (`float`): For all of them, before a schedule of `config.training_arguments`.
+
+        Returns:
+            `float`: Mean loss of the steps, in nats; `nan` without any.
+        """
+        self.steps_before = self.state.global_step
+        self.args.max_steps = self.steps_before + steps
+        self.args.learning_rate = learning_rate
+        handler: Any = self.callback_handler
+        handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run each time
+        for group in self.optimizer.param_groups if self.optimizer is not None else ():
+            group["lr"] = group["initial_lr"] = learning_rate
+        self.train()
+        loss = self.take_mean_loss()
+        self.log({"online_loss": loss, "online_learning_rate": learning_rate})
+        return loss
+
+    def load_optimizer_state(self, state: Mapping[int, Any]) -> None:
+        """Have the optimiser go on from a saved state, by parameter; without any, it starts anew."""
+        optimizer = self.optimizer or self.create_optimizer()
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
+
+    def _forget_prepared(self, *_: Any) -> None:
+        """Let go of what the last `train` prepared, as `Accelerator.free_memory` does."""
+        for prepared in ("_schedulers", "_optimizers", "_models", "_dataloaders"):
+            getattr(self.accelerator, prepared).clear()
+        self.accelerator.step = 0
 
     def _send_telemetry(self) -> None:
         """Nothing is sent: a server does not call home because its draft learns."""
@@ -323,7 +356,9 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         return positions
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the reporters, and keep only the latest entries: this training never ends."""
+        """Log to the reporters, but not that an update has ended, and keep only the latest entries."""
+        if "train_runtime" in logs:
+            return
         super().log(logs, start_time)
         del self.state.log_history[:-_LOG_HISTORY]
 

@@ -1,11 +1,11 @@
-"""Threads of the training thread."""
+"""The thread that learns: how many cores it takes."""
 
 import threading
 
 import pytest
 import torch
 
-from hf_osd.learning import threads
+from hf_osd.learning import worker
 
 
 def in_a_thread(work):
@@ -21,12 +21,12 @@ def in_a_thread(work):
 def test_training_takes_the_cores_that_serving_leaves(cores, own, monkeypatch):
     """Catches teams of threads that outnumber the cores, and a limit that leaks into the threads that serve."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(threads, "_cores", lambda: cores)
+    monkeypatch.setattr(worker, "_cores", lambda: cores)
     try:
         torch.set_num_threads(2)
 
         def train():
-            threads.leave_cores_to_serving()
+            worker.leave_cores_to_serving()
             return torch.get_num_threads()
 
         assert in_a_thread(train) == own
@@ -38,4 +38,4 @@ def test_training_takes_the_cores_that_serving_leaves(cores, own, monkeypatch):
 
 def test_cores_are_counted():
     """Catches a count that is not a number of cores."""
-    assert threads._cores() >= 1
+    assert worker._cores() >= 1

@@ -1,4 +1,4 @@
-"""The thread of a learner: when it starts, who waits for it, and how it ends."""
+"""Who does the work of a learner: the request inline, or a thread; when it starts, who waits, and how it ends."""
 
 import gc
 import logging
@@ -16,10 +16,9 @@ import pytest
 from served import Live, learner_of, request
 
 from hf_osd.errors import ClosedError, LearningError
-from hf_osd.learning.judge import Judge
-from hf_osd.learning.streams import TrainingStream
-from hf_osd.learning.student import Student
-from hf_osd.learning.supervisor import Supervisor
+from hf_osd.learning.learner import Learner
+from hf_osd.learning.scoring import Scorer
+from hf_osd.learning.worker import TrainingStream
 from hf_osd.records import Observation
 
 
@@ -28,18 +27,32 @@ def learners() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "hf_osd-learner"}
 
 
-def test_no_thread_before_the_first_request() -> None:
-    """Catches a thread for assistants that never serve, and one that is started twice."""
+def test_a_thread_in_the_background_alone() -> None:
+    """Catches a thread for assistants that never serve or learn inline, and one that is started twice."""
     before, live = learners(), Live()
-    learner = learner_of(live)
-    assert not learners() - before
-    for number in range(2):
-        learner.observe(request(live.draft, number))
-        assert len(learners() - before) == 1
+    for background in (False, True):
+        learner = learner_of(live, background=background)
+        assert not learners() - before
+        for number in range(2):
+            learner.observe(request(live.draft, number))
+            assert len(learners() - before) == background
+        learner.close()
+
+
+def test_an_interrupt_ends_the_program_that_it_was_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Ctrl-C that is swallowed because it came while a request was learned from, and a lock that stays."""
+    live = Live()
+    learner = learner_of(live, update_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "_take_over", raises_once(KeyboardInterrupt(), Learner._take_over))
+        with pytest.raises(KeyboardInterrupt):
+            learner.observe(request(live.draft, 0))
+    within(60.0, lambda: learner.observe(request(live.draft, 1)))
+    assert (learner.counters.failures, learner.counters.updates) == (1, 1)
     learner.close()
 
 
-def test_background_does_not_wait_and_intervals_coalesce() -> None:
+def test_online_does_not_wait_and_intervals_coalesce() -> None:
     """Catches a request that waits for the training, and updates that queue up without bound."""
     live = Live()
     live.go_on.clear()
@@ -49,14 +62,14 @@ def test_background_does_not_wait_and_intervals_coalesce() -> None:
     began = time.perf_counter()
     for number in range(10):
         learner.observe(request(live.draft, number))
-    assert learner.updates == 0
+    assert learner.counters.updates == 0
     assert time.perf_counter() - began < 5.0
     live.go_on.set()
     deadline = time.perf_counter() + 60.0
-    while learner.updates < 2 and time.perf_counter() < deadline:
+    while learner.counters.updates < 2 and time.perf_counter() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert learner.updates == 2
+    assert learner.counters.updates == 2
     learner.close()
 
 
@@ -69,7 +82,7 @@ def test_update_now() -> None:
     learner.observe(request(live.draft, 0))
     learner.update()
     learner.update()
-    assert learner.updates == len(live.published) == 2
+    assert learner.counters.updates == len(live.published) == 2
     learner.close()
     with pytest.raises(ClosedError):
         learner.update()
@@ -80,19 +93,19 @@ def test_an_update_counts_requests_that_are_being_judged() -> None:
     live = Live()
     learner = learner_of(live, background=True, update_every=100)
     entered, go_on = threading.Event(), threading.Event()
-    add = learner._loop.replay.add
+    add = learner.learner.replay.add
 
     def slow(observation: Observation) -> None:
         entered.set()
         assert go_on.wait(60.0)
         add(observation)
 
-    learner._loop.replay.add = slow  # type: ignore[method-assign]
+    learner.learner.replay.add = slow  # type: ignore[method-assign]
     learner.observe(request(live.draft, 0))
     assert entered.wait(60.0)
     threading.Timer(0.2, go_on.set).start()
     learner.update()
-    assert learner.updates == 1
+    assert learner.counters.updates == 1
     learner.close()
 
 
@@ -107,7 +120,7 @@ def test_close_is_prompt_idempotent_and_leaves_nothing_running() -> None:
     assert time.perf_counter() - began < 3.0
     assert not learners() - before
     learner.observe(request(live.draft, 1))
-    assert learner.updates == 1
+    assert learner.counters.updates == 1
 
 
 def test_a_dropped_learner_is_collected() -> None:
@@ -128,14 +141,14 @@ def test_a_script_that_never_closes_exits(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_background import *\n"
+        "from test_online import *\n"
         "live = Live()\n"
         "waits = learner_of(live, update_every=1)\n"
         "waits.observe(request(live.draft, 0))\n"
         "works = learner_of(live, update_every=1, steps_per_update=10**6, background=True)\n"
         "works.observe(request(live.draft, 0))\n"
         "time.sleep(0.5)\n"
-        "print(waits.updates, works.updates)\n"
+        "print(waits.counters.updates, works.counters.updates)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 0\n", "")
@@ -163,7 +176,7 @@ def test_concurrent_requests() -> None:
         thread.join(120.0)
     assert not any(thread.is_alive() for thread in threads)
     assert not errors
-    assert 4 <= learner.updates == len(live.published) <= 12
+    assert 4 <= learner.counters.updates == len(live.published) <= 12
     learner.close()
 
 
@@ -187,12 +200,10 @@ def raises_once(error: BaseException, then: Any) -> Any:
 
 
 ENDS = [
-    (Judge, "scores", SystemExit(3)),
-    (Student, "__init__", SystemExit(3)),
-    (Supervisor, "begin_update", SystemExit(3)),
-    (Supervisor, "finish_update", SystemExit(3)),
-    (Supervisor, "finish_update", KeyboardInterrupt()),
-    (Supervisor, "finish_update", GeneratorExit()),
+    (Scorer, "scores", SystemExit(3)),
+    (Learner, "train", SystemExit(3)),
+    (Learner, "_take_over", SystemExit(3)),
+    (Learner, "_take_over", GeneratorExit()),
 ]
 
 
@@ -214,15 +225,15 @@ def test_an_error_that_is_no_exception(
     with caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
         within(60.0, lambda: learner.observe(request(live.draft, 0)))
         deadline = time.perf_counter() + 60.0
-        while not learner.failures and time.perf_counter() < deadline:
+        while not learner.counters.failures and time.perf_counter() < deadline:
             time.sleep(0.01)
-        assert learner.failures == 1
+        assert learner.counters.failures == 1
         within(60.0, lambda: learner.observe(request(live.draft, 1)))
         within(60.0, learner.update)
     assert caplog.text.count("An update of the draft failed") == 1
     within(60.0, lambda: learner.save(tmp_path))
     within(60.0, learner.close)
-    assert (learner.failures, learner.updates > 0) == (1, True)
+    assert (learner.counters.failures, learner.counters.updates > 0) == (1, True)
 
 
 def test_update_says_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +241,11 @@ def test_update_says_what_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
     live = Live()
     learner = learner_of(live, update_every=100)
     learner.observe(request(live.draft, 0))
-    monkeypatch.setattr(Supervisor, "finish_update", raises_once(SystemExit(3), Supervisor.finish_update))
+    monkeypatch.setattr(Learner, "_take_over", raises_once(SystemExit(3), Learner._take_over))
     with pytest.raises(LearningError, match=r"SystemExit\(3\)"):
         learner.update()
     learner.update()
-    assert (learner.failures, learner.updates) == (1, 1)
+    assert (learner.counters.failures, learner.counters.updates) == (1, 1)
     learner.close()
 
 
@@ -254,7 +265,7 @@ def test_a_device_that_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     within(20.0, lambda: learner.observe(request(live.draft, 0)))
     within(20.0, lambda: learner.observe(request(live.draft, 1)))
     time.sleep(0.2)
-    assert len(calls) == learner.failures == 2
+    assert len(calls) == learner.counters.failures == 2
     with pytest.raises(LearningError):
         learner.update()
     within(20.0, learner.close)
@@ -263,7 +274,7 @@ def test_a_device_that_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a request that fails because learning gets no thread, as at interpreter exit, or waits for it."""
     live = Live()
-    learner = learner_of(live, update_every=1)
+    learner = learner_of(live, update_every=1, background=True)
     observation = request(live.draft, 0)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="hf_osd.learning"):
         patch.setattr(threading.Thread, "start", raises_once(RuntimeError("can't start new thread"), None))
@@ -279,14 +290,14 @@ def test_a_process_that_was_forked_off_learns_on(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_background import *\n"
+        "from test_online import *\n"
         "live = Live()\n"
         "learner = learner_of(live, update_every=1, steps_per_update=1)\n"
         "learner.observe(request(live.draft, 0))\n"
         "if os.fork() == 0:\n"
         "    learner.observe(request(live.draft, 1))\n"
-        "    os._exit(learner.updates)\n"
-        "print(os.waitstatus_to_exitcode(os.wait()[1]), learner.updates)\n"
+        "    os._exit(learner.counters.updates)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]), learner.counters.updates)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
@@ -298,10 +309,10 @@ def test_a_script_exits_while_updates_end_in_the_wrong_way(tmp_path: Path) -> No
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_background import *\n"
+        "from test_online import *\n"
         "logging.disable(logging.CRITICAL)\n"
         "def leave(*_): sys.exit(3)\n"
-        "Supervisor.finish_update = leave\n"
+        "Learner._take_over = leave\n"
         "live = Live()\n"
         "learner = learner_of(live, update_every=1, background=True, steps_per_update=1)\n"
         "for number in range(3): learner.observe(request(live.draft, number))\n"

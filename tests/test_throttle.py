@@ -1,4 +1,4 @@
-"""Background learning beside serving: the share of the time it takes, when it waits, and when it must not."""
+"""How learning keeps out of the way: the share of the time it takes, when it waits, and when it must not."""
 
 import threading
 import time
@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import tiny_model
+from fakes import VOCAB, prompts, tiny_model, wrong_draft
 from served import Live, learner_of, request
 
-from hf_osd import ConfigError, OnlineAssistant, OnlineConfig
-from hf_osd.learning.parts import BatchParts
-from hf_osd.learning.yielding import DutyCycle
+import hf_osd
+from hf_osd import ClosedError, ConfigError, OnlineAssistant, OnlineConfig
+from hf_osd.drafts.feature_config import LEARNING
+from hf_osd.drafts.features import FeatureDraft
+from hf_osd.learning import OnlineLearner, throttle
+from hf_osd.learning.reading import BatchParts
+from hf_osd.learning.throttle import Throttle
 
 
-def learn(duty: DutyCycle, seconds: float, part: float = 0.004) -> float:
+def learn(duty: Throttle, seconds: float, part: float = 0.004) -> float:
     """Work in parts for a while; the share of the time that was work."""
     began, worked = time.perf_counter(), 0.0
     duty.resume()
@@ -31,6 +35,11 @@ def fail_in(context: AbstractContextManager[Any]) -> None:
         raise ZeroDivisionError
 
 
+def update_until_closed(learner: OnlineLearner) -> None:
+    with pytest.raises(ClosedError):
+        learner.update()
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
     deadline = time.perf_counter() + seconds
     while not condition() and time.perf_counter() < deadline:
@@ -40,14 +49,14 @@ def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
 
 def test_the_share_holds_while_a_request_is_in_flight() -> None:
     """Catches learning that ignores requests, and learning that starves while serving never ends."""
-    duty = DutyCycle(0.2)
+    duty = Throttle(0.2)
     with duty.serving(), duty.serving():
         assert 0.1 < learn(duty, 1.0) < 0.25
 
 
 def test_gaps_between_requests_are_no_idle_time() -> None:
     """Catches a pause that is forgotten at each gap: under back-to-back requests learning would then hardly pause."""
-    duty, over = DutyCycle(0.1), threading.Event()
+    duty, over = Throttle(0.1), threading.Event()
 
     def serve() -> None:
         while not over.is_set():
@@ -65,7 +74,7 @@ def test_gaps_between_requests_are_no_idle_time() -> None:
 
 def test_it_is_free_without_requests_also_after_some() -> None:
     """Catches learning that is slowed for nobody, and a request that fails and counts for ever."""
-    duty = DutyCycle(0.05)
+    duty = Throttle(0.05)
     with pytest.raises(ZeroDivisionError):
         fail_in(duty.serving())
     with duty.serving():
@@ -75,7 +84,7 @@ def test_it_is_free_without_requests_also_after_some() -> None:
 
 def test_all_of_the_time_never_pauses() -> None:
     """Catches a duty cycle of 1 that still yields: inline learning, whose request waits, has it."""
-    duty = DutyCycle(1.0)
+    duty = Throttle(1.0)
     with duty.serving():
         assert learn(duty, 0.2) > 0.9
 
@@ -83,7 +92,7 @@ def test_all_of_the_time_never_pauses() -> None:
 @pytest.mark.parametrize("wakes", ["the end of the last request", "stop"])
 def test_a_pause_ends_early(wakes: str) -> None:
     """Catches a `close` that waits for a pause, idle time that is slept through, and a pause of the wrong request."""
-    duty = DutyCycle(1e-4)
+    duty = Throttle(1e-4)
     first, second = duty.serving(), duty.serving()
     first.__enter__()
     second.__enter__()
@@ -139,13 +148,13 @@ def test_learning_goes_on_under_load_and_its_pauses_are_not_learning() -> None:
     learner = learner_of(live, update_every=100, background=True, steps_per_update=2, duty_cycle=0.2)
     learner.observe(request(live.draft, 0))
     learner.update()  # starts the trainer
-    before, began = learner.seconds, time.perf_counter()
-    with learner._loop.duty.serving():  # a request of another thread
+    before, began = learner.counters.seconds, time.perf_counter()
+    with learner.throttle.serving():  # a request of another thread
         learner.update()
     passed = time.perf_counter() - began
-    assert (learner.updates, learner.steps) == (2, 4)
-    assert learner.positions == 4 * 12
-    assert 0.0 < learner.seconds - before < 0.5 * passed
+    assert (learner.counters.updates, learner.counters.steps) == (2, 4)
+    assert learner.counters.positions == 4 * 12
+    assert 0.0 < learner.counters.seconds - before < 0.5 * passed
     learner.close()
 
 
@@ -153,10 +162,10 @@ def test_inline_learning_never_pauses() -> None:
     """Catches a deadlock or a slow request: inline, another request may be in flight while this one waits."""
     live = Live()
     learner = learner_of(live, update_every=1, duty_cycle=1e-6)
-    with learner._loop.duty.serving():  # that of another thread
+    with learner.throttle.serving():  # that of another thread
         learner.observe(request(live.draft, 0))
         learner.observe(request(live.draft, 1))
-    assert learner.updates == 2
+    assert learner.counters.updates == 2
     learner.close()
 
 
@@ -172,15 +181,15 @@ def test_close_is_prompt_in_a_pause(pauses_while: str) -> None:
         if pauses_while == "judging":
             learner.observe(request(live.draft, 1))
         else:
-            learner._loop.ask()
-            assert eventually(lambda: learner._loop._trainer is not None)
+            threading.Thread(target=update_until_closed, args=[learner], daemon=True).start()
+            assert eventually(lambda: learner.learner._trainer is not None)
         time.sleep(0.5)
         began = time.perf_counter()
         learner.close()
         assert time.perf_counter() - began < 3.0
     assert not [one for one in threading.enumerate() if one.name == "hf_osd-learner" and one not in before]
-    assert learner.updates == 0
-    assert learner.steps <= 1  # the one in progress
+    assert learner.counters.updates == 0
+    assert learner.counters.steps <= 1  # the one in progress
 
 
 def test_the_assistant_tells_when_requests_are_in_flight() -> None:
@@ -188,7 +197,7 @@ def test_the_assistant_tells_when_requests_are_in_flight() -> None:
     target = tiny_model()
     config = OnlineConfig(background=True, duty_cycle=1e-6)
     with OnlineAssistant(tiny_model(seed=1), target, config) as assistant:
-        duty: Any = assistant._learner._loop.duty
+        duty: Any = assistant._learner.throttle
         with assistant.request(1), assistant.request(1):
             assert duty._in_flight == 2
         with pytest.raises(ZeroDivisionError):
@@ -201,3 +210,95 @@ def test_a_duty_cycle_is_a_share(value: float) -> None:
     """Catches a division by zero in the training thread, and a share in percent."""
     with pytest.raises(ConfigError, match="duty_cycle must be in"):
         OnlineConfig(duty_cycle=value)
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(throttle.time, "perf_counter", lambda: self.now)
+
+    def serve(self, of, seconds):
+        with of.serving():
+            self.now += seconds
+
+
+def test_updates_wait_until_they_are_earned(monkeypatch):
+    """Catches learning that costs more than its share, and one that never begins again."""
+    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
+    assert not of.allows_training()
+    spent = 0.0
+    for served in range(1, 1001):
+        clock.serve(of, 1.0)
+        if of.allows_training():
+            of.spend(1.5)
+            spent += 1.5
+        assert spent <= 0.1 * served + 1.5
+    assert spent >= 0.1 * 1000 - 1.5
+
+
+def test_an_update_takes_no_longer_than_the_request_that_waits(monkeypatch):
+    """Catches a request that takes many times as long as its neighbours."""
+    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
+    clock.serve(of, 2.0)
+    assert not of.is_used_up(1.9)
+    assert of.is_used_up(2.0)
+
+
+def test_training_takes_the_bulk(monkeypatch):
+    """Catches scoring that leaves no time for training, and scoring that stops while an update is paid back."""
+    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
+    scored = 0
+    for _ in range(1000):
+        clock.serve(of, 1.0)
+        if of.allows_scoring():
+            of.spend(0.2, scoring=0.2)
+            scored += 1
+        if of.allows_training():
+            of.spend(1.5)
+    assert 100 <= scored <= 126  # a quarter of a tenth of 1,000 seconds, at 0.2 each
+
+
+def test_without_a_limit_time_does_not_matter(monkeypatch):
+    """Catches inline results that depend on the clock although nobody asked for a limit."""
+    clock, of = Clock(monkeypatch), Throttle()
+    of.spend(1e9, scoring=1e9)
+    clock.serve(of, 1.0)
+    assert of.allows_training()
+    assert of.allows_scoring()
+    assert not of.is_used_up(1e9)
+
+
+def test_settings_that_a_draft_recommends():
+    """Catches a default that slows down drafts whose results are promised to repeat, and ignored recommendations."""
+    target = tiny_model(layers=4)
+    plain, feature = wrong_draft(target, "noisy"), FeatureDraft.of(target, general=torch.arange(VOCAB))
+    assert OnlineAssistant(plain, target).config == OnlineConfig()
+    assert OnlineAssistant(feature, target).config == OnlineConfig(**LEARNING)
+    assert OnlineAssistant(feature, target, OnlineConfig()).config.learning_share is None
+    assert OnlineConfig.for_draft(feature, learning_rate=0.5) == OnlineConfig(**{**LEARNING, "learning_rate": 0.5})
+
+
+@pytest.mark.parametrize("value", [0, -1, "all", float("nan")])
+def test_bad_shares_are_refused(value):
+    """Catches a share that stops learning for ever, or means something else than it says."""
+    with pytest.raises(ConfigError, match="learning_share must be in"):
+        OnlineConfig(learning_share=value)
+
+
+def test_learning_keeps_to_its_share():
+    """Catches a budget that nobody asks: requests that are much faster than an update must not all wait for one."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    config = OnlineConfig(learning_share=0.5, update_every=1, steps_per_update=200)
+    with OnlineAssistant(FeatureDraft.of(target, general=torch.arange(VOCAB)), target, config) as assistant:
+        waits = []
+        for seed in range(60):
+            begun = time.perf_counter()
+            hf_osd.generate(target, **prompts(1, seed=seed), online_assistant=assistant, max_new_tokens=24)
+            waits.append(time.perf_counter() - begun)
+        stats = assistant.stats()
+    updates = assistant.journal.updates
+    assert 0 < len(updates) < 60
+    assert 0 < stats.learned_steps < 200 * len(updates)  # ended early
+    assert stats.failed_updates == 0

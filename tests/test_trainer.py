@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ConfigError
-from hf_osd.learning.collation import ObservationCollator
-from hf_osd.learning.distillation import OnlineGKDTrainer, OnlineUpdateCallback, training_arguments
 from hf_osd.learning.losses import sparse_divergence
+from hf_osd.learning.pacing import UpdateCallback
+from hf_osd.learning.reading import ObservationCollator
+from hf_osd.learning.trainer import OnlineGKDTrainer, training_arguments
 from hf_osd.records import Observation
 
 VOCAB = 64
@@ -53,24 +54,12 @@ def observe(target: PreTrainedModel, number: int, k: int = 8) -> Observation:
 
 
 class Steps:
-    """A session that runs a few updates and keeps what they lead to."""
+    """A session that counts, and may end an update early."""
 
-    def __init__(self, updates: int = 1, scale: float = 1.0, seconds: float = 1.0) -> None:
-        self.updates, self.scale, self.seconds = updates, scale, seconds
-        self.losses: list[float] = []
-        self.model: Any = None
-        self.weights: list[dict[str, torch.Tensor]] = []
+    def __init__(self, seconds: float = 1.0, most: int | None = None) -> None:
+        self.seconds, self.most = seconds, most
         self.positions: list[int] = []
         self.pauses = 0
-
-    def learning_rate_scale(self) -> float:
-        return self.scale
-
-    def is_stopped(self) -> bool:
-        return len(self.losses) == self.updates
-
-    def is_out_of_time(self) -> bool:
-        return False
 
     def give_way(self) -> float:
         self.pauses += 1
@@ -79,25 +68,27 @@ class Steps:
     def count_step(self, positions: int) -> None:
         self.positions.append(positions)
 
-    def finish_update(self, loss: float) -> None:
-        self.losses.append(loss)
-        self.weights.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
-
-    def wait_for_update(self) -> bool:
-        return True
+    def is_over(self) -> bool:
+        return len(self.positions) == self.most
 
 
 def trainer_of(
     draft: PreTrainedModel, observations: list[Observation], session: Steps, config: OnlineConfig, **options: Any
 ) -> OnlineGKDTrainer:
     generator = random.Random(0)
-    callback = OnlineUpdateCallback(session, config.steps_per_update)
-    session.model = draft
 
     def sample(size: int) -> list[Observation]:
         return generator.sample(observations, min(size, len(observations)))
 
-    return OnlineGKDTrainer(draft, sample, config, callback, **options)
+    return OnlineGKDTrainer(draft, sample, config, UpdateCallback(session), **options)
+
+
+def updated(
+    draft: PreTrainedModel, observations: list[Observation], config: OnlineConfig, count: int = 1, rate: float = 1e-3
+) -> list[float]:
+    """Run some updates; their losses."""
+    trainer = trainer_of(draft, observations, Steps(), config)
+    return [trainer.update(config.steps_per_update, rate) for _ in range(count)]
 
 
 def loss_one_by_one(draft: PreTrainedModel, observations: list[Observation], positions: str = "all") -> float:
@@ -167,14 +158,35 @@ def test_training_lowers_the_loss() -> None:
     """Catches a step in the wrong direction, a frozen copy, and an update that ends before its last step."""
     target, draft = llama(seed=1), llama()
     observations = [observe(target, number) for number in range(8)]
-    session = Steps(updates=6)
-    before = loss_one_by_one(draft, observations)
-    trainer_of(draft, observations, session, OnlineConfig(steps_per_update=5, learning_rate=3e-3)).train()
-    assert len(session.losses) == 6
-    assert session.losses[-1] < session.losses[0]
+    session, before = Steps(), loss_one_by_one(draft, observations)
+    trainer = trainer_of(draft, observations, session, OnlineConfig())
+    losses = [trainer.update(5, 3e-3) for _ in range(6)]
+    assert losses[-1] < losses[0]
     assert loss_one_by_one(draft, observations) < 0.8 * before
-    assert len(session.positions) == 30
-    assert all(torch.equal(session.weights[-1][name], weight) for name, weight in draft.named_parameters())
+    assert len(session.positions) == trainer.state.global_step == 30
+
+
+def test_updates_are_one_training() -> None:
+    """Catches an optimiser or a learning rate that starts anew in each update, or a batch that is drawn twice."""
+    target = llama(seed=1)
+    observations = [observe(target, number) for number in range(8)]
+    drafts = llama(), llama()
+    trainers = [trainer_of(draft, observations, Steps(), OnlineConfig()) for draft in drafts]
+    for _ in range(3):
+        trainers[0].update(2, 1e-3)
+    trainers[1].update(6, 1e-3)
+    for one, other in zip(drafts[0].parameters(), drafts[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_an_update_may_end_early() -> None:
+    """Catches an update that ignores that its time is over, or that ends all later ones as well."""
+    target, session = llama(seed=1), Steps(most=2)
+    trainer = trainer_of(llama(), [observe(target, 0)], session, OnlineConfig())
+    trainer.update(5, 1e-3)
+    assert len(session.positions) == 2
+    trainer.update(5, 1e-3)
+    assert len(session.positions) == 7
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -186,23 +198,22 @@ def test_no_rejected_position_is_no_error(background: bool) -> None:
         o.prompt_ids, o.output_ids, o.teacher_ids, o.teacher_log_probs, o.teacher_tail,
         torch.full_like(o.draft_ids, -1), torch.zeros_like(o.accepted),
     )  # fmt: skip
-    session = Steps()
-    trainer_of(draft, [none], session, OnlineConfig(positions="rejected", background=background)).train()
-    assert session.losses == [0.0]
+    assert updated(draft, [none], OnlineConfig(positions="rejected", background=background)) == [0.0]
     assert all(weight.isfinite().all() for weight in draft.parameters())
 
 
-def test_learning_rate_is_scaled_once() -> None:
-    """Catches a scale that compounds from step to step."""
+def test_the_learning_rate_is_that_of_the_update() -> None:
+    """Catches a rate that only the first update gets, and one that compounds."""
     target = llama(seed=1)
     observations = [observe(target, number) for number in range(4)]
-    moved = []
-    for rate, scale in ((1e-3, 0.1), (1e-4, 1.0)):
-        draft, session = llama(), Steps(updates=2, scale=scale)
-        trainer_of(draft, observations, session, OnlineConfig(learning_rate=rate)).train()
-        moved.append(session.weights[-1])
-    for name, weight in moved[0].items():
-        torch.testing.assert_close(weight, moved[1][name], rtol=1e-5, atol=1e-7)
+    drafts, arguments = (llama(), llama()), {"optim": "sgd", "max_grad_norm": 0.0}
+    config = OnlineConfig(steps_per_update=1, training_arguments=arguments)
+    for draft, rates in zip(drafts, ((0.1, 0.1), (0.1, 0.0)), strict=True):
+        trainer = trainer_of(draft, observations, Steps(), config)
+        first = [trainer.update(1, rates[0]), [weight.clone() for weight in draft.parameters()]][1]
+        trainer.update(1, rates[1])
+        moved = any(not torch.equal(one, now) for one, now in zip(first, draft.parameters(), strict=True))
+        assert moved == (rates[1] > 0.0)
 
 
 @pytest.mark.parametrize("seconds", [1.0, 0.0], ids=["row by row", "growing parts"])
@@ -211,23 +222,24 @@ def test_parts_take_the_step_of_the_batch(positions: Any, seconds: float) -> Non
     """Catches parts that each take a mean of their own, a step for each part, and a loss or count of one part only."""
     target = llama(seed=1)
     observations = [observe(target, number) for number in range(6)]
-    sessions = []
+    sessions, losses, drafts = [], [], []
     for background in (False, True):
-        session = Steps(updates=2, seconds=seconds)
         # SGD: a wrong gradient shows in full, where Adam would only look at its sign.
         config = OnlineConfig(
-            background=background, positions=positions, batch_size=6, steps_per_update=2,
-            training_arguments={"optim": "sgd", "max_grad_norm": 0.0}, learning_rate=0.1,
+            background=background, positions=positions, batch_size=6,
+            training_arguments={"optim": "sgd", "max_grad_norm": 0.0},
         )  # fmt: skip
-        trainer_of(llama(), observations, session, config).train()
-        sessions.append(session)
+        sessions.append(Steps(seconds))
+        drafts.append(llama())
+        trainer = trainer_of(drafts[-1], observations, sessions[-1], config)
+        losses.append([trainer.update(2, 0.1) for _ in range(2)])
     whole, parts = sessions
-    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert parts.positions == whole.positions == [whole.positions[0]] * 4
     assert parts.pauses > whole.pauses
-    start = dict(llama().named_parameters())
-    for name, weight in whole.weights[-1].items():
-        torch.testing.assert_close(parts.weights[-1][name] - start[name], weight - start[name], rtol=1e-3, atol=1e-6)
+    start = llama().parameters()
+    for first, one, other in zip(start, *(draft.parameters() for draft in drafts), strict=True):
+        torch.testing.assert_close(other - first, one - first, rtol=1e-3, atol=1e-6)
 
 
 def test_collator_keeps_the_end_of_long_requests() -> None:
@@ -255,7 +267,7 @@ def test_global_random_state_is_untouched() -> None:
     target, draft = llama(seed=1), llama()
     observations = [observe(target, number) for number in range(4)]
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    trainer_of(draft, observations, Steps(updates=2), OnlineConfig()).train()
+    updated(draft, observations, OnlineConfig(), count=2)
     assert random.getstate() == before[0]
     assert np.random.get_state()[1].tolist() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
@@ -267,7 +279,7 @@ def test_it_is_quiet_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry"))
     target = llama(seed=1)
-    trainer_of(llama(), [observe(target, 0)], Steps(updates=2), OnlineConfig()).train()
+    updated(llama(), [observe(target, 0)], OnlineConfig(), count=2)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
@@ -278,8 +290,9 @@ def test_log_history_is_bounded() -> None:
     """Catches a trainer that remembers every update for ever."""
     target = llama(seed=1)
     config = OnlineConfig(steps_per_update=1, batch_size=1)
-    trainer = trainer_of(llama(), [observe(target, 0)], Steps(updates=130), config)
-    trainer.train()
+    trainer = trainer_of(llama(), [observe(target, 0)], Steps(), config)
+    for _ in range(130):
+        trainer.update(1, 1e-3)
     assert len(trainer.state.log_history) <= 100
 
 
@@ -293,12 +306,10 @@ def test_reporters_see_every_update() -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             self.logs.append(logs)
 
-    target, session = llama(seed=1), Steps(updates=3)
-    trainer = trainer_of(llama(), [observe(target, 0)], session, OnlineConfig())
+    trainer = trainer_of(llama(), [observe(llama(seed=1), 0)], Steps(), OnlineConfig())
     trainer.add_callback(Reporter())
-    trainer.train()
-    seen = [logs["online_loss"] for logs in Reporter.logs if "online_loss" in logs]
-    assert seen == session.losses
+    losses = [trainer.update(2, 1e-3) for _ in range(3)]
+    assert [logs["online_loss"] for logs in Reporter.logs] == losses
 
 
 def test_user_arguments_arrive() -> None:

@@ -2,13 +2,18 @@
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any, Literal
 
-Decision = Literal["published", "held", "refused", "rolled back", "restored", "failed"]
+Decision = Literal["published", "held", "rolled back", "restored", "failed"]
 
-_ENTRIES = 10_000
-_LATEST = 64  # judged requests that say what learning is worth now
+_ENTRIES = 10_000  # of each kind, at most; the oldest leave
+DROP_REQUESTS = 4  # latest requests whose acceptance is compared with that of those before
+DROP_ERRORS = 4.5  # standard errors by which it is lower where the traffic has changed
+LEAST_SPREAD = 0.1  # acceptance: standard deviation from request to request, at least
+_LATEST = 64  # scored requests that say what learning is worth now
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +39,20 @@ class JudgedRequest:
 @dataclass(frozen=True, slots=True)
 class UpdateRecord:
     """
-    One update of the draft, and what the gate made of it.
+    One update of the draft, or one change of what is live.
 
     Attributes:
-        request (`int`): Requests recorded when it ended.
-        decision (`str`): `"published"`; `"held"`, where nothing speaks for or against it yet; `"refused"`;
-            `"rolled back"`, refused together with what the training copy had learned since the live weights;
-            `"restored"`, where older weights went live instead; `"failed"`.
+        request (`int`): Requests recorded by then.
+        decision (`str`): `"published"`: what is learned, or a part of it, went live. `"held"`: an update ended while
+            other weights led. `"restored"`: earlier weights went live instead. `"rolled back"`: training goes on from
+            the live weights, since what it had led to lost. `"failed"`.
         reason (`str`): In words.
-        loss (`float`, *optional*): Mean loss of its steps, in nats.
-        learning_rate (`float`, *optional*): Of its last step.
-        gain (`float`, *optional*): Accepted tokens a round of the new weights over those of the live ones, by held-out
-            requests.
-        uncertainty (`float`, *optional*): Standard error of `gain`.
-        mixing (`float`, *optional*): How far the new weights lie on the way from the initial ones to what was learned.
-        seconds (`float`): Time it took, without pauses.
+        loss (`float`, *optional*): Mean loss of the steps of an update, in nats.
+        learning_rate (`float`, *optional*): At that moment.
+        gain (`float`, *optional*): Acceptance of what goes live over that of what was live, on the latest requests.
+        mixing (`float`, *optional*): Weight interpolation (alpha): how far the new weights lie on the way from the
+            static ones to what is learned.
+        seconds (`float`): Time that an update took, without pauses.
     """
 
     request: int
@@ -57,7 +61,6 @@ class UpdateRecord:
     loss: float | None = None
     learning_rate: float | None = None
     gain: float | None = None
-    uncertainty: float | None = None
     mixing: float | None = None
     seconds: float = 0.0
 
@@ -69,13 +72,35 @@ class Drift:
 
     Attributes:
         request (`int`): Requests recorded when it was noticed.
-        short (`float`): Acceptance on the latest requests, those that are unlike the others.
+        short (`float`): Acceptance of the live weights on the latest requests, those that are unlike the others.
         long (`float`): The usual one.
     """
 
     request: int
     short: float
     long: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """
+    What learning has done so far.
+
+    Attributes:
+        updates (`int`): Times that learned weights went live.
+        failures (`int`): Updates, or other pieces of work, that failed.
+        steps (`int`): Steps of the optimiser.
+        positions (`int`): Positions learned from, counted once a step.
+        last_loss (`float`, *optional*): Mean loss of the last update, in nats.
+        seconds (`float`): Time of all of it, without the pauses in which serving went first.
+    """
+
+    updates: int = 0
+    failures: int = 0
+    steps: int = 0
+    positions: int = 0
+    last_loss: float | None = None
+    seconds: float = 0.0
 
 
 class Journal:
@@ -124,3 +149,17 @@ class Journal:
         """Return everything, ready for JSON."""
         kinds: dict[str, list[Any]] = {"requests": self.requests, "updates": self.updates, "drifts": self.drifts}
         return {name: [asdict(entry) for entry in entries] for name, entries in kinds.items()}
+
+
+def has_dropped(rates: Sequence[float]) -> bool:
+    """
+    Return whether the acceptance of the latest requests is so far below that of those before that traffic has changed.
+
+    Args:
+        rates (`Sequence[float]`): Acceptance of requests, oldest first, in [0, 1]; too few say nothing.
+    """
+    now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
+    if len(before) < 2 * DROP_REQUESTS:
+        return False
+    error = max(stdev(before), LEAST_SPREAD) / DROP_REQUESTS**0.5
+    return bool(fmean(before) - fmean(now) > DROP_ERRORS * error)

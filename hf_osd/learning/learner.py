@@ -1,0 +1,392 @@
+"""
+The method of online learning, from a recorded request to new weights: observe, score, select, publish, train.
+
+Each request first scores every candidate, then teaches. So no candidate is judged by what it has learned from, nothing
+is held out, and the selector sees at once when other weights have become better: after an update that did harm, or
+after a change of the traffic. Not covered: when and where this runs; see `online.py` and `worker.py`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from ..config import OnlineConfig
+from ..errors import LearningError
+from ..precision import multiplies_bfloat16
+from ..records import Observation
+from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
+from .features import solve_again
+from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
+from .identity import sample
+from .pace import Pace
+from .reading import teaches
+from .replay import ReplayBuffer
+from .scoring import Score, Scorer, Weights, token_mean
+from .selector import MEMORY, STATIC, Selector
+from .student import Student
+from .throttle import Throttle
+from .worker import import_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .trainer import OnlineGKDTrainer
+
+logger = logging.get_logger(__name__)
+
+USUAL = 32  # latest scored requests that say what is usual: a request's length, a candidate's acceptance
+MEMORABLE = 32  # requests that weights have to lead for to be worth freezing when they give way
+WORTH_FREEZING = 0.05  # acceptance above the static draft's that they need for it
+
+SAVED = ("requests", "_fresh", "_led")  # numbers that a saved state holds
+
+Publish = Callable[[Weights, float], None]
+
+
+class Learner:
+    """
+    Learns a draft from requests. Not thread-safe: one thread works at a time.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): The live draft; only read.
+        config (`OnlineConfig`): Settings.
+        throttle (`Throttle`): What learning may cost.
+        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live; told the acceptance to
+            expect of them.
+        give_way (`Callable[[], float]`): Called between parts of the work; returns the seconds since the last call.
+        is_stopped (`Callable[[], bool]`): Whether to end with the step in progress.
+        target ([`~transformers.PreTrainedModel`], *optional*): The live target, where learning runs it.
+        frozen (`Collection[str]`, *optional*): Parameters that are never trained.
+        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
+
+    Attributes:
+        journal (`Journal`): What happened.
+        counters (`Counters`): The same in numbers.
+        replay (`ReplayBuffer`): The latest requests.
+        live (`Checkpoint`): What is live.
+        initial (`Mapping[str, torch.Tensor]`): A sample of the draft's weights before it learned anything, which tells
+            drafts apart.
+    """
+
+    def __init__(
+        self,
+        draft: "PreTrainedModel",
+        config: OnlineConfig,
+        throttle: Throttle,
+        publish: Publish,
+        give_way: Callable[[], float],
+        is_stopped: Callable[[], bool],
+        target: "PreTrainedModel | None" = None,
+        frozen: Collection[str] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        self.journal, self.counters = Journal(), Counters()
+        bounds = config.replay_size * config.max_length, config.max_state_bytes
+        self.replay = ReplayBuffer(config.replay_size, config.seed, *bounds)
+        self.give_way, self._is_stopped = give_way, is_stopped
+        self._draft, self.config, self._throttle, self._publish = draft, config, throttle, publish
+        self._target, self._vocab_size, self.frozen = target, vocab_size, frozen
+        self.initial = sample(draft.named_parameters())
+        self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
+        self.requests = self._fresh = self._led = 0
+        self._ends = False  # whether the update in progress has to end when it is out of time
+        self._began = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begin with the live draft as it is, and with nothing learned."""
+        config = self.config
+        self.student = Student(self._draft, config.peft_config, config.seed, self.frozen)
+        self.live = Checkpoint.of(self.student.weights(), self.student.state()).on_cpu()
+        self.candidates, self.selector = Candidates(self.live, config.archive_size, config.gate), Selector()
+        self._trainer: OnlineGKDTrainer | None = None
+        self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
+        self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
+        adapts = config.adaptive_learning_rate and config.gate
+        self._pace = Pace(config.learning_rate, config.update_every, adapts, config.learning_share is not None)
+
+    def start_from(self, weights: Weights) -> None:
+        """Make weights live, and begin with these."""
+        self._publish(weights, 0.0)
+        self.start()
+
+    # Observe.
+
+    def learn(self, requests: Sequence[Observation]) -> None:
+        """
+        Do everything that new requests call for.
+
+        Args:
+            requests (`Sequence[Observation]`): They have not been learned from.
+        """
+        self._began = time.perf_counter()
+        first = self.requests + 1
+        self.requests += len(requests)
+        self._fresh += len(requests)
+        try:
+            self._select(first, self._score(requests))
+        finally:  # where that fails, at least nothing to learn from is lost
+            for request in requests:
+                if teaches(request, self.config.positions, self._scorer.known):
+                    self.replay.add(request)
+        if self._is_due():
+            self._ends = not self.config.background
+            self.train()
+        self._ends = False
+
+    def _is_due(self) -> bool:
+        is_time = self._fresh >= self._pace.interval and len(self.replay) > 0
+        return is_time and not self._is_stopped() and self._throttle.allows_training()
+
+    # Score.
+
+    def _score(self, requests: Sequence[Observation]) -> list[dict[str, Score]]:
+        """Score all candidates on requests, which none of them has been trained on; nothing where time forbids."""
+        if not requests or not self._throttle.allows_scoring():
+            return []
+        began = time.perf_counter()
+        candidates = {name: self.candidates.weights(name) for name in self.candidates.names()}
+        found = self._scorer.scores(candidates, requests)
+        self._throttle.spend(0.0, scoring=time.perf_counter() - began)
+        return found
+
+    # Select.
+
+    def _select(self, first: int, scored: Sequence[dict[str, Score]]) -> None:
+        """Follow the candidate that leads after some more requests, of which the first has a number."""
+        before = self.selector.leader
+        for number, scores in enumerate(scored, first):
+            live, static = scores[before], scores[STATIC]
+            self.journal.add(JudgedRequest(number, live.acceptance, live.positions, live.accepted, static.accepted))
+            self._usual.append(scores)
+            self._led += 1
+            if self.config.gate:
+                self.selector.add({name: score.acceptance * self._length(score) for name, score in scores.items()})
+        self._look_for_drop(before)
+        if self.selector.leader != before:
+            self._switch(before, self.selector.leader)
+
+    def _length(self, score: Score) -> float:
+        """Return how long a request is, in requests of the usual length."""
+        usual = sum(scores[STATIC].positions for scores in self._usual) / len(self._usual)
+        return score.positions / max(usual, 1.0)
+
+    def _switch(self, before: str, leader: str) -> None:
+        """Let another candidate go live. Where earlier weights do, the traffic has changed, or training did harm."""
+        was_live, expected = self.live, self.expected(before)
+        gain = self.expected(leader) - expected
+        try:
+            self._go_live(leader)
+        except BaseException:
+            self.selector.leader = before
+            raise
+        if leader in ALPHAS:
+            self.counters.updates += 1
+            self._note("published", f"{leader} of what is learned leads", gain=gain)
+            return
+        self._note("restored", f"the {leader} weights lead", gain=gain)
+        if self._is_memorable(before):
+            self._freeze(before, was_live)
+        self._led = 0
+        self._pace.begin_anew()
+        if leader in self.candidates.frozen:
+            self.candidates.use(leader)
+            self.go_on_from_live()
+
+    def _is_memorable(self, leader: str) -> bool:
+        """Whether a leader that gives way has led for long, and well."""
+        has_learned = leader != STATIC and leader not in self.candidates.frozen
+        return has_learned and self._led >= MEMORABLE and self.selector.stay > WORTH_FREEZING * self._led
+
+    def _freeze(self, name: str, checkpoint: Checkpoint) -> None:
+        frozen = self.candidates.freeze(checkpoint)
+        if frozen is not None:
+            self.selector.enter(frozen, like=name)
+        for surplus in self.candidates.surplus():
+            if surplus != self.selector.leader:
+                del self.candidates.frozen[surplus]
+                self.selector.leave(surplus)
+
+    def _look_for_drop(self, leader: str) -> None:
+        """Forget what was found out of the traffic before, where acceptance says that it has changed."""
+        rates = [scores[leader].acceptance for scores in self._usual if leader in scores]
+        if has_dropped(rates):
+            now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
+            self.journal.add(Drift(self.requests, fmean(now), fmean(before)))
+            self._pace.begin_anew()
+            self._usual = deque(list(self._usual)[-DROP_REQUESTS:], maxlen=USUAL)
+
+    def expected(self, name: str | None = None) -> float:
+        """Return the acceptance of a candidate, by default the leader, on the latest scored requests."""
+        name = name or self.selector.leader
+        found = (scores[name] for scores in self._usual if name in scores)
+        return token_mean((score.acceptance, score.positions) for score in found)
+
+    # Publish.
+
+    def _go_live(self, name: str) -> None:
+        latest = self.student.state()
+        chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.state(name, latest))
+        self._publish(chosen.weights, self.expected(name))  # first: if that fails, the others stay live
+        self.live = chosen
+
+    # Train.
+
+    def train(self) -> None:
+        """
+        Run one update: take back what did harm, take some steps, and let the result go live where its kind leads.
+
+        Raises:
+            LearningError: There is nothing to learn from, or weights are not finite.
+        """
+        if not len(self.replay):
+            raise LearningError("no request has anything to learn from")
+        self._fresh = 0
+        self._pace.space(self.expected() - self.expected(STATIC))
+        self._take_back_harm()
+        solve_again(self._draft, self.student, self.replay.observations())
+        trainer = self._trainer = self._trainer or self._make_trainer()
+        loss = trainer.update(self.config.steps_per_update, self._pace.learning_rate)
+        if self._is_stopped():
+            return
+        weights = self.student.weights()
+        broken = [name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())]
+        if broken:
+            self._pace.slow_down()
+            raise LearningError(f"weights are not finite after the update: {broken[0]}")
+        self.counters.last_loss = loss
+        self._take_over(weights, loss)
+
+    def _take_back_harm(self) -> None:
+        """Train on from what is live, more slowly, where what training led to has lost all that it could."""
+        if self.selector.leader != WHOLE and self.selector.sums.get(WHOLE, 0.0) <= -MEMORY:
+            self._pace.slow_down()
+            self.go_on_from_live()
+            self._note("rolled back", "what training led to has lost too much against the live weights")
+
+    def go_on_from_live(self) -> None:
+        """Have training go on from the live weights, and forget where else it has led to."""
+        self.student.load_state(self.live.state)
+        is_learned = self.selector.leader in ALPHAS
+        self.candidates.restart(self.live.weights if is_learned else {})
+        if is_learned:
+            self.selector.enter(WHOLE, like=self.selector.leader)
+            self.selector.leader = WHOLE
+            self.selector.enter(HALF, like=STATIC)
+        for name in self.selector.sums.keys() - set(self.candidates.names()):
+            self.selector.leave(name)
+        self._moments = {}
+        if self._trainer is not None:
+            self._trainer.load_optimizer_state({})
+
+    def _make_trainer(self) -> "OnlineGKDTrainer":
+        trainer = import_trainer()
+        bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
+        made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(
+            self.student.model, self.replay.sample, self.config, trainer.UpdateCallback(self), self._target, bf16,
+            self._vocab_size,
+        )  # fmt: skip
+        if self._moments:
+            made.load_optimizer_state(self._moments)
+        return made
+
+    def _take_over(self, weights: Weights, loss: float) -> None:
+        """Put what an update has led to in the place of what the one before had; it goes live if that led."""
+        leader, seconds = self.selector.leader, time.perf_counter() - self._began
+        self.candidates.follow(weights)
+        for name in self.candidates.names():
+            if name not in self.selector.sums:
+                self.selector.enter(name, like=leader)
+        if not self.config.gate:
+            self.selector.leader = leader = WHOLE
+        if leader in ALPHAS:
+            self._go_live(leader)
+            self.counters.updates += 1
+            self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
+        else:
+            self._note("held", f"the {leader} weights lead", loss, seconds)
+        self._pace.follow(leader)
+
+    # What the trainer asks for.
+
+    def count_step(self, positions: int) -> None:
+        """Count a step of the optimiser, and the positions that it learned from."""
+        self.counters.steps += 1
+        self.counters.positions += positions
+
+    def is_over(self) -> bool:
+        """Whether the update in progress has to end with this step: a request that waits for it has waited enough."""
+        return self._is_stopped() or (self._ends and self._throttle.is_used_up(time.perf_counter() - self._began))
+
+    # Failing.
+
+    def failed(self, error: BaseException) -> None:
+        """Note a failure, and go back to the live weights, with another trainer: it may have touched both."""
+        self._trainer, self._moments = None, {}
+        self.counters.failures += 1
+        self._note("failed", str(error) or repr(error))
+        self.go_on_from_live()
+
+    def _note(
+        self,
+        decision: Decision,
+        reason: str,
+        loss: float | None = None,
+        seconds: float = 0.0,
+        alpha: float | None = None,
+        gain: float | None = None,
+    ) -> None:
+        logger.debug("An update of the draft was %s: %s.", decision, reason)
+        self.journal.add(
+            UpdateRecord(self.requests, decision, reason, loss, self._pace.learning_rate, gain, alpha, seconds)
+        )
+
+    # Saving.
+
+    def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """Return what `load_state` needs: groups of tensors, which do not change any more, and numbers for JSON."""
+        student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
+        groups = {**self.candidates.tensors(), **self.live.on_cpu().groups("live"), "student": student}
+        return groups, {
+            "candidates": self.candidates.numbers(),
+            "selector": self.selector.state_dict(),
+            "pace": self._pace.state_dict(),
+            "usual": [{name: astuple(score) for name, score in scores.items()} for scores in self._usual],
+            **{name: getattr(self, name) for name in SAVED},
+        }
+
+    def optimizer_state(self) -> Mapping[int, Any]:
+        """Return what the optimiser knows, by parameter."""
+        if self._trainer is None or self._trainer.optimizer is None:
+            return self._moments
+        state: Mapping[int, Any] = self._trainer.optimizer.state_dict()["state"]
+        return state
+
+    def load_state(
+        self, groups: Mapping[str, Weights], numbers: Mapping[str, Any], moments: Mapping[int, Any]
+    ) -> None:
+        """
+        Go on from a saved state, whose live weights go live at once.
+
+        Raises:
+            KeyError: Something is missing.
+            LearningError: The training copy is of another kind. As with any error, nothing has been changed.
+        """
+        candidates, selector = Candidates(self.live, self.config.archive_size, self.config.gate), Selector()
+        candidates.load(groups, numbers["candidates"])
+        selector.load_state_dict(numbers["selector"])
+        usual = [{name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"]]
+        numbers["pace"]
+        saved, live = {name: numbers[name] for name in SAVED}, Checkpoint.from_groups(groups, "live")
+        self.student.load_state(groups["student"])  # from here on nothing is missing
+        self.candidates, self.selector, self.live, self._moments = candidates, selector, live, moments
+        self._usual.extend(usual)
+        self._pace.load_state_dict(numbers["pace"])
+        vars(self).update(saved)
+        self._publish(live.weights, self.expected())

@@ -1,0 +1,311 @@
+"""`OnlineLearner`: what an assistant has of learning. The method is in `learner.py`, who runs it in `worker.py`."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from ..config import OnlineConfig
+from ..errors import ClosedError, LearningError
+from ..records import Observation
+from . import resuming
+from .features import check_settings
+from .history import Counters, Journal
+from .learner import Learner, Publish
+from .reading import usable
+from .scoring import Weights
+from .sharing import has_own_weights
+from .storage import Snapshot, StateDirectory
+from .throttle import Throttle
+from .worker import Worker, import_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+COLLECT_PATIENCE = 1.0  # seconds that a write of the state waits for an update in progress, before it leaves it out
+
+
+class OnlineLearner:
+    """
+    Turns observed requests into new weights of the draft, every `config.update_every` requests.
+
+    The weights are trained on a float32 copy of the draft. Inline, the request that makes an update due runs it, in
+    its own thread, and the same requests give bit-identical weights. With `config.background` a thread does, and
+    gives way to requests in flight; updates that come due while one runs become one. An update that fails, or whose
+    weights are not finite, is logged, counted and forgotten: the next one starts from the live draft.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]):
+            The live draft. It is only read.
+        config (`OnlineConfig`):
+            Settings.
+        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`):
+            Called with weights that go live, in the thread that works: float32, detached, under the names of
+            `draft.named_parameters()`; and with the acceptance to expect of them, in [0, 1]. It has to copy them
+            before it returns.
+        target ([`~transformers.PreTrainedModel`], *optional*):
+            The live target, which `config.full_teacher` and `config.lmbda` run.
+        frozen (`Collection[str]`, *optional*):
+            Parameters of the draft that are never trained and never published: those that it shares with the target,
+            of [`~hf_osd.learning.sharing.shared_with`].
+        vocab_size (`int`, *optional*):
+            Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
+
+    Attributes:
+        learns (`bool`): Whether there is anything to train.
+
+    Raises:
+        ConfigError: `config.training_arguments` names an unknown argument or has a bad value, an adapter cannot be
+            trained, or a setting does not go with the draft.
+        LearningError: `config.full_teacher` or `config.lmbda` without a target.
+    """
+
+    @torch.inference_mode(False)  # whoever calls may be in it, and what is made here is trained
+    def __init__(
+        self,
+        draft: "PreTrainedModel",
+        config: OnlineConfig,
+        publish: Publish,
+        target: "PreTrainedModel | None" = None,
+        *,
+        frozen: Collection[str] = (),
+        vocab_size: int | None = None,
+    ) -> None:
+        if config.needs_target and target is None:
+            raise LearningError("full_teacher and lmbda need the target, got None")
+        check_settings(config, draft)
+        self.learns = config.learn and has_own_weights(draft, frozen)
+        if config.learn and frozen:
+            _tell(frozen, self.learns)
+        self._draft, self._config, self._publish, self._here = draft, config, publish, threading.local()
+        # Inline, a request in flight may be one that waits for this very update.
+        self.throttle = Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
+        self._worker = Worker(config.background, weakref.WeakMethod(self._work), self.throttle, draft.device)
+        self._disk: StateDirectory | None = None
+        self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
+        self._parts = target if config.needs_target else None, frozen, vocab_size
+        self.learner = self._made_learner() if self.learns else None
+        if self.learner is not None:
+            self._prepare(self.learner)
+        if self.learner is not None and config.state_dir is not None:
+            self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)
+        self._stop = weakref.finalize(self, self._worker.stop)  # also at interpreter exit, and before the directory's
+
+    def _prepare(self, learner: Learner) -> None:
+        """Import the trainer, seconds the first time, where no request is to wait for that; check its arguments."""
+        began, config = time.perf_counter(), self._config
+        if config.training_arguments:
+            import_trainer().training_arguments(config, self._draft.device)
+        elif config.background or config.learning_share is not None:
+            import_trainer()
+        learner.counters.seconds += time.perf_counter() - began
+
+    def _made_learner(self) -> Learner:
+        worker = self._worker
+        hooks = self._go_live, self._give_way, lambda: worker.stopped
+        return Learner(self._draft, self._config, self.throttle, *hooks, *self._parts)
+
+    @property
+    def counters(self) -> Counters:
+        """What learning has done so far, in numbers."""
+        return self.learner.counters if self.learner is not None else Counters()
+
+    @property
+    def journal(self) -> Journal:
+        """What learning did: scored requests, updates and what went live, changes of the traffic."""
+        return self.learner.journal if self.learner is not None else Journal()
+
+    @property
+    def acceptance(self) -> float:
+        """Acceptance of the live draft on the latest scored requests, in [0, 1]; 0 before the first."""
+        return self.learner.expected() if self.learner is not None else 0.0
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to go on from: of requests, of a state directory, or loaded."""
+        return self.learner is not None and (len(self.learner.replay) > 0 or self._worker.has_waiting)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Mark a request of this thread as in flight: learning keeps to its share of the time meanwhile."""
+        with self.throttle.serving():
+            self._here.requests = self._requests_here + 1
+            try:
+                yield
+            finally:
+                self._here.requests -= 1
+
+    @property
+    def _requests_here(self) -> int:
+        """Requests of this thread that are in flight: one may make another, in a logits processor or a streamer."""
+        return getattr(self._here, "requests", 0)
+
+    def observe(self, observation: Observation) -> None:
+        """
+        Record one request, and learn from it. Never raises because learning failed.
+
+        Inline, a request that was made inside another one of the same thread is left to that one: new weights cannot
+        go live while it drafts.
+
+        Args:
+            observation (`Observation`): The request. Ignored after `close`, where it has no output, and where the
+                draft has nothing to train.
+        """
+        kept = usable(observation) if self.learns and not self._worker.stopped else None
+        if kept is None:
+            return
+        if self._disk is not None:
+            self._disk.add(kept)
+        self._worker.put(kept)
+        if not self._config.background and not self._requests_here:
+            self._worker.work()
+
+    def update(self) -> None:
+        """
+        Run one update now, in this thread. Its weights go live if those of the updates before it lead.
+
+        Raises:
+            ClosedError: The learner is closed.
+            LearningError: Nothing has been recorded yet, the update failed, all parameters are shared with the target,
+                or this thread is in the middle of a request.
+        """
+        if self._worker.stopped:
+            raise ClosedError("update() after close()")
+        if self._requests_here:
+            raise LearningError(
+                "update() inside a request (by its logits processor, stopping criterion or streamer) would wait for "
+                "that request: call it once generate has returned"
+            )
+        if not self.learns and self._config.learn:
+            raise LearningError("the draft has nothing to train: it shares all parameters with the target")
+        with self._worker.lock:
+            if not self.has_state:
+                raise LearningError("update() needs at least one recorded request to learn from")
+            self._worker.work()
+            error = self._guarded(lambda learner: learner.train())
+        if self._worker.stopped:
+            raise ClosedError("closed during the update")
+        if error is not None:
+            raise LearningError(f"the update failed: {_reason(error)}") from error
+
+    def close(self) -> None:
+        """Stop learning after the step in progress. Idempotent; the state can still be saved."""
+        self._stop()
+        if self._disk is not None:
+            self._disk.close()
+
+    # The work, one piece at a time.
+
+    def _work(self, requests: list[Observation]) -> None:
+        error = self._guarded(lambda learner: learner.learn(requests))
+        if isinstance(error, KeyboardInterrupt) and not self._config.background:
+            raise error  # it was meant for the program
+
+    def _guarded(self, work: Callable[[Learner], None]) -> BaseException | None:
+        """Do some work, count its time, and survive its errors, which are returned."""
+        learner = self.learner
+        assert learner is not None
+        began, paused = time.perf_counter(), self.throttle.paused
+        self.throttle.resume()
+        try:
+            with _own_modes(self._draft.device), self._worker.stream.training():
+                work(learner)
+        except BaseException as error:  # whatever happens here, serving goes on with the weights it has
+            self._fail(learner, error)
+            return error
+        finally:
+            worked = time.perf_counter() - began - (self.throttle.paused - paused)
+            self.throttle.spend(worked)
+            self.counters.seconds += worked
+        return None
+
+    def _fail(self, learner: Learner, error: BaseException) -> None:
+        logger.warning("An update of the draft failed; serving goes on with the old weights.", exc_info=error)
+        try:
+            learner.failed(error)
+        except BaseException as again:  # such as no memory: start anew from the live draft
+            logger.warning("What the update did to the training copy could not be undone.", exc_info=again)
+            self.learner = fresh = self._made_learner()
+            fresh.journal, fresh.counters, fresh.replay = learner.journal, learner.counters, learner.replay
+
+    def _give_way(self) -> float:
+        """Let serving go first; return the seconds worked since the last call."""
+        self._worker.stream.synchronize()
+        return self.throttle.give_way()[0]
+
+    def _go_live(self, weights: Weights, acceptance: float) -> None:
+        with self._worker.stream.publishing():
+            self._publish(weights, acceptance)
+
+    # Saving.
+
+    def at_rest(self) -> AbstractContextManager[object]:
+        """Hold off updates, so that the draft and what is saved of it are of one moment; waits for one in progress."""
+        return self._worker.lock
+
+    def save(self, directory: Path) -> None:
+        """
+        Write weights, optimiser, replay buffer and counters, as safetensors and JSON.
+
+        Waits for an update in progress; requests go on being recorded meanwhile.
+
+        Args:
+            directory (`Path`): Made if it does not exist.
+        """
+        if self.learner is not None:
+            with self.at_rest():
+                resuming.save(self.learner, Path(directory), self._config.redact)
+
+    @torch.inference_mode(False)
+    def load(self, directory: Path) -> None:
+        """
+        Go on from a saved state: the same requests then give the same weights as without the restart.
+
+        Args:
+            directory (`Path`): As `save` wrote it, for this draft.
+
+        Raises:
+            LearningError: The state is missing, damaged or of another draft, or requests have been seen already.
+            StateError: The directory cannot be read.
+        """
+        if self.learner is not None:
+            resuming.load(self.learner, self._draft, Path(directory))
+
+    def _collect(self) -> Snapshot | None:
+        """Return the state for the disk, `None` where it is the same as the last time, or in the making."""
+        if self.learner is None or not self._worker.lock.acquire(timeout=COLLECT_PATIENCE):
+            return None
+        try:
+            done = self.learner.requests, self.counters.steps, self.counters.failures
+            if done == self._collected:
+                return None
+            snapshot, self._collected = resuming.snapshot_of(self.learner), done
+            return snapshot
+        finally:
+            self._worker.lock.release()
+
+
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """Training needs gradients and its own precision, in whatever mode whoever waits for it is."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _tell(frozen: Collection[str], learns: bool) -> None:
+    if not learns:
+        logger.warning("The draft serves but does not learn: it shares all its parameters with the target.")
+    else:
+        logger.info("The draft shares %s with the target, which learning leaves alone.", ", ".join(sorted(frozen)))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, Exception) and str(error) else repr(error)

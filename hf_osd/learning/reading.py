@@ -1,0 +1,269 @@
+"""
+How recorded requests are read: which of them teach, batches of them, and the forward pass of a draft over a batch.
+
+The same for training and for scoring. Not covered: padding to fixed sizes, for compiled training.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..records import Observation
+
+
+def usable(observation: Observation) -> Observation | None:
+    """
+    Return a request as it can be learned from, `None` where it has no output or would fail every update.
+
+    Args:
+        observation (`Observation`): The request. Tensors that were made in inference mode are copied: outside of it
+            they may not be written to.
+    """
+    if observation.output_ids.numel() == 0 or _is_poisoned(observation):
+        return None
+    fields = {name: getattr(observation, name) for name in observation.__slots__}
+    with torch.inference_mode(False):
+        copies = {
+            name: tensor.clone() for name, tensor in fields.items() if tensor is not None and tensor.is_inference()
+        }
+    return replace(observation, **copies) if copies else observation
+
+
+def _is_poisoned(observation: Observation) -> bool:
+    """Whether its teacher is none: no probabilities, within rounding."""
+    log_probs, tail = observation.teacher_log_probs, observation.teacher_tail
+    return not bool((log_probs <= 1e-3).all() and (tail >= 0.0).all() and (tail <= 1.0 + 1e-3).all())
+
+
+def teaches(observation: Observation, positions: str, known: int | None = None) -> bool:
+    """Whether a request has any of the `positions` to learn from; see [`ObservationCollator`]."""
+    chosen = observation.rejected if positions == "rejected" else torch.ones_like(observation.rejected)
+    return bool((chosen & _is_known(observation.teacher_ids, known)).any())
+
+
+def _is_known(teacher_ids: torch.Tensor, known: int | None) -> torch.Tensor:
+    """Where a teacher names any token that the draft knows; of shape `(...)`, given `(..., k)`."""
+    return (teacher_ids < known).any(-1) if known is not None else torch.ones_like(teacher_ids[..., 0]).bool()
+
+
+class ObservationCollator:
+    """
+    Pads requests to one batch, right-aligned, so that the positions to learn from are the last ones of every row.
+
+    Args:
+        max_length (`int`): Tokens of a request, its end, that are kept.
+        positions (`str`): `"all"` positions that the target verified, or the `"rejected"` ones.
+        known (`int`, *optional*): Tokens that the draft knows. Where the teacher names none of them, there is nothing
+            to learn. Defaults to counting every position.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `position_ids` of shape `(batch, time)`;
+        `teacher_ids` and `teacher_log_probs` of shape `(batch, verified, k)`, `teacher_tail` and the bool `learn_mask`
+        of shape `(batch, verified)`: what the last `verified` inputs have to predict, and where that counts.
+    """
+
+    def __init__(self, max_length: int, positions: str, known: int | None = None) -> None:
+        self.max_length = max_length
+        self.positions = positions
+        self.known = known
+
+    def __call__(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
+        """Pad a batch; see the class."""
+        inputs = [self._inputs(observation) for observation in observations]
+        verified = [min(len(o.output_ids), len(ids)) for o, ids in zip(observations, inputs, strict=True)]
+        batch = self._pad_inputs(inputs)
+        size, width = len(observations), max(verified)
+        k = min(observation.teacher_ids.shape[1] for observation in observations)
+        batch["teacher_ids"] = torch.zeros(size, width, k, dtype=torch.long)
+        batch["teacher_log_probs"] = torch.zeros(size, width, k)
+        batch["teacher_tail"] = torch.zeros(size, width)
+        batch["learn_mask"] = torch.zeros(size, width, dtype=torch.bool)
+        for row, (observation, count) in enumerate(zip(observations, verified, strict=True)):
+            self._fill_teacher(batch, row, observation, count, k)
+        batch["learn_mask"] &= _is_known(batch["teacher_ids"], self.known)
+        return batch
+
+    def _inputs(self, observation: Observation) -> torch.Tensor:
+        # Nothing is predicted after the last token, so it is no input.
+        return torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
+
+    @staticmethod
+    def _pad_inputs(inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        shape = (len(inputs), max(len(ids) for ids in inputs))
+        batch = {
+            name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")
+        }
+        for row, ids in enumerate(inputs):
+            start = shape[1] - len(ids)
+            batch["input_ids"][row, start:] = ids
+            batch["attention_mask"][row, start:] = 1
+            batch["position_ids"][row, start:] = torch.arange(len(ids))
+        return batch
+
+    def _fill_teacher(
+        self, batch: dict[str, torch.Tensor], row: int, observation: Observation, count: int, k: int
+    ) -> None:
+        width = batch["learn_mask"].shape[1]
+        where = (row, slice(width - count, width))
+        log_probs = observation.teacher_log_probs[-count:].float()
+        batch["teacher_ids"][where] = observation.teacher_ids[-count:, :k]
+        batch["teacher_log_probs"][where] = log_probs[:, :k]
+        # Requests recorded with a larger k fold what is cut off into the tail.
+        batch["teacher_tail"][where] = observation.teacher_tail[-count:].float() + log_probs[:, k:].exp().sum(-1)
+        batch["learn_mask"][where] = observation.rejected[-count:] if self.positions == "rejected" else True
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """
+    How a model reads recorded requests. To be made before anybody replaces its `forward`.
+
+    Draft and target may know different tokens: vocabularies are padded to round sizes. As in serving, a model reads
+    its last token in the place of one that it does not know, and proposes none that the other does not know.
+
+    Attributes:
+        parameters (`frozenset[str]`): What the model's forward takes.
+        known (`int`): Tokens that it can read.
+        proposed (`int`, *optional*): Tokens that it may propose, the first ones; `None` for all that it has.
+    """
+
+    parameters: frozenset[str]
+    known: int
+    proposed: int | None = None
+
+    @classmethod
+    def of(cls, model: Any, proposed: int | None = None) -> "Reader":
+        """Return the reader of a model."""
+        parameters = inspect.signature(base_model(model).forward).parameters
+        return cls(frozenset(parameters), vocabulary(model), proposed)
+
+    def readable(self, ids: torch.Tensor) -> torch.Tensor:
+        """Replace tokens that the model cannot read."""
+        return ids.clamp(max=self.known - 1)
+
+    def proposable(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut logits of shape `(..., vocab)` to the tokens that the model may propose."""
+        return logits[..., : self.proposed]
+
+    def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """
+        Return the arguments of a forward pass over a batch.
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
+        """
+        options: dict[str, Any] = {
+            "input_ids": self.readable(inputs["input_ids"]),
+            "attention_mask": inputs["attention_mask"],
+        }
+        if "position_ids" in self.parameters:  # models without it count from the attention mask
+            options["position_ids"] = inputs["position_ids"]
+        if "logits_to_keep" in self.parameters:
+            options["logits_to_keep"] = inputs["learn_mask"].shape[1]
+        return {**options, "use_cache": False}
+
+    def collator(self, max_length: int, positions: str) -> ObservationCollator:
+        """Return what makes batches of requests for [`options`]; see [`ObservationCollator`]."""
+        return ObservationCollator(max_length, positions, self.known)
+
+    def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
+        """
+        Run a draft over a batch, for training.
+
+        Args:
+            model (`torch.nn.Module`): The draft.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
+
+        Returns:
+            `Iterator[tuple[float, torch.FloatTensor]]`: Logits as those of [`logits`], with their weight in the loss;
+            several where a draft also learns to go on from its own states.
+        """
+        return iter([(1.0, self.logits(model, inputs))])
+
+    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Run a model over a batch.
+
+        Args:
+            model (`torch.nn.Module`): The model.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch, verified, vocab)`: Logits where the recorded target said something.
+        """
+        logits: torch.Tensor = model(**self.options(inputs)).logits
+        return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
+
+
+def base_model(model: Any) -> Any:
+    """Return the model inside of a PEFT model, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def vocabulary(model: Any) -> int:
+    """Return how many tokens a model knows."""
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def longest_request(model: nn.Module, max_length: int) -> int:
+    """Return how many tokens of a request both the settings and the model allow."""
+    config: Any = model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
+
+
+LONGEST_PART = 0.01  # seconds of a backward pass beside serving, which a request may have to wait for
+
+
+class BatchParts:
+    """
+    Cuts batches into parts of as many rows as can be learned from in about 10 ms: a GPU takes many of them at once.
+
+    Args:
+        max_rows (`int`): Rows of a part, at most.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._rows = 1
+
+    def of(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        Cut a batch of `ObservationCollator`; rows with nothing to learn from may be left out.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): The batch.
+
+        Returns:
+            `Iterator[dict[str, torch.Tensor]]`: Smaller batches, without the columns that only other rows need. The
+            size of each is chosen when it is asked for.
+        """
+        start, end = 0, len(batch["learn_mask"])
+        while start < end:
+            rows = {
+                name: tensor if name == "vocabulary" else tensor[start : start + self._rows]
+                for name, tensor in batch.items()
+            }
+            start += self._rows
+            if bool(rows["learn_mask"].any()):
+                yield _trimmed(rows)
+
+    def fit(self, seconds: float) -> None:
+        """Halve parts that take too long, and double them where there is room."""
+        if seconds > LONGEST_PART:
+            self._rows = max(1, self._rows // 2)
+        elif seconds < LONGEST_PART / 2:
+            self._rows = min(2 * self._rows, self._max_rows)
+
+
+def _trimmed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first_input = int(rows["attention_mask"].any(0).int().argmax())  # of (rows, time)
+    first_learned = int(rows["learn_mask"].any(0).int().argmax())  # of (rows, verified)
+    begins = {name: first_learned for name in rows if name.startswith(("teacher", "learn"))}
+    begins |= dict.fromkeys(("input_ids", "attention_mask", "position_ids", "states"), first_input)
+    return {name: tensor[:, begins[name] :] if name in begins else tensor for name, tensor in rows.items()}

@@ -1,0 +1,108 @@
+"""How learning keeps out of the way of serving: when it may work, and for how long."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+IDLE_AFTER = 0.02  # seconds without a request after which serving counts as idle
+SCORING_SHARE = 0.25  # of the time that learning may take: what scoring gets of it, so that training gets the bulk
+
+
+class Throttle:
+    """
+    Paces learning, by two limits.
+
+    `duty_cycle` is for learning beside requests in flight: it calls [`give_way`] between parts of its work, and each
+    second of work moves the time when the next part may start by `1 / duty_cycle` seconds. While serving is idle,
+    learning runs freely.
+
+    `learning_share` is for learning that a request waits for: serving earns a share of its time, and learning spends
+    it. An update may begin while there is something left, and ends once it has taken as long as the latest request;
+    what it overdraws, later requests pay back first.
+
+    Args:
+        duty_cycle (`float`, defaults to 1.0): Share of the time that serving is not idle, in (0, 1]. 1.0 never pauses.
+        learning_share (`float`, *optional*): Seconds of learning for each second of serving; `None` sets no limit.
+    """
+
+    def __init__(self, duty_cycle: float = 1.0, learning_share: float | None = None) -> None:
+        self._duty_cycle, self._share = duty_cycle, learning_share
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._idle_from = 0.0  # where none is in flight
+        self._stopped = False
+        self._resumed = self._next = time.perf_counter()
+        self._earned = self._spent = self._scored = self._latest = 0.0  # seconds
+        self.paused = 0.0  # seconds of all pauses
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Mark a request as in flight, and let it earn."""
+        begun = time.perf_counter()
+        with self._changed:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._latest = time.perf_counter() - begun
+                self._earned += (self._share or 0.0) * self._latest
+                self._in_flight -= 1
+                self._idle_from = time.perf_counter() + IDLE_AFTER
+                self._changed.notify_all()
+
+    # What a request waits for.
+
+    def allows_training(self) -> bool:
+        """Whether an update may begin."""
+        return self._share is None or self._spent < self._earned
+
+    def allows_scoring(self) -> bool:
+        """Whether a request may be scored."""
+        return self._share is None or self._scored <= SCORING_SHARE * self._earned
+
+    def is_used_up(self, seconds: float) -> bool:
+        """Whether an update that has taken so long has to end with the step in progress."""
+        return self._share is not None and seconds >= self._latest
+
+    def spend(self, seconds: float, scoring: float = 0.0) -> None:
+        """Count seconds of learning, and how many of them went into scoring."""
+        with self._changed:
+            self._spent += seconds
+            self._scored += scoring
+
+    # Beside requests.
+
+    def resume(self) -> None:
+        """Start to count work, after a time without any."""
+        self._resumed = time.perf_counter()
+
+    def give_way(self) -> tuple[float, float]:
+        """
+        Wait until learning may go on: serving is idle, the duty cycle allows it, or learning is stopped.
+
+        Returns:
+            `tuple[float, float]`: Seconds of work since it went on the last time, and seconds of this pause.
+        """
+        now = time.perf_counter()
+        worked = now - self._resumed
+        with self._changed:
+            if self._in_flight or self._resumed < self._idle_from:
+                self._next = max(self._next, self._resumed) + worked / self._duty_cycle
+            while not self._stopped and (pause := self._pause()) > 0.0:
+                self._changed.wait(pause)
+        self._resumed = time.perf_counter()
+        self.paused += self._resumed - now
+        return worked, self._resumed - now
+
+    def _pause(self) -> float:
+        """Seconds until learning may go on, unless a request begins or ends."""
+        go_on = self._next if self._in_flight else min(self._next, self._idle_from)
+        return go_on - time.perf_counter()
+
+    def stop(self) -> None:
+        """Never pause again."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()

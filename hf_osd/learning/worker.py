@@ -1,0 +1,189 @@
+"""Where the work of learning is done, one piece at a time: in the thread that observed, or in one of its own."""
+
+import os
+import random
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
+
+import torch
+from transformers.utils import logging
+
+from ..records import Observation
+from .throttle import Throttle
+
+logger = logging.get_logger(__name__)
+
+PATIENCE = 10.0  # seconds that `stop`, and so interpreter exit, gives the step in progress
+MOST_WAITING = 1024  # requests that wait for the thread; where it cannot keep up, the oldest go unnoticed
+
+Work = Callable[[list[Observation]], None]
+
+
+class Worker:
+    """
+    A queue of requests, and whoever works through it.
+
+    Inline, that is the thread which calls [`work`]; there is no other. In the background it is a thread of its own,
+    started with the first request. Either way one thread works at a time, and holds `lock` meanwhile.
+
+    Args:
+        background (`bool`): Whether to work in a thread of its own.
+        work (`Callable[[], Callable | None]`): Returns what to do with requests, `None` once nobody needs it any more:
+            the thread keeps its owner alive only while it works.
+        throttle (`Throttle`): Paces the work, and counts its time.
+        device (`torch.device`): Of the draft. On CUDA the work has a stream of its own.
+
+    Attributes:
+        lock (`threading.RLock`): Held while somebody works; hold it to keep everybody from working.
+        stopped (`bool`): Whether to end with the step in progress, and begin nothing any more.
+    """
+
+    def __init__(self, background: bool, work: Callable[[], Work | None], throttle: Throttle, device: torch.device):
+        self.lock = threading.RLock()
+        self.stopped = False
+        self.throttle = throttle
+        self.stream = TrainingStream(device if background else torch.device("cpu"))
+        self._background, self._work = background, work
+        self._changed = threading.Condition()
+        self._waiting: deque[Observation] = deque(maxlen=MOST_WAITING)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether requests wait."""
+        return bool(self._waiting)
+
+    def put(self, request: Observation) -> None:
+        """Add a request, and have the thread look at it, if there is to be one."""
+        with self._changed:
+            self._waiting.append(request)
+            if self._background and not self.stopped:
+                self._wake()
+
+    def _wake(self) -> None:
+        if self._thread is None or not self._thread.is_alive():  # no more in a process that was forked off
+            self._thread = threading.Thread(target=self._run, name="hf_osd-learner", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError as error:  # at a limit, or at interpreter exit
+                logger.warning("Learning has ended, since it gets no thread; serving goes on.", exc_info=error)
+                self._thread, self.stopped = None, True
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        with suppress(RuntimeError):  # no thread left to do it with
+            leave_cores_to_serving()
+        while not self.stopped:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self.stopped)
+            self.work()
+
+    def work(self) -> None:
+        """Do the work for all requests that wait, in this thread."""
+        with self.lock:
+            requests = self._taken()
+            work = self._work() if requests and not self.stopped else None
+            if work is not None:
+                work(requests)
+
+    def _taken(self) -> list[Observation]:
+        with self._changed:
+            requests = list(self._waiting)
+            self._waiting.clear()
+            return requests
+
+    def stop(self) -> None:
+        """End the thread, and wait for it: a daemon in the middle of a kernel can crash a dying interpreter."""
+        with self._changed:
+            self.stopped = True
+            self._changed.notify_all()
+        self.throttle.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(PATIENCE)
+
+
+class TrainingStream:
+    """
+    A CUDA stream of the lowest priority for training, apart from the default stream of the device, which serves.
+
+    Only weights are shared between the two: the draft that is copied, the target of a re-run teacher, and what is
+    published. Each hand-over is ordered on the device; neither host thread waits for it. Not covered: several devices,
+    and accelerators that are not CUDA.
+
+    Args:
+        device (`torch.device`): Of the draft. Other kinds than CUDA have no streams, and nothing happens.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream, self._serving = None, None
+        if device.type == "cuda":
+            # 0 is CUDA's lowest; serving goes first where its own stream has a higher one, and shares otherwise.
+            self._stream = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+            self._serving = torch.cuda.default_stream(device)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given, so that the clock shows it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Train here: after what serving was given so far, and done with everything on leaving."""
+        if self._stream is None or self._serving is None:
+            yield
+            return
+        self._stream.wait_stream(self._serving)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._stream.synchronize()
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Copy weights in the order of serving: after the rounds that read the old ones, before those to come."""
+        if self._stream is None or self._serving is None:
+            yield
+            return
+        self._serving.wait_stream(self._stream)
+        with torch.cuda.stream(self._serving):
+            yield
+        self._stream.wait_stream(self._serving)  # the next step writes what was copied
+
+
+def leave_cores_to_serving() -> None:
+    """
+    Let the calling thread compute with the cores that the process's other threads do not use, at least one.
+
+    OpenMP gives each thread that computes a team of its own. As soon as all teams together have more threads than
+    there are cores, those of every team go to sleep between operations instead of waiting for the next, and waking
+    them makes small operations twice as slow: serving would stay slow even while nothing is being learned.
+    """
+    serving = torch.get_num_threads()
+    own = max(1, min(serving, _cores() - serving + 1))
+    if own < serving:
+        torch.set_num_threads(own)
+        # That also set the number for threads to come, which a thread of no other use sets back.
+        restore = threading.Thread(target=torch.set_num_threads, args=(serving,), name="hf_osd-threads")
+        restore.start()
+        restore.join()
+
+
+def _cores() -> int:
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available is not None else os.cpu_count() or 1
+
+
+def import_trainer() -> ModuleType:
+    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
+    state = random.getstate()
+    is_first = f"{__package__}.trainer" not in sys.modules
+    from . import trainer
+
+    if is_first:  # rich, which comes with TRL, draws from it while it is imported
+        random.setstate(state)
+    return trainer
