@@ -15,7 +15,7 @@ from .costs import context_for, step_seconds
 _HOPED = 0.5  # acceptance of a draft of one layer that reads states, such as SmolLM2's reaches in twenty minutes
 _HOPED_OF_TOKENS = 0.2  # of one that reads tokens alone, after as long
 _FEWER_MISSES = 0.05  # share of the refused tokens that each further layer is expected to get right
-_MORE_MISSES = 0.05  # share of the accepted tokens that half of the neurons are expected to lose
+_MORE_MISSES = 0.02  # share of the accepted tokens that half of the neurons are expected to lose
 _CLOSE = 0.97  # of the best promise: what is below cannot be expected to catch up
 _MOST = 2  # drafts that are distilled
 
