@@ -156,6 +156,25 @@ def live() -> str:
     return table([*header, "outputs that differ"], rows)
 
 
+def selector() -> str:
+    """Final acceptance and worst window of the defaults, by the gate that was and by the selector; equal streams."""
+    before = {**streams("learning"), **streams("learning_streams")}
+    rows = []
+    for name, after in streams("learning_selector").items():
+        was = before.get(name)
+        if was is None or was["requests"] != after["requests"]:
+            continue
+        learned = [final(was, one) or 0.0 for one in was["recipes"] if one.startswith("algorithm_1")]
+        windows = [rate(goal(stream, "worst_window_above_static"), "+.4f") for stream in (was, after)]
+        cells = [final(was, "static"), max(learned), final(was, "defaults"), final(after, "defaults")]
+        rows.append([_label(name), *map(rate, cells), *windows])
+    return table(["static", "Algorithm 1 at its best", "gate", "selector", "worst, gate", "worst, selector"], rows)
+
+
+def _label(name: str) -> str:
+    return DOMAINS.get(name, name.partition("-")[0])
+
+
 def real() -> str:
     """Times plain decoding on a real model: the whole run by stream, and the last quarter."""
     found = json.loads((RESULTS / "real_smollm2.json").read_text(encoding="utf-8"))
@@ -184,6 +203,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "live": live,
     "hostile": lambda: _segments("learning_hostile", "shift-gsm8k"),
     "real": real,
+    "selector": selector,
 }
 
 
