@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from hf_osd.records import Proposal
 from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
-from hf_osd.serving.drafting import Counts, Step
 from hf_osd.serving.experience import CONFIDENCES, Experience
 from hf_osd.serving.lookup import Guess
 from hf_osd.serving.measured import MeasuredSpeculator
 from hf_osd.serving.sequences import Sequences
+from hf_osd.serving.steps import Counts, Step
 
 ROOM = 8
 NODES = 16

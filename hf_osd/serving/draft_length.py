@@ -7,7 +7,7 @@ TIDE (https://arxiv.org/abs/2602.05145), with the closed form of Leviathan et al
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -112,7 +112,7 @@ class MeasuredLength:
 
     def _is_worthwhile(self, now: Round, longest: int, reach: Mapping[int, Sequence[float]]) -> bool:
         """Whether drafting gains, where the guesses turn out wrong, more than its time is worth."""
-        guessed, catching_up = self.best_cut(self._sums(reach)), self._catching_up(now) / self._remaining(now)
+        guessed, catching_up = self.best_cut(self.gains(reach.values())), self._catching_up(now) / self._remaining(now)
         wrong = {row: 1 - (reach[row][0] if row in reach else 0.0) for row in now.rows}
         for k in range(1, longest + 1):
             gains = {row: self._rescued(row, k) for row in now.rows}
@@ -127,10 +127,10 @@ class MeasuredLength:
         chance = min(self.experience.rescue.value * self.draft_factors[row].value, 1.0)
         return chance * (1 + _gain(self.request_acceptance(row), k - 1))
 
-    def _sums(self, reach: Mapping[int, Sequence[float]]) -> list[float]:
-        """What the batch gains by the first, second, ... token of its rows' guesses."""
-        longest = max(map(len, reach.values()), default=0)
-        return [self.share * sum(row[i] for row in reach.values() if i < len(row)) for i in range(longest)]
+    def gains(self, reach: Collection[Sequence[float]]) -> list[float]:
+        """Return what the batch gains by the first, second, ... token of its rows, given the reach of each row's."""
+        longest = max(map(len, reach), default=0)
+        return [self.share * sum(row[i] for row in reach if i < len(row)) for i in range(longest)]
 
     def best_fixed(self, now: Round, longest: int) -> int:
         """Return the length of at least 1 with the highest rate, if each of a row's tokens is accepted alike."""

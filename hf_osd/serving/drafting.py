@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,59 +17,11 @@ from .processing import is_context_free, process
 from .randomness import Randomness
 from .recording import Recorder
 from .states import TargetStates
+from .steps import Counts, GoesOn, Step
 from .transfer import upload
 from .verification import sample
 
 _NEVER = -1e30  # the logit of tokens that the draft does not know
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """
-    One token of a proposal, in every row.
-
-    Attributes:
-        tokens (`torch.LongTensor` of shape `(batch,)`): What was drafted.
-        probabilities (`torch.FloatTensor` of shape `(batch, vocab)`, *optional*): What it was sampled from.
-        others (`torch.LongTensor` of shape `(batch, others)`): The likeliest tokens besides.
-        chances (`torch.FloatTensor` of shape `(batch, 1 + others)`, *optional*): The draft's own probabilities of the
-            drafted token and of the others; `None` where nobody looks.
-        ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): Whether the token ends its row; `None` where
-            nothing does, or nobody looks.
-    """
-
-    tokens: torch.Tensor
-    probabilities: torch.Tensor | None
-    others: torch.Tensor
-    chances: torch.Tensor | None = None
-    ended: torch.Tensor | None = None
-
-
-GoesOn = Callable[[Step], bool]
-"""Decides, given the newest step, whether to draft another."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """
-    What became of the proposed tokens of one request.
-
-    Attributes:
-        proposed (`int`): Tokens the draft chose.
-        judged (`int`): Those that the target judged: up to and including the first wrong one of each round. Later ones
-            follow a wrong token and say nothing about the draft.
-        accepted (`int`): Those that were right.
-        guessed (`int`): Tokens submitted by the lookup, and judged.
-        guessed_right (`int`): Those that were accepted.
-        others_right (`int`): Accepted tokens that were the draft's next best at their place.
-    """
-
-    proposed: int = 0
-    judged: int = 0
-    accepted: int = 0
-    guessed: int = 0
-    guessed_right: int = 0
-    others_right: int = 0
 
 
 class OnlineAssistedGenerator(AssistedCandidateGenerator):

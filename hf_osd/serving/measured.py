@@ -7,11 +7,12 @@ import torch
 
 from ..records import Proposal
 from .draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
-from .drafting import OnlineAssistedGenerator, Step
+from .drafting import OnlineAssistedGenerator
 from .experience import RANKS, Experience
 from .lookup import LOOKUP_LENGTH, Guess, Lookup
 from .sequences import Sequences
 from .speculation import Speculator
+from .steps import Step
 from .stopwatch import Stopwatch
 from .transfer import upload
 from .tree import ROOT, Candidates, chain
@@ -158,8 +159,8 @@ class MeasuredSpeculator(Speculator):
             drafted.bins.append(bins[0])
             drafted.reach.append(self._going[row] * chance)
             self._going[row] = 0.0 if over[row] else drafted.reach[-1]
-        going, left = self._lengths.share * sum(self._going), self._plan.draft - len(self._drafted[0].tokens)
-        return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, self._plan.draft - left, left))
+        going, count = self._lengths.share * sum(self._going), len(self._drafted[0].tokens)
+        return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, count, self._plan.draft - count))
 
     def _expect(self, k: int, others: int) -> None:
         """What nobody looked at is expected to be as good as such tokens were lately."""
@@ -177,14 +178,16 @@ class MeasuredSpeculator(Speculator):
         forced = range(drafted.tokens.shape[1] if self.drafter.samples or self._plan.trial else 0)
         rows = [self._candidates(row, alone=bool(forced)) for row in range(len(self._drafted))]
         orders = [[*forced, *(node for node in row.ranked() if node >= len(forced))] for row in rows]
-        n = self._lengths.best_cut(self._reach(rows, orders, max(self._plan.nodes, len(forced))), len(forced))
+        most, pairs = max(self._plan.nodes, len(forced)), list(zip(rows, orders, strict=True))
+        gains = self._lengths.gains([[row.reach[node] for node in order[:most]] for row, order in pairs])
+        n = self._lengths.best_cut(gains, len(forced))
         n = self._lengths.filled(n, self._plan.nodes) if self._may_branch else n
-        trees = [row.arranged(order[:n], forced) for row, order in zip(rows, orders, strict=True)]
+        trees = [row.arranged(order[:n], forced) for row, order in pairs]
         self._guessed = {row: _submitted(guess.tokens, *trees[row]) for row, guess in self._guesses.items()}
         filler = [ROOT] * n if self._may_branch else chain(n)
         parents = [[*nodes, *filler[len(nodes) :]] for _, nodes in trees]
         tokens = self._tokens([[*row, *[0] * (n - len(row))] for row, _ in trees], drafted, device)
-        is_chain = all(nodes == chain(n) for nodes in parents) or n < 2
+        is_chain = all(nodes == chain(n) for nodes in parents)
         return Proposal(tokens, drafted.probabilities, None if is_chain else parents)
 
     def _candidates(self, row: int, alone: bool) -> Candidates:
@@ -200,13 +203,6 @@ class MeasuredSpeculator(Speculator):
         if guess is not None and (branches or not found.tokens):
             found.add_chain(guess.tokens, guessed)
         return found
-
-    def _reach(self, rows: Sequence[Candidates], orders: Sequence[Sequence[int]], most: int) -> list[float]:
-        """What the batch gains by the first, second, ... node of its rows."""
-        longest = min(max(map(len, orders), default=0), most)
-        pairs = list(zip(rows, orders, strict=True))
-        sums = [sum(row.reach[order[place]] for row, order in pairs if place < len(order)) for place in range(longest)]
-        return [self._lengths.share * gain for gain in sums]
 
     def _tokens(self, rows: list[list[int]], drafted: Proposal, device: torch.device) -> torch.Tensor:
         """Upload tokens, and put in what only the device knows."""
