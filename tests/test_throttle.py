@@ -238,6 +238,20 @@ def test_updates_wait_until_they_are_earned(monkeypatch):
     assert spent >= 0.1 * 1000 - 1.5
 
 
+def test_less_eagerness_earns_less(monkeypatch):
+    """Catches a share that is cut for training alone, or for all that was earned before."""
+    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
+    clock.serve(of, 10.0)
+    of.spend(1.0)
+    of.eagerness = 0.125
+    clock.serve(of, 79.0)
+    of.spend(0.9, scoring=0.9)
+    assert of.allows_training()
+    assert not of.allows_scoring()
+    of.spend(0.1)
+    assert not of.allows_training()
+
+
 def test_an_update_takes_no_longer_than_the_request_that_waits(monkeypatch):
     """Catches a request that takes many times as long as its neighbours."""
     clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)

@@ -7,10 +7,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 LEARNING: dict[str, Any] = {
     "learning_rate": 3e-4,
-    "steps_per_update": 3,
+    "steps_per_update": 1,
     "learning_share": 0.1,
 }
-"""How such a draft learns online: short updates, which take a tenth of the time of serving."""
+"""How such a draft learns online: updates of one step, and at most a tenth of the time of serving for learning."""
 
 
 class FeatureDraftConfig(PreTrainedConfig):

@@ -109,7 +109,7 @@ class Learner:
         self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
         self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
         adapts = config.adaptive_learning_rate and config.gate
-        self._pace = Pace(config.learning_rate, config.update_every, adapts, config.learning_share is not None)
+        self._pace = Pace(config.learning_rate, adapts)
 
     def start_from(self, weights: Weights) -> None:
         """Make weights live, and begin with these."""
@@ -126,6 +126,7 @@ class Learner:
             requests (`Sequence[Observation]`): They have not been learned from.
         """
         self._began = time.perf_counter()
+        self._throttle.eagerness = self._pace.eagerness
         first = self.requests + 1
         self.requests += len(requests)
         self._fresh += len(requests)
@@ -141,7 +142,7 @@ class Learner:
         self._ends = False
 
     def _is_due(self) -> bool:
-        is_time = self._fresh >= self._pace.interval and len(self.replay) > 0
+        is_time = self._fresh >= self.config.update_every and len(self.replay) > 0
         return is_time and not self._is_stopped() and self._throttle.allows_training()
 
     # Score.
@@ -248,7 +249,7 @@ class Learner:
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
         self._fresh = 0
-        self._pace.space(self.expected() - self.expected(STATIC))
+        self._pace.spend_by(self.expected() - self.expected(STATIC))
         self._take_back_harm()
         solve_again(self._draft, self.student, self.replay.observations())
         trainer = self._trainer = self._trainer or self._make_trainer()

@@ -1,4 +1,4 @@
-"""How fast to learn, found out while learning: the learning rate, and how many requests apart updates are."""
+"""How fast to learn, found out while learning: the learning rate, and the share of the allowed time that is spent."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,45 +9,40 @@ FACTORS = {HALF: 0.9, WHOLE: 1.1}  # on the learning rate after an update, by wh
 AFTER_HARM = 0.3  # factor on the learning rate where training has led to weights that lost too much
 RECOVERY = 1.1  # factor on a lowered rate after an update that says nothing: what did harm may be what is needed later
 LOWEST, HIGHEST = 0.01, 4.0  # bounds of the learning rate, as multiples of the one it begins with
-SPACING = 1.2  # factor on the interval after an update before which acceptance had not risen to a new record
-WIDEST = 4.0  # bound on the interval, as a multiple of the one it begins with
+EASING = 0.75  # factor on the share of time after an update before which acceptance had not risen to a new record
+LEAST_EAGERNESS = 0.125  # bound on the product of these: what is still spent on watching for traffic that changes
 
 
 class Pace:
     """
-    A learning rate and an interval between updates that follow what learning leads to.
+    A learning rate, and a share of the time that learning is allowed, which follow what learning leads to.
 
     Args:
         learning_rate (`float`): Where it begins, and begins again with new traffic.
-        update_every (`int`): Requests between two updates, likewise.
         adapts_rate (`bool`): Whether the learning rate follows.
-        spaces_updates (`bool`): Whether updates become rarer where acceptance rises no more.
 
     Attributes:
         learning_rate (`float`): For the next update.
-        interval (`float`): Requests until the next update.
+        eagerness (`float`): Share of the allowed time to spend, in (0, 1].
     """
 
-    def __init__(self, learning_rate: float, update_every: int, adapts_rate: bool, spaces_updates: bool) -> None:
-        self._rate, self._every = learning_rate, float(update_every)
-        self._adapts, self._spaces = adapts_rate, spaces_updates
+    def __init__(self, learning_rate: float, adapts_rate: bool) -> None:
+        self._rate, self._adapts = learning_rate, adapts_rate
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Learn from new traffic as fast as from the first."""
-        self.learning_rate, self.interval = self._rate, self._every
+        self.learning_rate, self.eagerness = self._rate, 1.0
         self._record = 0.0  # highest gain so far
 
-    def space(self, gain: float) -> None:
+    def spend_by(self, gain: float) -> None:
         """
-        Make updates rarer where acceptance rises to no new record, and as frequent as at first where it does.
+        Spend all that is allowed where acceptance has risen to a new record, and less each time where it has not.
 
         Args:
             gain (`float`): Acceptance of late above that of the static draft.
         """
-        if self._spaces:
-            wider = min(self.interval * SPACING, WIDEST * self._every)
-            self.interval = self._every if gain > self._record else wider
+        self.eagerness = 1.0 if gain > self._record else max(self.eagerness * EASING, LEAST_EAGERNESS)
         self._record = max(gain, self._record)
 
     def follow(self, leader: str) -> None:
@@ -67,10 +62,9 @@ class Pace:
 
     def state_dict(self) -> dict[str, float]:
         """Return everything, ready for JSON."""
-        return {"learning_rate": self.learning_rate, "interval": self.interval, "record": self._record}
+        return {"learning_rate": self.learning_rate, "eagerness": self.eagerness, "record": self._record}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.learning_rate, self.interval, self._record = (
-            float(state[name]) for name in ("learning_rate", "interval", "record")
-        )
+        self.learning_rate, self._record = float(state["learning_rate"]), float(state["record"])
+        self.eagerness = float(state.get("eagerness", 1.0))

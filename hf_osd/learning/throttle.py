@@ -23,7 +23,12 @@ class Throttle:
 
     Args:
         duty_cycle (`float`, defaults to 1.0): Share of the time that serving is not idle, in (0, 1]. 1.0 never pauses.
-        learning_share (`float`, *optional*): Seconds of learning for each second of serving; `None` sets no limit.
+        learning_share (`float`, *optional*): Seconds of learning for each second of serving, at most; `None` sets no
+            limit.
+
+    Attributes:
+        eagerness (`float`): Factor on the learning share from now on, in (0, 1].
+        paused (`float`): Seconds of all pauses.
     """
 
     def __init__(self, duty_cycle: float = 1.0, learning_share: float | None = None) -> None:
@@ -34,7 +39,8 @@ class Throttle:
         self._stopped = False
         self._resumed = self._next = time.perf_counter()
         self._earned = self._spent = self._scored = self._latest = 0.0  # seconds
-        self.paused = 0.0  # seconds of all pauses
+        self.eagerness = 1.0
+        self.paused = 0.0
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -47,7 +53,7 @@ class Throttle:
         finally:
             with self._changed:
                 self._latest = time.perf_counter() - begun
-                self._earned += (self._share or 0.0) * self._latest
+                self._earned += (self._share or 0.0) * self.eagerness * self._latest
                 self._in_flight -= 1
                 self._idle_from = time.perf_counter() + IDLE_AFTER
                 self._changed.notify_all()
