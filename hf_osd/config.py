@@ -139,125 +139,141 @@ def reason_of(error: BaseException) -> str:
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig:
     """
-    Settings of an [`OnlineAssistant`]: how it drafts, what it records, and how it learns.
+    Settings of an [`OnlineAssistant`]: how it drafts, when and what it learns, and what it keeps on disk.
 
     Args:
+        > The five to look at first
+
         draft_length (`int`, defaults to 8):
-            Tokens the draft proposes before each pass of the target, at most; in [0, 1024]. 0 turns speculation off.
-        draft_length_schedule (`str`, defaults to `"measured"`):
-            `"measured"`: each round proposes as many tokens as promise the most tokens per second, by the measured
-            costs of both models and the draft's acceptance so far; none where speculation does not pay.
-            `"heuristic"`: within a request, one token less after each proposal that is not accepted in full, two more
-            after one that is; transformers' `num_assistant_tokens_schedule`, bounded by `draft_length`. `"constant"`:
-            always `draft_length`.
+            Most tokens that the draft proposes before each pass of the target, in [0, 1024]. 0 turns speculation off.
+        update_every (`int`, defaults to 8):
+            Recorded requests between two updates of the draft: the interval `I` of Online Speculative Decoding,
+            Algorithm 1 (https://arxiv.org/abs/2310.07177).
+        background (`bool`, defaults to `False`):
+            Where updates run. `False`: inline, in the request that completes the interval, which waits; results are
+            deterministic. `True`: in a thread, while serving goes on.
+        learning_share (`float`, *optional*):
+            Most seconds of learning for each second of serving, in [1e-6, 1e6]; an update that makes a request wait
+            ends once it has taken as long as the request itself. Defaults to no limit: results repeat only without
+            one, since a limit depends on the clock.
+        state_dir (`str` or `Path`, *optional*):
+            Directory where the assistant keeps recorded requests and what it has learned while it serves, and from
+            which it goes on after a restart or a crash; see `docs/durability.md`. It holds the token ids of prompts
+            and outputs. By default nothing goes to disk.
+
+        > Drafting
+
         draft_nodes (`int`, defaults to 16):
-            With `"measured"`: tokens that one pass of the target checks, at most; in [1, 1024]. They are a tree: what
-            the draft and the lookup think comes next, and the draft's next best tokens beside each of its own, as many
-            as pay by the measured costs. A target that takes no mask of ours gets the best chain.
+            Most tokens that one pass of the target checks under the schedule `"measured"`, in [1, 1024]. They form a
+            tree: what the draft and the lookup propose, with the draft's next best tokens beside its own. A target
+            whose attention takes no custom mask gets the best chain instead.
+        draft_length_schedule (`str`, defaults to `"measured"`):
+            How many tokens each round proposes. `"measured"`: as many as promise the most tokens per second, by the
+            measured costs of both models and the acceptance so far; none where speculation does not pay.
+            `"heuristic"`: two more after a proposal that was accepted in full, one less after any other, as
+            transformers' `num_assistant_tokens_schedule` does, within `draft_length`. `"constant"`: always
+            `draft_length`.
         prompt_lookup (`bool`, defaults to `True`):
-            With `"measured"`: propose also what followed the last few tokens earlier in the text, or in the outputs of
-            recent requests. Costs no model.
+            With `"measured"`, also propose what followed the last few tokens earlier in the text, or in the outputs
+            of recent requests. This runs no model.
         confidence_threshold (`float`, defaults to 0.0):
-            With `"heuristic"` and `"constant"`: stop a proposal early once the product of the draft's own
-            probabilities of it is no more than this: what follows would hardly be looked at. 0.0 always proposes in
-            full.
+            With `"heuristic"` and `"constant"`, end a proposal once the product of the draft's own probabilities of
+            its tokens is at most this, in [0, 1]. 0.0 never ends one early.
+        unsupported (`str`, defaults to `"warn"`):
+            What happens to a request that plain `generate` can serve and speculation cannot serve losslessly.
+            `"warn"`: the target's own decoding serves it, with one warning for each cause, and `stats().fallbacks`
+            counts it. `"error"`: an `UnsupportedGenerationError` or `UnsupportedModelError` is raised before any work.
+
+        > Recording
+
+        record_fraction (`float`, defaults to 1.0):
+            Fraction of the requests to record, in [0, 1].
+        top_k_teacher (`int`, defaults to 32):
+            How many of the target's largest log-probabilities to record at each position, at least 1; the remaining
+            mass is recorded as one number.
+        replay_size (`int`, defaults to 256):
+            Requests that the replay buffer holds; the oldest leaves first. Half of each sample comes from the newest.
+        max_state_bytes (`int`, defaults to 268435456):
+            Most bytes of hidden states of the target to keep with recorded requests, 256 MiB; only drafts that read
+            these states need them. The target reads requests without states again when they are learned from.
+
+        > Learning
+
         learn (`bool`, defaults to `True`):
             Whether the draft learns. `False` serves with a static draft and records nothing.
-        unsupported (`str`, defaults to `"warn"`):
-            What happens to a request that speculation cannot serve losslessly, but plain `generate` can. `"warn"`: it
-            is served by the target's own decoding, with one warning for each cause, and counted in
-            `stats().fallbacks`. `"error"`: it is refused by an `UnsupportedGenerationError` or
-            `UnsupportedModelError`, before any work.
-        update_every (`int`, defaults to 8):
-            Recorded requests between two updates: the interval `I` of Online Speculative Decoding, Algorithm 1
-            (https://arxiv.org/abs/2310.07177).
-        background (`bool`, defaults to `False`):
-            Where an update runs. `False`: inline, the request that completes the interval waits for it, and results
-            are deterministic. `True`: in a thread, while serving goes on.
-        duty_cycle (`float`, defaults to 0.1):
-            With `background`, the share of the time that learning may take while requests are in flight, in
-            [1e-6, 1]. 1.0 learns as fast as it can; while serving is idle, it always does.
-        learning_share (`float`, *optional*):
-            Seconds of learning for each second of serving, at most, in [1e-6, 1e6]; an update that makes a request
-            wait ends once it has taken as long as the request itself. Defaults to no limit: what one lets through
-            depends on the clock, and without it results repeat.
-        record_fraction (`float`, defaults to 1.0):
-            Fraction of requests to record, in [0, 1].
-        top_k_teacher (`int`, defaults to 32):
-            Log-probabilities of the target to keep at each position, at least 1; the mass of all others is kept as one
-            number.
-        replay_size (`int`, defaults to 256):
-            Requests that the replay buffer holds; the oldest leaves first. Half of what is learned from is drawn from
-            the newest ones.
-        max_state_bytes (`int`, defaults to 268435456):
-            Bound on the target's states that are kept with recorded requests, 256 MiB, for a draft that reads them;
-            the target reads older requests again when they are learned from.
+        loss (`str`, defaults to `"jsd"`):
+            `"jsd"`: the divergence that `beta` chooses. `"tv"`: the total variation distance, which is 1 minus the
+            acceptance rate. `"lk"`: minus the logarithm of the acceptance rate. `"lk_hybrid"`: moves from the KL
+            divergence to the total variation distance as acceptance grows (https://arxiv.org/abs/2602.23881).
+        beta (`float`, defaults to 0.0):
+            With `"jsd"`, which generalised Jensen-Shannon divergence, as in TRL's GKD
+            (https://arxiv.org/abs/2306.13649, eq. 1): 0.0 is the forward KL, 1.0 the reverse KL.
+        lmbda (`float`, defaults to 0.0):
+            As in TRL's GKD, the fraction of batches whose outputs the draft itself writes to recorded prompts, in
+            [0, 1]; the target then runs over them. 0.0 learns from what the target wrote, 1.0 from what the draft
+            writes: the sampling sources of Online Speculative Decoding.
+        positions (`str`, defaults to `"all"`):
+            Positions to learn from: `"all"` that the target verified, or `"rejected"` ones only, as in the paper.
+        full_teacher (`bool`, defaults to `False`):
+            Learn from the target's full distribution, for which the target runs over recorded requests again, instead
+            of the recorded log-probabilities.
         steps_per_update (`int`, defaults to 8):
-            Optimiser steps in one update.
+            Optimiser steps of one update.
         batch_size (`int`, defaults to 8):
             Requests, sampled from the replay buffer, in one optimiser step.
-        positions (`str`, defaults to `"all"`):
-            Positions to learn from: `"all"` that the target verified, or `"rejected"`, as the paper does.
-        loss (`str`, defaults to `"jsd"`):
-            `"jsd"`: the divergence that `beta` chooses. `"tv"`: the total variation distance, 1 minus the acceptance
-            rate. `"lk"`: minus the logarithm of the acceptance rate, and `"lk_hybrid"`: from the KL divergence to the
-            total variation distance as the acceptance rate grows (https://arxiv.org/abs/2602.23881).
-        beta (`float`, defaults to 0.0):
-            Generalised Jensen-Shannon divergence, as in TRL's GKD (https://arxiv.org/abs/2306.13649, eq. 1):
-            0.0 is the forward KL, 1.0 the reverse KL.
-        lmbda (`float`, defaults to 0.0):
-            As in TRL's GKD, the fraction of batches whose outputs the draft writes itself, from recorded prompts, in
-            [0, 1]; the target then runs over them. 0.0 learns from what the target wrote, 1.0 from what the draft
-            writes, 0.5 from a mix: the three sampling sources of Online Speculative Decoding.
-        gate (`bool`, defaults to `True`):
-            Let a selector decide which weights are live, by how each candidate does on every request before it is
-            learned from: the draft as it was at first, what is learned, half of the way there, and a few former
-            leaders. `False` publishes every update.
-        archive_size (`int`, defaults to 4):
-            Former leaders to keep, in memory on the CPU, for when their traffic comes back; besides the draft as it
-            was at first.
-        learning_rate (`float`, defaults to 1e-3):
-            Step size to begin with; see `adaptive_learning_rate`.
-        adaptive_learning_rate (`bool`, defaults to `True`):
-            Let the selector find the step size: up while what is learned leads, down where half of it or the draft as
-            it was at first does better, and back to `learning_rate` when the traffic changes. `False`, or
-            `gate=False`, uses `learning_rate` as it is.
         max_length (`int`, defaults to 1024):
-            Tokens of a request (its end) that one training example keeps.
-        full_teacher (`bool`, defaults to `False`):
-            Re-run the target over the recorded requests for its full distribution instead of using the recorded one.
+            Most tokens of a request that one training example keeps; those at its end stay.
+        learning_rate (`float`, defaults to 1e-3):
+            Learning rate to begin with; see `adaptive_learning_rate`.
+        adaptive_learning_rate (`bool`, defaults to `True`):
+            Let the selector (see `gate`) set the learning rate: up while what is learned leads, down where half of it
+            or the static draft does better, back to `learning_rate` when the traffic changes. With `False`, or with
+            `gate=False`, the rate stays `learning_rate`.
+        duty_cycle (`float`, defaults to 0.1):
+            With `background`, the fraction of the time that learning may take while requests are in flight, in
+            [1e-6, 1]. 1.0 never pauses. Learning never pauses while serving is idle.
         training_arguments (`Mapping[str, Any]`, *optional*):
-            Any other field of TRL's `GKDConfig` (and so of `TrainingArguments`): `report_to`, `optim`,
+            Any other field of TRL's `GKDConfig`, and so of `TrainingArguments`: `report_to`, `optim`,
             `weight_decay`, `max_grad_norm`, `bf16`, `gradient_checkpointing` ...
         peft_config (`peft.PeftConfig` or `Mapping[str, Any]`, *optional*):
             Train an adapter such as LoRA instead of all weights, and publish it merged. `{}` is LoRA at settings that
             learn about as fast as training everything. Needs peft.
-        state_dir (`str` or `Path`, *optional*):
-            Directory to keep recorded requests and what is learned in while serving, and to go on from after a restart
-            or a crash; see `docs/durability.md`. It holds the token ids of prompts and outputs. Defaults to keeping
-            nothing on disk.
+
+        > Choosing which weights are live
+
+        gate (`bool`, defaults to `True`):
+            Let a selector decide which weights are live, by the score of each candidate on every request before it is
+            learned from. The candidates are the static draft, what is learned, half of the way there, and a few
+            former leaders. `False` publishes every update.
+        archive_size (`int`, defaults to 4):
+            Former leaders to keep, on the CPU, for when their traffic comes back.
+
+        > Persistence
+
         flush_seconds (`float`, defaults to 30.0):
-            With `state_dir`, seconds between two writes, in [0.001, 2592000], which is 30 days; a crash loses no more
-            than that.
+            With `state_dir`, seconds between two writes, in [0.001, 2592000] (30 days): the most that a crash loses.
         max_disk_bytes (`int`, defaults to 268435456):
-            With `state_dir`, bound on the recorded requests on disk, 256 MiB.
+            With `state_dir`, most bytes of recorded requests on disk, 256 MiB.
         time_to_live (`float`, *optional*):
-            With `state_dir`, seconds after which a recorded request is deleted, at most 1e9, about 32 years.
+            With `state_dir`, seconds after which a recorded request is deleted, at most 1e9 (32 years).
         redact (`Callable[[Observation], Observation | None]`, *optional*):
             Applied to each recorded request before it goes to disk, by `state_dir` or `save_pretrained`; `None` drops
-            it.
+            the request.
+
+        > Reproducibility
+
         seed (`int`, defaults to 0):
-            Seed of the replay sampling and of the recording fraction, in [-2**63, 2**64 - 1]. The global random state
+            Seed of the replay sampling and of `record_fraction`, in [-2**63, 2**64 - 1]. torch's global random state
             is never touched.
 
     A draft that reads the target's states brings settings of its own, as a model brings its generation config:
     [`OnlineConfig.for_draft`] starts from them.
 
-    Values are checked when they are set, and mappings and adapters are copied, so that later changes do not matter.
-    Scalars of numpy are taken for Python's own.
+    Values are checked when the config is made. Mappings and adapters are copied, so later changes to them have no
+    effect. Scalars of numpy become Python's own.
 
     Raises:
-        ConfigError: A value is of another type, out of its range or contradicts another one; the message names the
+        ConfigError: A value has the wrong type, is out of its range or contradicts another; the message names the
             setting, its value and what is allowed.
 
     Example:
@@ -269,40 +285,53 @@ class OnlineConfig:
     ```
     """
 
+    # The five to look at first
     draft_length: int = 8
+    update_every: int = 8
+    background: bool = False
+    learning_share: float | None = None
+    state_dir: str | Path | None = None
+
+    # Drafting
     draft_nodes: int = 16
     draft_length_schedule: Schedule = "measured"
     prompt_lookup: bool = True
     confidence_threshold: float = 0.0
-    learn: bool = True
     unsupported: Unsupported = "warn"
-    update_every: int = 8
-    background: bool = False
-    duty_cycle: float = 0.1
-    learning_share: float | None = None
+
+    # Recording
     record_fraction: float = 1.0
     top_k_teacher: int = 32
     replay_size: int = 256
     max_state_bytes: int = 2**28
-    steps_per_update: int = 8
-    batch_size: int = 8
-    positions: Positions = "all"
+
+    # Learning
+    learn: bool = True
     loss: Loss = "jsd"
     beta: float = 0.0
     lmbda: float = 0.0
-    gate: bool = True
-    archive_size: int = 4
+    positions: Positions = "all"
+    full_teacher: bool = False
+    steps_per_update: int = 8
+    batch_size: int = 8
+    max_length: int = 1024
     learning_rate: float = 1e-3
     adaptive_learning_rate: bool = True
-    max_length: int = 1024
-    full_teacher: bool = False
+    duty_cycle: float = 0.1
     training_arguments: Mapping[str, Any] = field(default_factory=dict)
     peft_config: Any = None
-    state_dir: str | Path | None = None
+
+    # Choosing which weights are live
+    gate: bool = True
+    archive_size: int = 4
+
+    # Persistence
     flush_seconds: float = 30.0
     max_disk_bytes: int = 2**28
     time_to_live: float | None = None
     redact: Callable[[Any], Any] | None = None
+
+    # Reproducibility
     seed: int = 0
 
     @classmethod
@@ -332,35 +361,35 @@ class OnlineConfig:
 
 RULES: dict[str, Rule] = {
     "draft_length": integer(0, 1024),  # the cache keeps that many columns free
-    "draft_nodes": integer(1, 1024),  # the same
+    "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
+    "background": FLAG,
+    "learning_share": optional(number(1e-6, 1e6)),
+    "state_dir": optional(PATH),
+    "draft_nodes": integer(1, 1024),  # likewise
     "draft_length_schedule": choice(*get_args(Schedule)),
     "prompt_lookup": FLAG,
     "confidence_threshold": number(0, 1),
-    "learn": FLAG,
     "unsupported": choice(*get_args(Unsupported)),
-    "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
-    "background": FLAG,
-    "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
-    "learning_share": optional(number(1e-6, 1e6)),
     "record_fraction": number(0, 1),
     "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
     "replay_size": integer(1, 10**6),
     "max_state_bytes": integer(0, sys.maxsize),
-    "steps_per_update": integer(1, 10**6),
-    "batch_size": integer(1, 2**16),
-    "positions": choice(*get_args(Positions)),
+    "learn": FLAG,
     "loss": choice(*get_args(Loss)),
     "beta": number(0, 1),
     "lmbda": number(0, 1),
-    "gate": FLAG,
-    "archive_size": integer(0, 1024),
+    "positions": choice(*get_args(Positions)),
+    "full_teacher": FLAG,
+    "steps_per_update": integer(1, 10**6),
+    "batch_size": integer(1, 2**16),
+    "max_length": integer(2, 2**24),
     "learning_rate": number(1e-38, 1e38),  # weights are trained in float32
     "adaptive_learning_rate": FLAG,
-    "max_length": integer(2, 2**24),
-    "full_teacher": FLAG,
+    "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
     "training_arguments": Rule("a mapping of names that can be copied", _is_mapping, _copied),
     "peft_config": optional(Rule("a mapping of names that can be copied, a peft.PeftConfig", _is_adapter, _copied)),
-    "state_dir": optional(PATH),
+    "gate": FLAG,
+    "archive_size": integer(0, 1024),
     "flush_seconds": number(0.001, 30 * 86400),  # some systems wait for no more than 49 days: threading.TIMEOUT_MAX
     "max_disk_bytes": integer(1, sys.maxsize),
     "time_to_live": optional(number(1e-6, 1e9)),  # a microsecond is the shortest datetime.timedelta

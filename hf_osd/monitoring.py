@@ -1,7 +1,7 @@
 """
-Prometheus metrics of assistants, read from their counters when Prometheus asks for them; serving pays nothing.
+Prometheus metrics of assistants. Their counters are read when Prometheus asks, so serving does no extra work.
 
-Not covered: prometheus_client's multiprocess mode, which holds values in files of its own; give each process a port.
+Not covered: prometheus_client's multiprocess mode, which keeps values in files of its own; give each process a port.
 """
 
 import re
@@ -24,37 +24,37 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "unregister"]
 
-_RECENT = 100  # requests that the gauge of the acceptance looks back over
+_RECENT = 100  # scored requests that the gauge `recent_acceptance_ratio` averages over
 _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 
-# By field of `OnlineStats`: what Prometheus shows as help.
+# Fields of `OnlineStats` that become counters, and the help that Prometheus shows for them.
 _COUNTERS = {
     "requests": "Prompts served; a batch counts each of its rows.",
-    "generated_tokens": "Tokens generated.",
-    "target_passes": "Forward passes of the target, counted once for each row that was still going on.",
+    "generated_tokens": "Tokens of the outputs.",
+    "target_passes": "Forward passes of the target, once for each row that a pass went on with.",
+    "submitted_tokens": "Proposed tokens that the target checked, of the draft and of the lookup.",
     "proposed_tokens": "Tokens that the draft chose.",
     "draft_tokens": "Tokens of the draft that the target judged.",
-    "accepted_tokens": "Tokens of the draft that the target accepted.",
+    "accepted_tokens": "Tokens of the draft that were right.",
     "accepted_other_tokens": "Accepted tokens that were the draft's second, third or fourth choice.",
-    "lookup_tokens": "Tokens looked up in the text that the target judged.",
-    "accepted_lookup_tokens": "Tokens looked up in the text that the target accepted.",
-    "submitted_tokens": "Tokens that the target checked, whoever proposed them.",
-    "learned_steps": "Steps of the optimiser.",
-    "learned_positions": "Positions learned from, counted once a step.",
-    "decode_seconds": "Wall time of decoding, summed over calls.",
-    "draft_seconds": "Part of it that the draft took.",
-    "verify_seconds": "Part of it that the target took.",
-    "accept_seconds": "Part of it that comparing the two took.",
-    "record_seconds": "Part of it that recording took.",
-    "learn_seconds": "Wall time of training, without pauses.",
-    "saved_seconds": "Time of the target that what was learned has saved, as far as can be told.",
+    "lookup_tokens": "Tokens of the lookup that the target judged.",
+    "accepted_lookup_tokens": "Tokens of the lookup that were right.",
+    "decode_seconds": "Wall time of speculative decoding, summed over calls.",
+    "draft_seconds": "Part of decode_seconds that the draft took.",
+    "verify_seconds": "Part of decode_seconds that the passes of the target took.",
+    "accept_seconds": "Part of decode_seconds that comparing the two took.",
+    "record_seconds": "Part of decode_seconds that recording took.",
+    "learned_steps": "Optimiser steps.",
+    "learned_positions": "Positions learned from, once for each step.",
+    "learn_seconds": "Wall time of learning: training, scoring and imports, without pauses.",
+    "saved_seconds": "Estimated time of the target that learning has saved.",
 }
 _GAUGES = {
-    "tokens_per_target_pass": "Tokens that a pass of the target yields, since the start.",
-    "recent_acceptance_ratio": f"Positions of the last {_RECENT} judged requests where the draft chose as the target.",
+    "tokens_per_target_pass": "Tokens that a pass of the target yields for a row, since the start.",
+    "recent_acceptance_ratio": f"Positions of the last {_RECENT} scored requests where the draft chose as the target.",
 }
-_FALLBACKS = "Prompts served without the draft, or without speculation, by reason."
-_UPDATES = "Updates of the draft and changes of what is live, by what was decided."
+_FALLBACKS = "Prompts served without the draft, or by the target's own decoding alone, by reason."
+_UPDATES = "Updates of the draft and changes of the live weights, by decision."
 _DRIFTS = "Changes of the traffic that were noticed."
 
 
@@ -79,7 +79,7 @@ def register(
 
     Counters are those of [`OnlineStats`], named `hf_osd_requests_total`, `hf_osd_accepted_tokens_total`,
     `hf_osd_learn_seconds_total` and so on, with `hf_osd_fallbacks_total` by `reason`, `hf_osd_updates_total` by
-    `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 judged
+    `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 scored
     requests, and `hf_osd_tokens_per_target_pass`.
 
     Args:
@@ -139,14 +139,14 @@ def _resolve(registry: "CollectorRegistry | None") -> "CollectorRegistry":
 
 
 class _Tally:
-    """Counts what passes through a bounded list, of which only the latest entries are there to see."""
+    """Counts all entries that a bounded list has ever had: each call counts those that are new since the last one."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._last: object = None
 
     def take(self, entries: Sequence[Any], name: Callable[[Any], str]) -> None:
-        """Count the entries that came since the last time; `name` says what to count one as."""
+        """Count the entries that are new since the last call, each under what `name` returns for it."""
         fresh = list(takewhile(lambda entry: entry is not self._last, reversed(entries)))
         self.counts.update(map(name, fresh))
         self._last = entries[-1] if entries else self._last
@@ -162,7 +162,7 @@ class _Source:
 
 
 class _Collector:
-    """All assistants of one registry: a metric may be shown only once, with the samples of each of them."""
+    """The assistants of one registry. One collector for all of them, since a registry takes each metric name once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -184,11 +184,11 @@ class _Collector:
             self._sources = self._others(assistant)
 
     def _others(self, assistant: Assistant) -> list[_Source]:
-        """Return the living but this one."""
+        """Return the sources of other assistants that still exist."""
         return [source for source in self._sources if source.assistant() not in (None, assistant)]
 
     def describe(self) -> "Iterable[Family]":
-        """Return the names, which prometheus_client then keeps others from using."""
+        """Return the metrics without samples: prometheus_client reserves their names."""
         return _Families([]).all.values()
 
     def collect(self) -> "Iterable[Family]":

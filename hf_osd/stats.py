@@ -9,34 +9,46 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class OnlineStats:
     """
-    What an [`OnlineAssistant`] has done so far.
+    Counters of an [`OnlineAssistant`] since it was made. Every field is a total; `*_seconds` are wall time.
 
     Attributes:
+        > Requests
+
         requests (`int`): Prompts served; a batch counts each of its rows.
-        fallbacks (`int`): Prompts of those that were served without the draft, or without speculation at all.
-        fallback_reasons (`Mapping[str, int]`): The same by reason.
-        generated_tokens (`int`): Tokens generated.
-        target_passes (`int`): Forwards of the target, counted once for each row that was still going on.
-        proposed_tokens (`int`): Tokens that the draft chose.
-        draft_tokens (`int`): Those that the target judged: up to and including the first wrong one of each round.
-            Later ones follow a wrong token and say nothing about the draft.
-        accepted_tokens (`int`): Those that were right.
-        accepted_other_tokens (`int`): Accepted tokens that were the draft's second, third or fourth choice.
-        lookup_tokens (`int`): Tokens guessed from the text that were submitted and judged.
-        accepted_lookup_tokens (`int`): Those that the target accepted; the draft may have proposed them too.
-        submitted_tokens (`int`): Tokens that the target checked, whoever proposed them.
-        updates (`int`): Times that new weights were published.
-        failed_updates (`int`): Updates that were given up; serving went on with the old weights.
-        decode_seconds (`float`): Wall time of speculative decoding, summed over calls.
-        draft_seconds (`float`): Part of it that the draft took.
-        verify_seconds (`float`): Part of it that the target took.
-        accept_seconds (`float`): Part of it that comparing the two took.
-        record_seconds (`float`): Part of it that recording took.
-        learn_seconds (`float`): Wall time of learning, scoring and imports included, without pauses: what it has cost.
-        saved_seconds (`float`): What it has won, as far as can be told: the passes of the target that were saved by
-            drafted tokens which the draft, as it was at first, would not have got right.
-        learned_steps (`int`): Steps of the optimiser.
-        learned_positions (`int`): Positions that these learned from, counted once a step.
+        fallbacks (`int`): Of these, prompts served without the draft, or by the target's own decoding alone.
+        fallback_reasons (`Mapping[str, int]`): `fallbacks` by reason.
+
+        > Tokens. Prompts that the target's own decoding served are in `requests` alone.
+
+        generated_tokens (`int`): Tokens of the outputs.
+        target_passes (`int`): Forward passes of the target; a pass counts once for each row that it went on with.
+        submitted_tokens (`int`): Proposed tokens that these passes checked, of the draft and of the lookup.
+        proposed_tokens (`int`): Tokens that the draft chose, those that were never submitted included.
+        draft_tokens (`int`): Of these, tokens that the target judged: up to and including the first wrong one of each
+            round. What follows a wrong token says nothing about the draft.
+        accepted_tokens (`int`): Of these, tokens that were right. Divided by `draft_tokens`: `acceptance_rate`.
+        accepted_other_tokens (`int`): Tokens accepted where the draft's first choice was wrong, and its second,
+            third or fourth, beside it in the tree, was right. Not in `accepted_tokens`.
+        lookup_tokens (`int`): Tokens of the lookup that were submitted and judged, the draft's own choice or not.
+        accepted_lookup_tokens (`int`): Of these, tokens that were right.
+
+        > Time of serving
+
+        decode_seconds (`float`): Speculative decoding, summed over calls.
+        draft_seconds (`float`): Of it, what the draft took.
+        verify_seconds (`float`): Of it, what the passes of the target took.
+        accept_seconds (`float`): Of it, comparing proposals with the target's choices.
+        record_seconds (`float`): Of it, recording what to learn from.
+
+        > Learning
+
+        updates (`int`): Times that learned weights went live.
+        failed_updates (`int`): Updates that failed; serving went on with the live weights.
+        learned_steps (`int`): Optimiser steps.
+        learned_positions (`int`): Positions that these steps learned from; one that two steps used counts twice.
+        learn_seconds (`float`): What learning has cost: training, scoring and imports, without pauses.
+        saved_seconds (`float`): Estimate of what learning has saved: passes of the target for tokens that the static
+            draft would not have got right.
     """
 
     requests: int = 0
@@ -44,24 +56,24 @@ class OnlineStats:
     fallback_reasons: Mapping[str, int] = field(default_factory=dict)
     generated_tokens: int = 0
     target_passes: int = 0
+    submitted_tokens: int = 0
     proposed_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_other_tokens: int = 0
     lookup_tokens: int = 0
     accepted_lookup_tokens: int = 0
-    submitted_tokens: int = 0
-    updates: int = 0
-    failed_updates: int = 0
     decode_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
     record_seconds: float = 0.0
-    learn_seconds: float = 0.0
-    saved_seconds: float = 0.0
+    updates: int = 0
+    failed_updates: int = 0
     learned_steps: int = 0
     learned_positions: int = 0
+    learn_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
     def __sub__(self, earlier: "OnlineStats") -> "OnlineStats":
         """
@@ -90,17 +102,17 @@ class OnlineStats:
 
     @property
     def acceptance_rate(self) -> float:
-        """`accepted_tokens / draft_tokens`: how likely a drafted token is accepted (alpha in the literature)."""
+        """`accepted_tokens / draft_tokens`: how likely a drafted token is accepted; alpha in the literature."""
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
     @property
     def tokens_per_target_pass(self) -> float:
-        """Tokens that one forward of the target yields for one request; 1.0 is plain decoding."""
+        """`generated_tokens / target_passes`: what a pass of the target yields; 1.0 is plain decoding."""
         return self.generated_tokens / self.target_passes if self.target_passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens by second of decoding."""
+        """`generated_tokens / decode_seconds`."""
         return self.generated_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:

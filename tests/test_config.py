@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_osd import ConfigError, HfOsdError, OnlineConfig
+from hf_osd import ConfigError, HfOsdError, OnlineConfig, OnlineStats
 from hf_osd.config import RULES, shown
 
 NAMES = [field.name for field in dataclasses.fields(OnlineConfig)]
@@ -25,35 +26,35 @@ FIRST, LAST = -(2**63), 2**64 - 1  # seeds of torch
 # What each field takes, written from its docstring and not from its rule.
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "draft_length": st.integers(0, 1024),
+    "update_every": st.integers(1, 2**31),
+    "background": st.booleans(),
+    "learning_share": st.none() | st.floats(1e-6, 1e6),
+    "state_dir": st.none() | st.sampled_from(["state", "a/b", ".", Path("state")]),
     "draft_nodes": st.integers(1, 1024),
     "draft_length_schedule": st.sampled_from(["measured", "heuristic", "constant"]),
     "prompt_lookup": st.booleans(),
     "confidence_threshold": UNIT | st.integers(0, 1),
-    "learn": st.booleans(),
     "unsupported": st.sampled_from(["warn", "error"]),
-    "update_every": st.integers(1, 2**31),
-    "background": st.booleans(),
-    "duty_cycle": st.floats(1e-6, 1.0),
-    "learning_share": st.none() | st.floats(1e-6, 1e6),
     "record_fraction": UNIT,
     "top_k_teacher": st.integers(1, 300_000),
     "replay_size": st.integers(1, 10**6),
     "max_state_bytes": st.integers(0, 2**40),
-    "steps_per_update": st.integers(1, 10**6),
-    "batch_size": st.integers(1, 2**16),
-    "positions": st.sampled_from(["all", "rejected"]),
+    "learn": st.booleans(),
     "loss": st.sampled_from(["jsd", "tv", "lk", "lk_hybrid"]),
     "beta": UNIT,
     "lmbda": UNIT,
-    "gate": st.booleans(),
-    "archive_size": st.integers(0, 1024),
+    "positions": st.sampled_from(["all", "rejected"]),
+    "full_teacher": st.booleans(),
+    "steps_per_update": st.integers(1, 10**6),
+    "batch_size": st.integers(1, 2**16),
+    "max_length": st.integers(2, 2**24),
     "learning_rate": st.floats(1e-38, 1e30),
     "adaptive_learning_rate": st.booleans(),
-    "max_length": st.integers(2, 2**24),
-    "full_teacher": st.booleans(),
+    "duty_cycle": st.floats(1e-6, 1.0),
     "training_arguments": st.dictionaries(st.text(), st.integers() | st.lists(st.floats())),
     "peft_config": st.none() | st.dictionaries(st.text(), st.integers()),
-    "state_dir": st.none() | st.sampled_from(["state", "a/b", ".", Path("state")]),
+    "gate": st.booleans(),
+    "archive_size": st.integers(0, 1024),
     "flush_seconds": st.floats(0.001, 2_592_000.0),
     "max_disk_bytes": st.integers(1, 2**50),
     "time_to_live": st.none() | st.floats(1e-6, 1e9),
@@ -104,6 +105,13 @@ OBJECTS = st.builds(
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers()
 JUNK = SCALARS | LONG | ODD | OBJECTS | st.lists(SCALARS) | st.dictionaries(st.text() | st.integers(), SCALARS)
 NUMERIC = [name for name in NAMES if isinstance(getattr(OnlineConfig(), name), int | float)]
+
+
+@pytest.mark.parametrize("described", [OnlineConfig, OnlineStats])
+def test_every_field_is_documented_in_the_order_of_its_declaration(described: type) -> None:
+    """Catches a field that nobody is told about, and groups of the docstring that are not those of the code."""
+    documented = re.findall(r"^ +(\w+) \(`", described.__doc__ or "", re.MULTILINE)
+    assert documented == [field.name for field in dataclasses.fields(described)]
 
 
 def test_every_field_has_a_rule_and_is_tried_here() -> None:
