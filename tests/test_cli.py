@@ -23,6 +23,15 @@ from hf_osd.errors import StateError
 runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
 
 
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_without_its_extra_the_command_says_what_to_install(missing: str) -> None:
+    """Would catch an installation of the library alone whose command ends in a traceback."""
+    code = f"import sys; sys.modules[{missing!r}] = None; from hf_osd.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f'hf-osd needs {missing}: pip install "hf-osd[cli]"\n'
+
+
 def test_help_lists_the_command_and_its_options() -> None:
     """Would catch an option that was renamed in the code but not for its users."""
     assert "demo" in runner.invoke(app, ["--help"]).output

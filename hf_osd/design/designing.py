@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +29,9 @@ from .speed import PLAIN, Speed, measure_speeds
 from .vocabulary import most_used
 from .writing import end_tokens
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 WORK = "work"
 """Folder beside the draft that a run goes on from: recorded texts and checkpoints. It can be deleted afterwards."""
 
@@ -44,7 +47,7 @@ def design_draft(
     texts: int = 2000,
     recipe: Recipe | None = None,
     plot: bool = True,
-    console: Console | None = None,
+    console: "Console | None" = None,
     command: str = "hf_osd.design_draft(...)",
 ) -> Design:
     """
@@ -65,7 +68,7 @@ def design_draft(
         texts (`int`, defaults to 2000): How many texts to record, at most.
         recipe (`Recipe`, *optional*): How to distil; defaults to `Recipe()`, which takes 15 minutes.
         plot (`bool`, defaults to `True`): Whether to draw `frontier.png`, which needs matplotlib.
-        console (`Console`, *optional*): Where to say how far it is; nowhere if left out.
+        console ([`~rich.console.Console`], *optional*): Where to say how far it is; nowhere if left out.
         command (`str`, *optional*): What the model card says that it was made by.
 
     Returns:

@@ -14,8 +14,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
@@ -154,9 +152,9 @@ def _order(shapes: Sequence[Shape], rounds: int) -> list[Shape]:
 
 
 def _shown(order: list[Shape]) -> Iterable[Shape]:
-    """Show a bar on a terminal, and nothing elsewhere: a bar that is disabled ends in an empty line (rich 13.7)."""
-    console = Console(stderr=True)
-    return track(order, "profile", console=console, transient=True) if console.is_terminal else order
+    """Show a bar on a terminal, unless transformers' progress bars are off."""
+    shown: Iterable[Shape] = logging.tqdm(order, desc="profile", leave=False, disable=None)  # None: off elsewhere
+    return shown
 
 
 def _timed(forward: Forward, device: torch.device) -> float:
