@@ -1,8 +1,13 @@
-"""The one place that leans on what transformers does not promise, each with the version and the way out."""
+"""
+What hf_osd needs of transformers and accelerate that is private there, or differs between the supported versions.
+
+Each function says for which versions it was written. Not here: TRL, which `learning/trainer.py` knows alone.
+"""
 
 import copy
 import functools
 import inspect
+import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +33,7 @@ from transformers.generation.utils import (
     GenerationMixin,
 )
 from transformers.integrations import sdpa_attention
+from transformers.utils.logging import get_logger
 
 from .errors import UnsupportedGenerationError
 
@@ -40,6 +46,11 @@ _CACHE_NAME = next(
 
 FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 """Model inputs that `generate` hands to the first pass only: images, sounds, and what was made of them (5.17)."""
+
+
+# The user's `transformers.utils.logging.set_verbosity` is heeded by loggers below "transformers" alone, and its
+# `get_logger` (5.17 to 5.24) puts no other package there. Python documents `parent` as read-only.
+logging.getLogger(__package__).parent = get_logger("transformers")
 
 
 def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What an assistant did and learned, as a JSON and a picture; figures only, never a text or a token."""
 
 import json
-import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +8,8 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+from transformers.utils import logging
 
 from .errors import InputError
 from .learning.history import Decision, Journal, JudgedRequest, UpdateRecord
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["mean_acceptance", "moving_acceptance", "to_json", "write_report"]
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _WINDOW = 50
 _STYLES = {

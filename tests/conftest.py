@@ -6,10 +6,13 @@ from pathlib import Path
 import hypothesis
 import pytest
 from stored import age, copier
+from transformers.utils.logging import enable_propagation
 
 # The same examples in every run: a run that fails can be repeated, and no other one fails by chance.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
+
+enable_propagation()  # else caplog sees nothing of transformers, nor of hf_osd, which logs as transformers does
 
 
 @pytest.fixture(autouse=True)

@@ -92,5 +92,6 @@ def _send(name: str, folder: str, connection: Connection) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     set_verbosity_error()
-    logging.getLogger("hf_osd").addHandler(logging.NullHandler())  # the cells say what was served how, and what failed
+    logging.getLogger("hf_osd").setLevel(logging.WARNING)
+    logging.getLogger("hf_osd").propagate = False  # the cells say what was served how, and what failed
     connection.send(run_row(name))

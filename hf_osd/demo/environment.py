@@ -1,5 +1,6 @@
 """What a run depends on beside its options: the machine, the versions, and how loud other packages are."""
 
+import logging as python_logging
 import os
 import platform
 import warnings
@@ -49,6 +50,9 @@ def versions(*others: str) -> dict[str, str]:
 def quiet() -> Iterator[None]:
     """Keep progress bars, advice about settings and deprecations of other packages from tearing the display."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    own = python_logging.getLogger("hf_osd")  # follows transformers' verbosity where it has no level of its own
+    level = own.level
+    own.setLevel(verbosity)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -56,5 +60,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        own.setLevel(level)
         if bars:
             logging.enable_progress_bar()

@@ -5,7 +5,6 @@ A graph remembers addresses, not tensors. What it reads and writes therefore has
 copied into buffers of its own, the ragged cache is kept from call to call, and weights are updated in place.
 """
 
-import logging
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .._compat import attention_implementation
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _WIDTHS = (1, 2, 4, 6, 8, 12, 17)  # tokens fed at once that are captured: others are rounded up to them
 _SPANS = 128  # the keys that a graph reads are a power of two of these
