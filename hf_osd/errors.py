@@ -1,5 +1,8 @@
 """Errors of hf_osd; each is also the builtin error that a caller would expect, so `except ValueError` works."""
 
+# Words in the message of a plain RuntimeError: torch has a class of its own for accelerators alone.
+_OUT_OF_MEMORY = ("out of memory", "allocate memory")
+
 
 class HfOsdError(Exception):
     """Base class of every error that hf_osd raises on purpose."""
@@ -62,3 +65,9 @@ class LearningError(HfOsdError, RuntimeError):
 
 class StateError(HfOsdError, OSError):
     """A state directory cannot be used: it is a file, not writable, in use, or of another format."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the machine's: a lack of memory, which says nothing of the model that was tried."""
+    is_torchs = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return is_torchs or isinstance(error, MemoryError)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .config import OnlineConfig
+from .config import OnlineConfig, reason_of
+
+logger = logging.get_logger(__name__)
 
 
 def saved_config(config: OnlineConfig) -> dict[str, Any]:
@@ -35,8 +38,13 @@ def load_config(path: Path) -> OnlineConfig:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """Tokenizers only help to refuse a wrong pair early, so a missing one is no error."""
+    """Load a tokenizer, or warn where there is none: tokenizers only help to refuse a wrong pair early."""
     try:
         return AutoTokenizer.from_pretrained(source) if source else None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "No tokenizer can be loaded from %s, so nothing checks that draft and target share one: %s",
+            source,
+            reason_of(error),
+        )
         return None

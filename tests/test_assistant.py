@@ -132,8 +132,11 @@ def test_publishing_under_concurrent_generation():
         assert stats.updates >= 4
 
 
-def test_save_and_load(tmp_path):
-    """Catches a checkpoint that other tools cannot load, and a draft that forgets how to go on learning."""
+def test_save_and_load(tmp_path, caplog):
+    """
+    Catches a checkpoint that other tools cannot load, a draft that forgets how to go on learning, and a check of the
+    tokenizers that is left out without a word.
+    """
     with OnlineAssistant(tiny_model("llama", seed=5, dtype=torch.float32), TARGET, FAST) as assistant:
         for seed in range(3):
             serve(assistant, seed=seed)
@@ -145,6 +148,7 @@ def test_save_and_load(tmp_path):
     assert reloaded.config.num_hidden_layers == 2
     with OnlineAssistant.from_pretrained(tmp_path, TARGET) as assistant:
         assert assistant.config == FAST
+        assert caplog.text.count("nothing checks that draft and target share one") == 1
         serve(assistant, seed=3)
         assert all(torch.equal(a, b) for a, b in zip(expected, assistant.draft.parameters(), strict=True))
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_osd.design.reading import read_texts
+from hf_osd.drafts import pruning as pruning_module
 from hf_osd.drafts import width as width_module
 from hf_osd.drafts.depth import Depth, choose_layers
 from hf_osd.drafts.likeness import likeness
@@ -257,6 +258,19 @@ def test_targets_that_cannot_be_cut_say_why():
     adapted.model.layers[0].mlp.extra = nn.Linear(2, 2)
     with pytest.raises(UnsupportedModelError, match=r"weights do not fit a smaller one.*extra"):
         prune(adapted, [0])
+
+
+def test_a_machine_without_memory_is_not_taken_for_an_architecture(monkeypatch):
+    """Would catch a design that leaves a draft out, and says that its target cannot be cut, where memory ran out."""
+    target = tiny_model(layers=2)
+
+    def starved(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(pruning_module, "_cut", starved)
+    with pytest.raises(RuntimeError, match="can't allocate") as raised:
+        prune(target, [0])
+    assert not isinstance(raised.value, UnsupportedModelError)
 
 
 def test_another_targets_embedding_is_refused():

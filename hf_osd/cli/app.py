@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import HfOsdError
-
-_OUT_OF_MEMORY = ("out of memory", "allocate memory")  # of torch, which has an error of its own for accelerators alone
+from ..errors import HfOsdError, is_out_of_memory
 
 app = typer.Typer(
     name="hf-osd",
@@ -350,7 +348,7 @@ def _errors() -> Iterator[None]:
     except (HfOsdError, OSError, MemoryError) as error:  # of the options, or of the machine: a disk that is full
         raise _exit(f"Error: {error}", 2) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise _exit(f"Error: {error}", 2) from error
     except KeyboardInterrupt as error:

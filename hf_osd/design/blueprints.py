@@ -76,7 +76,7 @@ def _narrower(target: PreTrainedModel, one: Blueprint) -> list[Blueprint]:
     try:
         return [replace(one, width=max(configured_width(target) // _NARROW, 1))]
     except UnsupportedModelError as error:
-        logger.info("No draft with fewer neurons is considered: %s", error)
+        logger.warning("No draft with fewer neurons is considered: %s", error)
         return []
 
 

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._compat import attention_implementation, cache_argument, cache_of
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, is_out_of_memory
 from .borrowing import Borrowed
 from .feature_config import FeatureDraftConfig
 from .states import decoder_of, layers_of
@@ -107,9 +107,9 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             body = _body_config(source or target, layers)
             draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, solved=0, **options))
             draft._start_from(source or target)
-        except UnsupportedModelError:
-            raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # any architecture in its own way
+            if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):
+                raise
             raise UnsupportedModelError(
                 f"no draft can be made of the layers of {type(target).__name__}: {error}", "draft: cannot be made"
             ) from error

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .._compat import attention_implementation, execution_device
 from ..config import reason_of, shown
-from ..errors import InputError, UnsupportedModelError
+from ..errors import InputError, UnsupportedModelError, is_out_of_memory
 from ..records import Observation
 from .depth import Depth
 from .states import layers_of
@@ -62,6 +62,8 @@ def prune(
         borrow(draft, target)
         _compare(draft, target, layers)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # each in its own way
+        if is_out_of_memory(error):
+            raise
         raise _cannot(target, reason_of(error)) from error
     return draft if width is None else narrow(draft, width, observations)
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .._compat import execution_device
 from ..config import reason_of, shown
-from ..errors import InputError, MissingDependencyError, UnsupportedModelError
+from ..errors import InputError, MissingDependencyError, UnsupportedModelError, is_out_of_memory
 from ..records import Observation
 from .states import layers_of
 
@@ -60,6 +60,8 @@ def narrow(draft: PreTrainedModel, width: int, observations: Sequence[Observatio
         setattr(draft.config, name, width)
         _check_loads(draft)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _cannot(draft, reason_of(error)) from error  # torch-pruning and each architecture in its own way
     return draft
 
