@@ -1,4 +1,4 @@
-"""Online speculative decoding for Hugging Face transformers: lossless, and faster the longer it serves."""
+"""Online speculative decoding for Hugging Face models: exact outputs, from a draft that learns while it serves."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""The shared vocabulary: what serving hands to learning. Plain data, and how a distribution becomes part of it."""
+"""Plain data that modules share: a round's proposal and verdict, and what serving hands to learning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

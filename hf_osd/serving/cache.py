@@ -1,8 +1,9 @@
 """
-A ragged static key/value cache: every row of a batch has its own length, and rolls back by lowering it.
+A ragged static key/value cache: each row of a batch has its own length, and rolls back by lowering it.
 
-Not covered: sliding windows that the sequence outgrows, linear attention, encoder-decoder models. Those go through
-[`~hf_osd.serving.croppable_decoder.CroppableDecoder`].
+Not covered: sliding windows that the text outgrows, which go through
+[`~hf_osd.serving.croppable_decoder.CroppableDecoder`]; linear attention and encoder-decoder models, which the
+target's own decoding serves.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Where forwards run and in which precision, and how integers get there without making the host wait."""
+"""How integers reach a device without making the host wait, and in which precision autocast computes there."""
 
 from collections.abc import Sequence
 
