@@ -1,1 +1,1 @@
-"""Makes a draft for a target: texts, what the target says of them, distillation, and a choice by measured speed."""
+"""Makes a draft for a target offline: gathers and records texts, distils, and chooses by measured speed."""

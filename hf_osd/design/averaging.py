@@ -1,4 +1,4 @@
-"""An average of the weights that a training passes through, which is steadier than the last of them."""
+"""A moving average of the weights during training, which varies less than the weights themselves."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 _DECAY = 0.99
-"""Share of the average that a step leaves as it is: it forgets within some 100 steps."""
+"""Factor on the average at each step; it forgets within some 100 steps."""
 
-_YOUNG = 10  # steps; before that many are averaged, the start counts for less
+_YOUNG = 10  # steps: the factor rises as n / (n + 10) at first, so that the average leaves its start sooner
 _FILE = "average.safetensors"
 
 
@@ -30,7 +30,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights as they are now in."""
+        """Add the weights as they are now."""
         self._steps += 1
         decay = min(_DECAY, self._steps / (self._steps + _YOUNG))
         for value, weight in zip(self._values, self._weights, strict=True):
@@ -38,7 +38,7 @@ class Average:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the average in the place of the weights for a while."""
+        """Replace the weights by the average, inside of the context."""
         self._swap()
         try:
             yield

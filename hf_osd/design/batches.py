@@ -1,9 +1,9 @@
-"""Which texts go together: batches of similar length, each a function of its number, so that a training can resume."""
+"""Batches of texts of similar length, each a function of its number, so that a training can resume."""
 
 import random
 from collections.abc import Iterator, Sequence
 
-_POOL = 32  # batches whose texts are sorted by length together: more of them would leave less to chance
+_POOL = 32  # batches whose texts are sorted by length together; more would make batches less random
 
 
 class Batches:

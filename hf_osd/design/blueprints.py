@@ -1,4 +1,4 @@
-"""What a draft is made of: how many of the target's layers and which, how wide, and which states it reads."""
+"""Blueprints of drafts: which of the target's layers, how wide, and which states they read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ DEPTHS = (1, 2)
 TOKEN_DEPTHS = (1, 2, 4)
 """Layers of drafts that read tokens alone."""
 
-_NARROW = 2  # a narrower draft keeps one neuron in so many: by far the most of a layer's weights
-_TEXTS = 4  # on which layers and neurons are chosen: some hundred tokens, read once for each layer that may go
+_NARROW = 2  # a narrow draft keeps one neuron in two of each feed-forward part, which has most weights of a layer
+_TEXTS = 4  # texts on which layers and neurons are chosen; each is read once for each layer that may be left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Blueprint:
 
     @property
     def name(self) -> str:
-        """What tables and folders call it."""
+        """Its name in tables and folders."""
         width = "" if self.width is None else f"-{self.width}-wide"
         return f"{len(self.layers)}-layer{width}{'' if self.state_layers else '-tokens'}"
 

@@ -1,4 +1,4 @@
-"""Which drafts are worth a distillation: what each costs, and what it promises."""
+"""Chooses the drafts that are worth a distillation, by measured cost and expected acceptance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from ..records import Observation
 from .blueprints import Blueprint, make_draft
 from .costs import context_for, step_seconds
 
-_HOPED = 0.5  # acceptance of a draft of one layer that reads states, such as SmolLM2's reaches in twenty minutes
-_HOPED_OF_TOKENS = 0.2  # of one that reads tokens alone, after as long
-_FEWER_MISSES = 0.05  # share of the refused tokens that each further layer is expected to get right
-_MORE_MISSES = 0.02  # share of the accepted tokens that half of the neurons are expected to lose
-_CLOSE = 0.97  # of the best promise: what is below cannot be expected to catch up
-_MOST = 2  # drafts that are distilled
+_HOPED = 0.5  # expected acceptance of one layer that reads states: that of SmolLM2's draft after twenty minutes
+_HOPED_OF_TOKENS = 0.2  # expected acceptance of one layer that reads tokens alone, likewise
+_FEWER_MISSES = 0.05  # share of the refused tokens that each further layer is expected to save
+_MORE_MISSES = 0.02  # share of the accepted tokens that half of the neurons are expected to cost
+_CLOSE = 0.97  # share of the best expected speed that a second draft needs to be distilled, too
+_MOST = 2  # drafts that are distilled, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What tables and folders call it."""
+        """Its name in tables and folders."""
         return self.blueprint.name
 
 
@@ -70,13 +70,13 @@ def weigh(
 
 
 def _hoped(one: Blueprint) -> float:
-    """Return the acceptance that a draft may be hoped to reach, by what SmolLM2's did; see `docs/design.md`."""
+    """Return the expected acceptance of a draft, extrapolated from SmolLM2's drafts; see `docs/design.md`."""
     shallow = _HOPED if one.state_layers else _HOPED_OF_TOKENS
     deep = 1 - (1 - shallow) * (1 - _FEWER_MISSES) ** (len(one.layers) - 1)
     return deep if one.width is None else deep * (1 - _MORE_MISSES)
 
 
 def promising(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that are worth a distillation: the first, and the next where it is close."""
+    """Return the candidates to distil: the first, and the next if it is close."""
     best = candidates[0].speedup
     return [candidate for candidate in candidates if candidate.speedup >= _CLOSE * best][:_MOST]

@@ -1,4 +1,4 @@
-"""What it costs a draft to propose a token, as serving does it."""
+"""Measures the time of a drafted token and of the target's passes, as in serving."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from ..serving.feature_decoder import FeatureDecoder
 from ..serving.states import TargetStates
 
 CONTEXT = 256
-"""Tokens of the text behind which everything is timed."""
+"""Tokens of the text behind which forwards are timed."""
 
-_CHAIN = 4  # tokens of a proposal: the first reads the target's states, the others the draft's own
-_ROOM = 16  # tokens fed to the target at most, which models with few positions need room for
+_CHAIN = 4  # tokens of a timed proposal; the first reads the target's states, the others the draft's own
+_ROOM = 16  # positions left free behind the text, for the tokens that the target is fed
 
 
 def context_for(model: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""Makes a draft for a target: gathers texts, records them, weighs drafts, distils, measures and chooses."""
+"""Makes a draft for a target: gathers and records texts, weighs drafts, distils, measures, chooses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WORK = "work"
-"""Folder beside the draft that a run goes on from: recorded texts and checkpoints. It can be deleted afterwards."""
+"""Folder beside the draft with recorded texts and checkpoints, from which a run resumes. Can be deleted afterwards."""
 
-_TIMED = 13  # held-out prompts that are answered for the choice, the first of which warms up
+_TIMED = 13  # held-out prompts that are answered to time drafts; the first one warms up
 
 
 def design_draft(
@@ -91,7 +91,7 @@ def design_draft(
     folder, recipe = Path(output), recipe or Recipe()
     try_output(folder)
     simplest = Blueprint((len(layers_of(target)) - 1,))
-    make_draft(target, simplest, torch.arange(1))  # refuses what no draft can be made of, before the work
+    make_draft(target, simplest, torch.arange(1))  # raises before the work, if no draft can be made
     designer = _Designer(target, tokenizer, folder / WORK, recipe, Display(console if is_first() else None))
     design = designer.run(prompts, texts, command)
     if is_first():
@@ -101,7 +101,7 @@ def design_draft(
 
 
 class _Designer:
-    """The stages of a design. Of several processes, the first records and measures, and all distil."""
+    """The stages of a design. With several processes, the first one records and measures; all distil."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class _Designer:
         return costs, candidates
 
     def _started(self, candidate: Candidate, general: torch.Tensor, learned: Recording) -> FeatureDraft:
-        """Make a draft that starts in closed form, or as an earlier run's did."""
+        """Make a draft, started in closed form, or by the weights of an earlier run."""
         path = self._place(candidate, learned) / "start.safetensors"
         with first_alone():
             if not path.is_file():

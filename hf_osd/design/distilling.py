@@ -1,4 +1,4 @@
-"""Distils a draft offline, from what was recorded of its target: resumable, and judged on texts that it never sees."""
+"""Distils a draft offline from recorded texts of its target. Resumable; judged on held-out texts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +50,7 @@ def distil(
     if not is_over(recipe, history):
         history = _train(draft, recording, held_out, folder, recipe, tell)
     draft.load_state_dict(load_file(folder / _BEST), strict=False)
-    draft.config.solved = None  # what it has learned is more than a solution
+    draft.config.solved = None  # trained, so never to be solved for again
     return history
 
 

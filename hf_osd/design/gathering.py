@@ -1,4 +1,4 @@
-"""Which texts a draft is made of, and which it is judged by."""
+"""Gathers the texts that a draft learns from, and those that it is judged by."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from .texts import Text, in_turn, load_texts
 from .writing import end_tokens, write_prompts
 
 ANSWER_TOKENS = 96
-"""Tokens that the target writes to a prompt, at most: what comes later in an answer is of the same kind."""
+"""Most tokens of an answer that the target writes: later ones are of the same kind."""
 
-_LONGEST = 512  # tokens of a text: the cost of a step grows with it, and prompts are rarely longer
-_HELD_OUT = 48  # texts that are only judged by: some 4,000 positions, which tell shares apart by .02
-_EVERY = 8  # texts, of which one is held out, as long as there are fewer: more texts later leave these where they are
-_FEWEST = 8  # texts to learn from
+_LONGEST = 512  # tokens of a text, at most: a step costs more with longer texts, and few prompts are longer
+_HELD_OUT = 48  # held-out texts, at most: some 4,000 positions, which resolve an acceptance to .02
+_EVERY = 8  # one text in so many is held out, so that those of a smaller run stay held out in a larger one
+_FEWEST = 8  # texts to learn from, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +101,19 @@ def gather(
 
 
 def _split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
-    """Return what is learned from, and what is held out."""
+    """Return the texts to learn from, and the held-out ones."""
     last = _EVERY * _HELD_OUT
     apart = [*texts[:last:_EVERY]]
     return [text for number, text in enumerate(texts) if number % _EVERY or number >= last], apart
 
 
 def own_prompts(limit: int) -> int:
-    """Return how many prompts the target is to write where no others are given: a quarter, for it takes minutes."""
+    """Return how many prompts the target writes where none are given: a quarter, since it takes minutes."""
     return limit // 4
 
 
 def _distinct(texts: Sequence[Text]) -> list[Text]:
-    """Drop prompts that come again: what is held out must not be learned."""
+    """Drop repeated prompts, so that no held-out text is learned."""
     return [*{json.dumps(text.answer if text.prompt is None else [text.prompt]): text for text in texts}.values()]
 
 
@@ -123,7 +123,7 @@ def _mixed(text: Text, number: int) -> Text:
 
 
 def _asked(request: Request) -> Request:
-    """Turn a text into a prompt, all of which is known; a document is to be continued from its middle."""
+    """Turn a text into a prompt without an answer; a document becomes a prompt up to its middle."""
     prompt = request.prompt_ids
     if len(prompt) == 1 and request.answer_ids is not None:
         prompt = torch.cat((prompt, request.answer_ids[: len(request.answer_ids) // 2]))

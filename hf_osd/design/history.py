@@ -1,4 +1,4 @@
-"""What a draft could do in the course of its distillation, kept as JSON."""
+"""Evaluations of a draft during its distillation, kept as JSON."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +50,7 @@ def evaluations_in(entries: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
 
 
 def read_history(folder: Path) -> list[Evaluation]:
-    """Return the evaluations of a run as far as it came; none where there was no run."""
+    """Return the evaluations of an earlier run; none where there was no run."""
     path = folder / HISTORY
     return evaluations_in(json.loads(path.read_text())) if path.is_file() else []
 
@@ -62,7 +62,7 @@ def write_history(folder: Path, history: Sequence[Evaluation]) -> None:
 
 
 def is_over(recipe: Recipe, history: Sequence[Evaluation]) -> bool:
-    """Say whether a run has taken its time, or no longer gets better."""
+    """Return whether a run has used its time, or no longer gets better."""
     if not history:
         return False
     accepted = [evaluation.quality.accepted for evaluation in history]

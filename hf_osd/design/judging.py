@@ -1,4 +1,4 @@
-"""How good a draft is on texts that it has not learned: as often as its tokens are those that the target wrote."""
+"""Judges a draft on held-out texts: how often its tokens are those that the target wrote."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ..learning.features import FeatureCollator, reader_of
 from ..records import Observation
 from ..serving.weights import eval_mode
 
-LONGEST_CHAIN = 5  # tokens that are drafted behind each position: those further on are rarely reached
+LONGEST_CHAIN = 5  # tokens drafted behind each position; later ones are rarely reached
 
 _ANY_LENGTH = 2**24
 
@@ -55,12 +55,12 @@ def judge(draft: FeatureDraft, answers: Iterable[Observation]) -> Quality:
 
 
 def _hits(draft: FeatureDraft, answer: Observation) -> torch.Tensor:
-    """Say where the k-th token of a chain, drafted k positions before, is that of the answer: `(chain, answer)`."""
+    """Return where the k-th drafted token of a chain equals the answer's: `(chain, answer)`."""
     reader, collate = reader_of(draft), FeatureCollator(_ANY_LENGTH, "all", draft)
     device = next(draft.parameters()).device
     inputs = {name: value.to(device) for name, value in collate([answer]).items()}
     inputs["vocabulary"] = draft.vocabulary.tokens(answer.prompt_ids.tolist()).to(device)
-    # A draft that reads tokens alone goes on from a right token as it would from the text.
+    # A draft that reads tokens alone needs no chain: behind right tokens it reads the text itself.
     own_steps = LONGEST_CHAIN - 1 if draft.state_layers else 0
     logits = draft(**reader.options(inputs), own_steps=own_steps).logits
     logits = logits[:, 0] if own_steps else logits.expand(LONGEST_CHAIN, -1, -1)
@@ -69,7 +69,7 @@ def _hits(draft: FeatureDraft, answer: Observation) -> torch.Tensor:
 
 
 def _runs(hits: torch.Tensor) -> torch.Tensor:
-    """Say of each whole chain how far it was accepted: `(chain, positions)`, ones up to the first miss."""
+    """Return ones up to the first miss of each whole chain: `(chain, positions)`."""
     count = max(hits.shape[1] - len(hits) + 1, 0)
     chains = torch.stack([hits[step, step : step + count] for step in range(len(hits))])
     return chains.long().cumprod(0)

@@ -1,7 +1,7 @@
 """
-Several processes, as `accelerate launch` starts them: the first one looks at the clock, and all go by what it says.
+Helpers for several processes of `accelerate launch`: the first one decides, for example by the clock, and all follow.
 
-A process that is alone asks nobody, and leaves accelerate's state to the trainer.
+A single process does not touch accelerate's state, which is left to the trainer.
 """
 
 import os
@@ -24,22 +24,22 @@ def _state() -> Any:
 
 
 def is_first() -> bool:
-    """Say whether this is the first process, or the only one."""
+    """Return whether this is the first process, or the only one."""
     return _is_alone() or bool(_state().is_main_process)
 
 
 def shared(value: Any) -> Any:
-    """Return what the first process has; the others wait for it."""
+    """Return the value of the first process, for which the others wait."""
     return value if _is_alone() else broadcast_object_list([value])[0]
 
 
 def first_alone() -> AbstractContextManager[None]:
-    """Let the first process do something before the others, which find its files then."""
+    """Let the first process run the context before the others, which then find its files."""
     waiting: AbstractContextManager[None] = nullcontext() if _is_alone() else _state().main_process_first()
     return waiting
 
 
 def wait() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes are here."""
     if not _is_alone():
         _state().wait_for_everyone()

@@ -1,4 +1,4 @@
-"""What the target says of texts: its distribution behind every token and its states, in one pass over each text."""
+"""Records texts: the target's distribution at every position and its states, in one pass over each text."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from ..drafts.states import StateTap
 from ..records import Observation, sparse_teacher
 
-_LOGITS_BYTES = 2**28  # of a pass: it is as long as its logits fit into 256 MiB
-_LONGEST_PASS = 4096  # tokens; more are no faster
+_LOGITS_BYTES = 2**28  # bytes of the logits of one pass, at most (256 MiB)
+_LONGEST_PASS = 4096  # tokens of one pass, at most; more are no faster
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def _run(
     target: Any, texts: Sequence[torch.Tensor], state_layers: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return logits, `(batch, time, vocab)`, and states, `(batch, time, size)`."""
-    # Padded on the right, so that no mask is needed: a token never looks at what is behind it.
+    # Padded on the right, so that no mask is needed: attention is causal.
     ids = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)[:, :-1].to(target.device)
     if not state_layers:
         return target(ids, use_cache=False).logits, None

@@ -1,4 +1,4 @@
-"""How a draft is distilled: numbers, and how far a run has come."""
+"""The settings of a distillation, and its schedule."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from torch import nn
 
 from ..config import check_fields, integer, number, optional
 
-_SMALLEST = 1e-3  # root mean square that a rate is relative to, at least: biases that begin at zero have to learn, too
+_SMALLEST = 1e-3  # root mean square, at least, that a learning rate is relative to: biases may begin at zero
 _RULES = {
     "minutes": number(1e-3, 1e5),
     "steps": optional(integer(1, 10**9)),
@@ -25,11 +25,11 @@ _RULES = {
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """
-    How to distil.
+    Settings of a distillation.
 
     Args:
         minutes (`float`, defaults to 15): Wall-clock time, evaluations included. The learning rate falls over it.
-        steps (`int`, *optional*): Optimiser steps in its place, for a run that is the same every time.
+        steps (`int`, *optional*): Optimiser steps instead of minutes, for a run that repeats exactly.
         matrix_rate (`float`, defaults to 0.01): Peak of AdamW's learning rate for a matrix, relative to the root mean
             square of its values at the start. The map in front of the layers and the layers themselves differ by a
             factor of thirty in that; one rate for all is too small for the one or destroys the others.
@@ -58,21 +58,21 @@ class Recipe:
         check_fields(self, _RULES)
 
     def progress(self, step: int, seconds: float) -> float:
-        """Say how far a run has come, in [0, 1]."""
+        """Return the progress of a run, in [0, 1]."""
         share = seconds / (60 * self.minutes) if self.steps is None else step / self.steps
         return min(share, 1.0)
 
     def shared(self, count: int) -> "Recipe":
-        """Return the recipe for each of several drafts that share the time."""
+        """Return the recipe of each of several drafts, which share the time."""
         steps = None if self.steps is None else -(-self.steps // count)
         return replace(self, minutes=self.minutes / count, steps=steps)
 
     def rate(self, step: int, progress: float) -> float:
-        """Return the factor on the learning rate: up in `warmup_steps`, then down in a straight line to zero."""
+        """Return the factor on the learning rate: up in `warmup_steps`, then down linearly to zero."""
         return min(1.0, (step + 1) / self.warmup_steps) * (1.0 - progress)
 
     def groups(self, weights: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        """Return what the optimiser takes: every weight with its own rate."""
+        """Return the parameter groups of the optimiser: each weight has its own learning rate."""
         return [{"params": [weight], "lr": self._peak(weight)} for weight in weights if weight.requires_grad]
 
     def _peak(self, weight: nn.Parameter) -> float:
@@ -80,6 +80,6 @@ class Recipe:
         return max(size, _SMALLEST) * (self.matrix_rate if weight.ndim > 1 else self.vector_rate)
 
     def stopped_rising(self, values: Sequence[float]) -> bool:
-        """Say whether the last evaluations brought no new best."""
+        """Return whether the last evaluations brought no new best."""
         best = max(range(len(values)), key=values.__getitem__, default=0)
         return len(values) - 1 - best >= self.patience

@@ -1,4 +1,4 @@
-"""Records what the target says of texts, lot by lot, each a file: a run that is cut off goes on behind the last."""
+"""Records texts in lots, one file each, so that an interrupted run resumes behind its last file."""
 
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -15,7 +15,7 @@ from .requests import Request
 from .shards import Recording, write_shard
 from .writing import write_answers
 
-_LOT = 128  # texts of a file: some 100 MB with states, and what an interruption costs
+_LOT = 128  # texts of a file, some 100 MB with states: the most that an interruption loses
 
 
 def record(
@@ -29,7 +29,7 @@ def record(
     tell: Callable[[int], object] = lambda done: None,
 ) -> Recording:
     """
-    Have the target answer what has no answer, and read everything: one pass over each text.
+    Let the target answer the prompts without an answer, and record all texts, in one pass over each.
 
     What the folder holds already is not recorded again, whatever else was asked for when it was. So a run that was
     cut off goes on, and one with more texts adds to it.
@@ -42,7 +42,7 @@ def record(
             number of a state, 4.6 KB a token of a model of 576 dimensions with four layers.
         top_k (`int`, defaults to 32): Log-probabilities to keep at a position.
         max_new_tokens (`int`, defaults to 96): Tokens of an answer that the target writes, at most.
-        tell (`Callable[[int], object]`, *optional*): Told how many texts are there, again and again.
+        tell (`Callable[[int], object]`, *optional*): Called with the number of texts recorded so far.
 
     Returns:
         [`Recording`]: An observation of each request, in order. Its `prompt_ids` are what teaches nothing.
@@ -84,6 +84,6 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 def _fingerprint(target: PreTrainedModel) -> str:
-    """Tell targets apart by a sample of their weights, wherever they were loaded from."""
+    """Identify a target by a sample of its weights, wherever it was loaded from."""
     values = {name: values.tolist() for name, values in sample(target.named_parameters()).items()}
     return digest([type(target).__name__, str(target.dtype), values])

@@ -1,4 +1,4 @@
-"""Texts in tokens, as the target is going to see them when it serves, and what of them teaches nothing."""
+"""Turns texts into tokens as serving will, and marks the beginnings that teach nothing, such as chat templates."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from ..demo.models import token_ids
 from ..errors import InputError
 from .texts import Text
 
-_RECENT = 9  # prompts that one is compared with: as many as there may be sources that take turns, and one more
-_OPENINGS = ("What", "123", "- a")  # words of a user that differ from their first character on
+_RECENT = 9  # latest prompts that one is compared with: one more than the sources that may take turns
+_OPENINGS = ("What", "123", "- a")  # user messages that differ from their first character on
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Request:
     Attributes:
         prompt_ids (`torch.LongTensor` of shape `(prompt,)`): What is asked, as the target gets it.
         answer_ids (`torch.LongTensor` of shape `(answer,)`, *optional*): The answer; `None` for the target's.
-        head (`int`): Tokens at the beginning that teach nothing, such as those that a chat template or a system prompt
-            always begins with; at least 1, for nothing is drafted before the first token.
+        head (`int`): Tokens at the beginning that are not learned, such as those that a chat template or a system
+            prompt always begins with; at least 1, for nothing is drafted before the first token.
     """
 
     prompt_ids: torch.Tensor
@@ -65,13 +65,13 @@ def encode_texts(
 
 
 def template_head(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return what every prompt of a user begins with, `(head,)`: as far as prompts of different words are the same."""
+    """Return the tokens that every user prompt begins with, `(head,)`: the common prefix of different ones."""
     prompts = [token_ids(tokenizer, opening)[0] for opening in _OPENINGS]
     return prompts[0][: min(_shared(prompts[0], other, 0) for other in prompts[1:])].long()
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens with a meaning of their own: the special ones, and those that the chat template writes."""
+    """Return the special tokens, and those that the chat template writes."""
     special = set(tokenizer.all_special_ids)
     if not tokenizer.chat_template:
         return special
@@ -95,7 +95,7 @@ def _encode(tokenizer: Any, text: Text, ending: list[int], number: int) -> tuple
         prompt = token_ids(tokenizer, text.prompt)[0].long()
         if text.answer is None:
             return prompt, None
-        answer = text.answer if tokenizer.chat_template else f"\n{text.answer}"  # where a template has its own ending
+        answer = text.answer if tokenizer.chat_template else f"\n{text.answer}"  # a template ends prompts itself
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         return prompt, torch.tensor([*ids, *ending], dtype=torch.long)
     except Exception as error:  # a chat template is a program of whoever made the checkpoint

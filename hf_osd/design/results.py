@@ -1,4 +1,4 @@
-"""A finished design: the draft, what was found on the way, and the folder that both are written to."""
+"""A finished design: the draft, its figures, and how both are written to a folder."""
 
 import json
 from collections.abc import Mapping

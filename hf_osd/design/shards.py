@@ -1,4 +1,4 @@
-"""Recorded texts on disk: files that are written once and read text by text, so that memory holds one batch."""
+"""Recorded texts on disk: files written once and read text by text, so that memory holds one batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..drafts.machine import digest
 from ..errors import StateError
 from ..records import Observation
 
-_KINDS = {"ids": torch.int32, "teacher_ids": torch.int32}  # on disk; the others are as they are
+_KINDS = {"ids": torch.int32, "teacher_ids": torch.int32}  # dtypes on disk; other tensors keep theirs
 
 
 def write_shard(path: Path, observations: Sequence[Observation]) -> None:
@@ -37,7 +37,7 @@ def write_shard(path: Path, observations: Sequence[Observation]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an observation is in a file: its tokens and its output begin there."""
+    """Where the tokens and the output of an observation begin in a file."""
 
     shard: Any
     prompt: int
@@ -57,7 +57,7 @@ class Recording(Sequence[Observation]):
 
     Attributes:
         lengths (`list[int]`): Tokens of each text.
-        name (`str`): Short, and another one for other texts.
+        name (`str`): A short name, different for different texts.
 
     Raises:
         StateError: A file is no such file.

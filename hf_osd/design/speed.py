@@ -1,4 +1,4 @@
-"""How fast drafts serve: measured against plain decoding, request by request in turn."""
+"""Measures how fast drafts serve, against plain decoding, request by request in turn."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from .writing import end_tokens
 
 PLAIN = "plain"
 NEW_TOKENS = 64
-"""Tokens of an answer that is timed, at most."""
+"""Most tokens of a timed answer."""
 
 Answer = Callable[[torch.Tensor], Any]
 
@@ -26,11 +26,11 @@ Answer = Callable[[torch.Tensor], Any]
 @dataclass(frozen=True, slots=True)
 class Speed:
     """
-    What a way of decoding did.
+    The speed of a way of decoding.
 
     Attributes:
         tokens (`int`): Tokens generated.
-        seconds (`float`): Time of that.
+        seconds (`float`): Time they took.
     """
 
     tokens: int = 0
@@ -50,9 +50,9 @@ def measure_speeds(
     tell: Callable[[int], object] = lambda done: None,
 ) -> dict[str, Speed]:
     """
-    Serve prompts greedily, plainly and with each draft, which does not learn meanwhile.
+    Serve prompts greedily, plainly and with each draft. The drafts do not learn.
 
-    The first prompt warms up and is not counted. Who answers first changes with every prompt.
+    The first prompt warms up and is not counted. The order changes with every prompt.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -85,7 +85,11 @@ def _total(counted: Sequence[Speed]) -> Speed:
 
 def _options(target: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> dict[str, Any]:
     ends = end_tokens(target)
-    settings = {"temperature": None, "top_p": None, "top_k": None}  # a checkpoint's own would each raise a warning
+    settings = {
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }  # a checkpoint's own values would warn
     return {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": new_tokens,

@@ -1,4 +1,4 @@
-"""What a draft learns from: prompts, with answers or without, and documents."""
+"""Reads the texts that a draft learns from: prompts, with answers or without, and documents."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from ..demo.rows import read_rows
 from ..errors import PromptSourceError
 
 ANSWER_COLUMN = "response"
-_PIECE = 1_500  # characters of a document that are read at a time: some 400 tokens
+_PIECE = 1_500  # characters of a piece of a document, at most: some 400 tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
     """
-    Something to learn from.
+    A text to learn from.
 
     Attributes:
         prompt (`str` or `list[dict]`, *optional*): What is asked; `None` for a piece of a document.
@@ -62,7 +62,7 @@ def load_texts(sources: Sequence[str], limit: int) -> list[Text]:
 
 
 def stdlib_texts() -> list[Text]:
-    """Return documented functions of the standard library, in a fixed mixed order: docstrings, answered by sources."""
+    """Return documented functions of the standard library in a fixed random order: docstrings, answered by code."""
     functions = [*stdlib_functions(keep=lambda docstring: not is_held_out(docstring))]
     functions.sort(key=lambda function: sha256(function[0].encode()).digest())
     return [Text(INSTRUCTION + docstring, source) for docstring, source in functions]

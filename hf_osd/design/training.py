@@ -1,4 +1,4 @@
-"""The offline trainer: TRL's, over recorded texts, for so many minutes, evaluated and saved on the way."""
+"""The offline trainer: TRL's, on recorded texts, for a number of minutes, evaluated and saved on the way."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +25,11 @@ from .shards import Recording
 
 _NEVER = 2**31 - 1
 _LONGEST_TEXT = 2**24
-_SHARED = ("vocabulary", "positions")  # of a batch, by all of its rows
+_SHARED = ("vocabulary", "positions")  # entries of a batch that all rows share
 
 
 class Undisturbed:
-    """Nobody is served meanwhile; see [`~hf_osd.learning.pacing.UpdateSession`]."""
+    """A session that never pauses, since nothing is served; see [`~hf_osd.learning.pacing.UpdateSession`]."""
 
     def give_way(self) -> float:
         """Go on at once."""
@@ -59,10 +59,10 @@ class OfflineCallback(TrainerCallback):
         self.session: Any = Undisturbed()
         self.progress = 0.0
         self._recipe, self._evaluate, self._note = recipe, evaluate, note
-        self._began = self._before = 0.0  # seconds: by the clock, and of earlier runs
+        self._began = self._before = 0.0  # seconds: start of this run by the clock, and duration of earlier runs
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on from the last evaluation of an earlier run, or begin with one."""
+        """Resume from the last evaluation of an earlier run, or make the first one."""
         known = evaluations_in(state.log_history)
         self._before = 60 * known[-1].minutes if known else 0.0
         self._began = perf_counter()
@@ -75,7 +75,7 @@ class OfflineCallback(TrainerCallback):
             self._look(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluate and save where it is time for it, and end."""
+        """Evaluate and save when it is time, and stop at the end."""
         self.trainer.take_positions()
         self._average.update()
         before, self.progress = self.progress, self._agreed(state.global_step)
@@ -141,7 +141,7 @@ class OfflineTrainer(OnlineGKDTrainer):
             max_length=_LONGEST_TEXT,
             seed=recipe.seed,
             training_arguments={
-                "adam_beta2": 0.95,  # the batches are few: a longer memory would be of weights long gone
+                "adam_beta2": 0.95,  # there are few steps, for which .999 would be too long a memory
                 "ignore_data_skip": True,  # batches are numbered
                 "output_dir": str(folder),
                 "save_strategy": "steps",
@@ -180,13 +180,13 @@ class OfflineTrainer(OnlineGKDTrainer):
         return loss
 
     def _halves(self, rows: int) -> list[tuple[torch.Tensor, int]]:
-        """Return rows that are drafted for once, and rows that go on from the draft's own states."""
+        """Split the rows: those drafted for once, and those that go on from the draft's own states."""
         chance = torch.Generator().manual_seed(hash((self._recipe.seed, self.state.global_step)))
         order = torch.randperm(rows, generator=chance)
         return [(order[rows // 2 :], 0), (order[: rows // 2], OWN_STEPS)]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Give every weight the rate of the recipe."""
+        """Make the optimiser with the learning rates of the recipe."""
         trained: Any = self.model
         groups = self._recipe.groups(trained.parameters())
         betas = (self.args.adam_beta1, self.args.adam_beta2)
@@ -196,7 +196,7 @@ class OfflineTrainer(OnlineGKDTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Follow the recipe, which goes by the clock."""
+        """Make the schedule of the recipe, which goes by the clock."""
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,  # type: ignore[arg-type]
             lambda step: self._recipe.rate(step, self._callback.progress),

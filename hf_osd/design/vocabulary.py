@@ -7,14 +7,14 @@ import torch
 from ..records import Observation
 
 GENERAL = 4096
-"""How many they are: with what the prompt at hand and earlier outputs add, they hold .9 to .99 of what is written."""
+"""How many they are. Together with those of the prompt and of earlier outputs they cover .9 to .99 of the output."""
 
 
 def most_used(
     texts: Sequence[Observation], vocab_size: int, always: Iterable[int] = (), size: int = GENERAL
 ) -> torch.Tensor:
     """
-    Return the tokens that texts use most, and that the target would have used most in them.
+    Return the tokens that are most frequent in texts and in the target's distributions over them.
 
     Args:
         texts (`Sequence[Observation]`): Recorded texts.
@@ -25,7 +25,7 @@ def most_used(
     Returns:
         `torch.LongTensor` of shape `(size,)`: In ascending order.
     """
-    # Among those that are not used, the first: a vocabulary made by merging has its most frequent pieces there.
+    # Ties of unused tokens go to the first, which are the most frequent ones in a vocabulary made by merging.
     counts = torch.linspace(0.5, 0.0, vocab_size)
     for text in texts:
         said = torch.cat((text.output_ids, text.teacher_ids[:, 0]))

@@ -1,4 +1,4 @@
-"""What the target writes by itself: answers to prompts, and prompts out of nothing."""
+"""Lets the target write: answers to prompts, and prompts without any data."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from ..errors import UnsupportedModelError
 from .requests import template_head
 from .texts import Text
 
-_ROWS = 32  # texts written at a time: on a CPU, twice as many are no faster
-_PROMPT_TOKENS = 64  # of a prompt that the target writes; longer ones, a fifth, are left out
-_TOP_K, _TOP_P = 256, 0.95  # prompts are sampled, without the last twentieth: odd tokens derail a small model
+_ROWS = 32  # texts written at a time; twice as many are no faster on a CPU
+_PROMPT_TOKENS = 64  # tokens of a written prompt, at most; longer ones, about a fifth, are dropped
+_TOP_K, _TOP_P = 256, 0.95  # sampling of prompts: unlikely tokens derail a small model
 _OPENINGS = (
     *("Explain", "How many", "What is the", "Why", "How do I", "Write a Python function that", "Write a SQL query to"),
     *("Calculate", "Solve", "Translate", "Summarize the following text:", "Rewrite", "Describe", "Compare", "If a"),
     *("Write a short story about", "Create a list of", "Given the following table,", "Define a class", "Give me"),
 )
-"""What prompts begin with, every second one: a target that is left alone writes much the same."""
+"""Beginnings of every second prompt, since the target writes similar prompts without one."""
 
 
 @torch.no_grad()
 def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_new_tokens: int) -> list[torch.Tensor]:
     """
-    Let the target answer prompts, greedily, those of similar length together.
+    Let the target answer prompts greedily, in batches of similar length.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -52,17 +52,18 @@ def write_prompts(
     tell: Callable[[int], object] = lambda done: None,
 ) -> list[Text]:
     """
-    Let the target write prompts of users: what it samples behind the head of the chat template's user turn.
+    Let the target write user prompts: sampled behind the beginning of the chat template's user turn.
 
     Magpie (https://arxiv.org/abs/2406.08464). They are of the kind that the target was tuned on, and need no data.
-    Every second one begins with an ordinary opening in English, so that questions, code and reckoning are among them.
+    Every second one begins with an ordinary opening in English, so that there are questions, code and arithmetic among
+    them.
 
     Args:
         target (`PreTrainedModel`): The target.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a chat template.
         count (`int`): How many to write; a few of them may turn out empty, too long or the same, and are left out.
         seed (`int`, defaults to 0): Of the sampling. The global random state is left as it was.
-        tell (`Callable[[int], object]`, *optional*): Told how many are written, again and again.
+        tell (`Callable[[int], object]`, *optional*): Called with the number written so far.
 
     Raises:
         UnsupportedModelError: The tokenizer has no chat template.
@@ -84,7 +85,7 @@ def write_prompts(
 
 
 def _openings(tokenizer: Any) -> list[torch.Tensor]:
-    """Return what prompts begin with behind the head of the template, `(opening,)`: every second one with nothing."""
+    """Return the beginnings of prompts behind the template, `(opening,)`: every second one is empty."""
     found: list[torch.Tensor] = []
     for opening in _OPENINGS:
         ids = tokenizer(opening, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Which draft serves which target. Importing this makes [`FeatureDraft`] known to transformers' Auto classes."""
+"""Drafts for a target: made, checked, timed. The import registers [`FeatureDraft`] with transformers' Auto classes."""
 
 from .feature_config import FeatureDraftConfig
 from .features import FeatureDraft

@@ -1,4 +1,4 @@
-"""What a draft reads of its target where it lies, and never owns."""
+"""The parts of a target that a draft uses in place: embedding, output head and states."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from .vocabulary import TrafficVocabulary
 
 class Borrowed:
     """
-    The target, as far as a draft reads it: its embedding and its output head, where they lie, and its states.
+    References of a draft to its target's embedding, output head and states, and the vocabulary it proposes from.
 
-    They are no parameters of the draft: nothing trains, moves, counts, copies or saves them, and the copy of a draft
-    that is trained borrows the same.
+    They are no parameters of the draft, so they are never trained, moved, counted, copied or saved with it. A copy of
+    a draft, such as the one that is trained, shares them.
     """
 
     def __init__(self, target: PreTrainedModel | None = None, general: Sequence[int] = ()) -> None:

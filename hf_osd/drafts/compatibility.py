@@ -1,4 +1,4 @@
-"""Whether a draft fits a target. A misfit could not change the output, only waste work, so it is found out early."""
+"""Checks that a draft fits a target, before any work: a misfit wastes time, though it cannot change the output."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from .wrapping import held_model_hint
 MAX_PADDING = 1024
 
 AUTO = "auto"
-"""Stands for a draft that is made of the target on the spot."""
+"""In place of a draft: make one of the target."""
 
 
 def check_target(target: Any) -> None:
@@ -49,7 +49,7 @@ def made_draft(name: str, target: PreTrainedModel) -> FeatureDraft:
 
 def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """
-    Refuse what cannot be meant as a draft.
+    Refuse what cannot serve as a draft of any target.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -71,7 +71,7 @@ def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
 
 def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
     """
-    Say that a draft cannot work for a target.
+    Refuse a draft that cannot work for a target.
 
     Args:
         target (`PreTrainedModel`): The target.

@@ -1,4 +1,4 @@
-"""Which layers of a target make a draft: those without which it says something else."""
+"""Chooses the layers of a target that make a draft: those whose absence changes its output most."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,13 +18,13 @@ from .states import layers_of
 
 class Depth:
     """
-    A model that can be run without some of its layers: they return what they are given, and compute nothing.
+    Runs a model without some of its layers, which then return their input.
 
     Args:
         model (`PreTrainedModel`): A decoder-only model in eval mode, which nobody else may run meanwhile.
 
     Raises:
-        UnsupportedModelError: The layers of the model cannot be told.
+        UnsupportedModelError: The layers of the model cannot be identified.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,7 +34,7 @@ class Depth:
 
     @torch.no_grad()
     def _look(self, model: PreTrainedModel) -> None:
-        """Find out what the layers return: a tensor, or in older families a tuple or a list that begins with it."""
+        """Note what the layers return: a tensor, or in older families a tuple or list that begins with it."""
 
         def note(layer: nn.Module, inputs: Any, output: Any) -> None:
             self._bypasses[layer] = _Bypass(None if isinstance(output, torch.Tensor) else type(output), len(output))
@@ -59,10 +59,10 @@ def choose_layers(
     target: PreTrainedModel, counts: Collection[int], observations: Sequence[Observation]
 ) -> dict[int, list[int]]:
     """
-    Choose the layers of drafts: again and again, the one that is missed least is left out.
+    Choose the layers of drafts greedily: leave out the layer whose absence costs least acceptance, and repeat.
 
-    By what a layer does to the output when it is not there, after those that have gone before (SLEB,
-    https://arxiv.org/abs/2402.09025), instead of by what it does to the state (ShortGPT,
+    Layers are judged by the output of the model without them and those left out before (SLEB,
+    https://arxiv.org/abs/2402.09025), not by how much they change the state (ShortGPT,
     https://arxiv.org/abs/2403.03853).
 
     Args:
@@ -76,7 +76,7 @@ def choose_layers(
 
     Raises:
         InputError: A count is out of range, or there are no observations.
-        UnsupportedModelError: The layers of the model cannot be told.
+        UnsupportedModelError: The layers of the model cannot be identified.
     """
     depth = Depth(target)
     kept = list(range(len(depth.layers)))
@@ -95,7 +95,7 @@ def choose_layers(
 
 
 class _Bypass:
-    """The forward of a layer that is left out."""
+    """The forward of a layer that is left out: returns its input."""
 
     def __init__(self, kind: Callable[[list[Any]], Any] | None, length: int) -> None:
         self._kind, self._others = kind, [None] * (length - 1)

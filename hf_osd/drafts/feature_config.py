@@ -10,7 +10,7 @@ LEARNING: dict[str, Any] = {
     "steps_per_update": 1,
     "learning_share": 0.1,
 }
-"""How such a draft learns online: updates of one step, and at most a tenth of the time of serving for learning."""
+"""Online settings that suit such a draft: updates of one step, and at most a tenth of the time of serving."""
 
 
 class FeatureDraftConfig(PreTrainedConfig):
@@ -23,9 +23,10 @@ class FeatureDraftConfig(PreTrainedConfig):
         state_layers (`Sequence[int]`, defaults to `()`): Layers of the target after which its states are read,
             counted from 1; none for a draft that reads tokens alone.
         target (`str`, defaults to `""`): Hub id or folder of the target it was made for.
-        general_tokens (`int`, defaults to 0): How many tokens it proposes from whatever the traffic.
-        solved (`int`, *optional*): Positions that the map in front of its layers was solved from, 0 for a cold draft;
-            see [`~hf_osd.drafts.starting.is_due`]. Defaults to `None`, for a draft that has been taught otherwise.
+        general_tokens (`int`, defaults to 0): How many tokens it always proposes from, whatever the traffic.
+        solved (`int`, *optional*): Positions that the last closed-form solution used, 0 for a cold draft; see
+            [`~hf_osd.drafts.starting.is_due`]. `None`, the default, for a draft that was trained: it is never solved
+            for again.
         online (`Mapping[str, Any]`, *optional*): Fields of [`~hf_osd.OnlineConfig`] that suit it, used where the user
             gives no config; defaults to [`LEARNING`].
     """

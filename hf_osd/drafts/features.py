@@ -30,8 +30,8 @@ from .feature_config import FeatureDraftConfig
 from .states import decoder_of, layers_of
 from .vocabulary import TrafficVocabulary
 
-_GENERAL = 4096  # tokens of the vocabulary that a cold draft always proposes from
-_STATES_SHARE = 0.3  # of the last state in a cold draft's input: the target's own guess of what comes next
+_GENERAL = 4096  # tokens that a cold draft always proposes from: the first of the vocabulary
+_STATES_SHARE = 0.3  # weight of the target's last state, relative to the token, in a cold draft's input
 
 
 class FeatureDraft(PreTrainedModel, GenerationMixin):
@@ -135,7 +135,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
 
     def borrow(self, target: PreTrainedModel) -> "FeatureDraft":
         """
-        Read embedding and output head of a target from now on, where they lie.
+        Use embedding and output head of a target in place, from now on.
 
         Args:
             target (`PreTrainedModel`): The target.
@@ -155,7 +155,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
 
     @property
     def target(self) -> PreTrainedModel | None:
-        """The target it was last lent from, or `None` once nobody else uses it."""
+        """The target it borrows from, or `None` once nobody else uses it."""
         return self._borrowed.target()
 
     @property
@@ -165,7 +165,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the target."""
+        """Size of the target's vocabulary."""
         return int(self.config.text_config.vocab_size)
 
     @property
@@ -175,7 +175,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
 
     @property
     def state_size(self) -> int:
-        """Numbers that it reads of the target at a position."""
+        """Size of the states that it reads at a position: layers times hidden size."""
         return len(self.config.state_layers) * int(self.config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -291,11 +291,11 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         keep: int,
     ) -> list[torch.Tensor]:
         """
-        Run as a proposal does, behind each of the last `keep` positions at once: `(batch, keep, hidden)` by step.
+        Draft behind each of the last `keep` positions at once; returns states `(batch, keep, hidden)` of each step.
 
-        The token of step s reads the target's states up to s positions before it, and the draft's own behind: EAGLE-3
-        calls it training-time test. All steps share one cache, and masks pick from it what each would have seen. The
-        positions before, such as a prompt's, are read by the first step alone.
+        The token of step s reads the target's states up to s positions before it, and the draft's own states behind
+        them (EAGLE-3's training-time test). All steps share one cache; masks select from it what each may see. Only
+        the first step reads the positions before, such as those of a prompt.
         """
         known = torch.ones_like(input_ids) if mask is None else mask
         positions = (known.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
@@ -327,7 +327,7 @@ def _output(
 
 def _seen_by_step(known: torch.Tensor, step: int, last: int) -> torch.Tensor:
     """
-    Say which keys a step of [`FeatureDraft._unrolled`] looks at.
+    Return which keys a step of [`FeatureDraft._unrolled`] looks at.
 
     Args:
         known (`torch.BoolTensor` of shape `(batch, time)`): False where a row is padded.
@@ -352,8 +352,8 @@ def default_state_layers(target: PreTrainedModel) -> tuple[int, ...]:
     """
     Return after which layers a draft reads its target: an early and a middle one, and the last two.
 
-    The last but one is what a copy of the last layer reads in the target, so that what was recorded for a draft is
-    enough to solve for its start; see [`~hf_osd.drafts.starting.solve`].
+    The last layer of the target reads the state after the one before it. A draft that reads this state, too, can be
+    solved for by recorded states alone; see [`~hf_osd.drafts.starting.solve`].
     """
     count = len(layers_of(target))
     return tuple(sorted({layer for layer in (count // 10, count // 2, count - 1, count) if layer > 0}))

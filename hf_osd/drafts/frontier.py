@@ -13,9 +13,9 @@ from .profiles import Profile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LEVELS = (1.05, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0)  # speed-ups that get a line
-_STEPS = 60  # of the grid that lines are drawn through, in either direction
-_MARGIN = 1.5  # how far the picture goes on beside the quickest and the slowest candidate, as a factor
+_LEVELS = (1.05, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0)  # speed-ups with a line of their own
+_STEPS = 60  # points of the grid for the lines, in each direction
+_MARGIN = 1.5  # factor by which the axis goes beyond the fastest and the slowest candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ def write_frontier(
     target: Profile, candidates: Sequence[Candidate], path: str | Path, *, batch: int = 1, context: int = 256
 ) -> Path:
     """
-    Draw candidates by what a step of theirs costs and by their acceptance, and write a PNG.
+    Draw drafts by the cost of a step and by acceptance, and write a PNG.
 
-    Whatever lies on one line is as fast as all else on it, by [`predict`]. The cost is a share of a target's pass, on
-    a logarithmic axis, and milliseconds above.
+    Drafts on one line serve equally fast, by [`predict`]. The cost is in passes of the target, on a logarithmic axis,
+    and in milliseconds at the top.
 
     Args:
         target ([`Profile`]): Costs of the target's passes.

@@ -1,4 +1,4 @@
-"""How often a draft would say what its target says, at given positions: no serving, one pass of the draft."""
+"""Acceptance of a token draft on recorded texts, measured by one pass of the draft, without serving."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Likeness:
     How a draft compares with its target, given the target's own text before each position.
 
     Attributes:
-        agreement (`float`): Share of positions where both like the same token best: acceptance of greedy decoding.
+        agreement (`float`): Share of positions where both have the same best token: acceptance of greedy decoding.
         acceptance (`float`): Mean of sum_x min(p(x), q(x)): acceptance of sampling, or an upper bound of it, since all
             tokens that an observation does not hold of the target's distribution count as one.
         positions (`int`): How many positions that was measured at.
@@ -31,7 +31,7 @@ class Likeness:
 @torch.no_grad()
 def likeness(draft: PreTrainedModel, observations: Sequence[Observation]) -> Likeness:
     """
-    Compare a draft with what its target has said.
+    Compare a draft with its target on recorded texts.
 
     Args:
         draft (`PreTrainedModel`): The draft, in eval mode, which reads tokens alone.

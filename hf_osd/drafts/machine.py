@@ -1,4 +1,4 @@
-"""What the time of a forward depends on beside its shape: the machine, the versions, and the model."""
+"""Describes what the time of a forward depends on besides its shape: machine, versions, model."""
 
 import hashlib
 import json
@@ -12,7 +12,11 @@ from transformers import PreTrainedModel
 
 from .._compat import attention_implementation, execution_device
 
-_NAMES = ("_name_or_path", "name_or_path", "transformers_version")  # of a configuration: they cost no time
+_NAMES = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+)  # fields that do not change the speed
 
 
 def processor_name() -> str:

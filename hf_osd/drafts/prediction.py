@@ -1,9 +1,9 @@
 """
 Tokens per second of a draft before it serves, from its acceptance and from measured costs.
 
-A round of draft length k takes k draft steps and one pass of the target over k + 1 tokens. With each token accepted by
-itself with probability a, it yields (1 - a^(k + 1)) / (1 - a) tokens (Leviathan et al.,
-https://arxiv.org/abs/2211.17192); the length is the one of the best goodput (SmartSpec,
+A round of draft length k takes k draft steps and one pass of the target over k + 1 tokens. If each token is accepted
+independently with probability a, it yields (1 - a^(k + 1)) / (1 - a) tokens (Leviathan et al.,
+https://arxiv.org/abs/2211.17192). The best length has the most tokens per second (SmartSpec,
 https://arxiv.org/abs/2406.14066, and TIDE, https://arxiv.org/abs/2602.05145). Not covered: lookups, lengths that
 change by confidence, and the time of learning.
 """
@@ -18,16 +18,16 @@ from ..errors import InputError
 from .profiles import Profile
 
 LONGEST = 15
-"""Draft tokens that are considered at most: with the one behind them, the 16 that a profile measures by default."""
+"""Longest draft to consider: with the target's own token, the 16 tokens that a profile measures by default."""
 
 Acceptance = float | Sequence[float]
-"""Probability that a drafted token is accepted if all before it were: of all, or the first's, the second's, ..."""
+"""Probability that a drafted token is accepted if all before it were: one for all tokens, or one for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """
-    What a draft promises.
+    The predicted speed of a draft.
 
     Attributes:
         length (`int`): Best draft length; 0 where plain decoding is faster than any.
@@ -52,7 +52,7 @@ def predict(
     longest: int = LONGEST,
 ) -> Prediction:
     """
-    Say how fast a chain draft would serve at its best length.
+    Predict how fast a draft serves at its best draft length.
 
     Args:
         target ([`Profile`]): Costs of the target's passes.

@@ -1,4 +1,4 @@
-"""What was measured of a model's forwards: looked up, interpolated, and kept on disk by machine and model."""
+"""Measured costs of a model's forwards: looked up, interpolated, and kept on disk by machine and model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -82,8 +82,8 @@ class Profile:
         """
         Return the seconds of a forward.
 
-        What was measured is looked up, what lies between is a straight line in each of the three directions. Below
-        what was measured it is flat, beyond it goes on as the last two figures, never falling.
+        Measured shapes are looked up. Between them costs are interpolated linearly in each of the three directions;
+        below the smallest they are constant, beyond the largest they are extrapolated, never falling.
 
         Args:
             batch (`int`): Rows, at least 1.
@@ -150,7 +150,7 @@ class Profile:
 
 
 def kept_path(name: str) -> Path:
-    """Return where a profile is kept for later runs: beside what else Hugging Face's libraries keep (`HF_HOME`)."""
+    """Return where a profile is kept for later runs, below `HF_HOME`."""
     return Path(constants.HF_HOME) / "hf_osd" / "profiles" / f"{name}.json"
 
 
@@ -160,7 +160,7 @@ def shapes_of(batches: Iterable[int], contexts: Iterable[int], lengths: Iterable
 
 
 def _read(points: Mapping[int, float], at: int) -> float:
-    """Read a line through points; flat below the first, and beyond the last where there is only one."""
+    """Interpolate linearly; constant below the first point, and beyond the last where there is only one."""
     known = sorted(points.items())
     if at <= known[0][0] or len(known) == 1:
         return known[0][1]

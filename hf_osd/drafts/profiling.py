@@ -1,8 +1,8 @@
 """
-What a forward costs at the shapes of serving: some tokens fed to each row, behind a cache that holds the context.
+Measures what a forward costs at the shapes of serving: a few tokens for each row, behind a cached context.
 
-Nothing but the forward is timed. Not covered: the prompt, whose pass comes once. Captured graphs and compiled models
-are passed as functions.
+Only the forward is timed. Captured graphs and compiled models are passed as functions. Not covered: the pass over the
+prompt, which comes once.
 """
 
 import inspect
@@ -32,7 +32,7 @@ REPEATS = 11
 
 Forward = Callable[[], Any]
 Prepare = Callable[[int, int, int], Forward]
-"""Makes a forward for a batch, a context and a number of tokens; what it makes is run again and again, and timed."""
+"""Makes a forward for a batch, a context and a number of tokens, to be run and timed repeatedly."""
 
 
 def profile(
@@ -188,7 +188,7 @@ class _Forwards:
 
         def forward() -> None:
             if cache.get_seq_length():
-                cache.crop(context - cache.get_seq_length())  # also bounds windows, so not only where there is more
+                cache.crop(context - cache.get_seq_length())  # by 0 too: it bounds windows
             self._run(ids, cache)
 
         return forward

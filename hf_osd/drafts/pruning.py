@@ -1,8 +1,8 @@
 """
 Token drafts cut out of a target: some of its layers, narrower feed-forward parts, and its embedding and head.
 
-What is made is a plain model of the target's class, untrained. Which layers to take: [`~hf_osd.drafts.depth`]. Not
-covered: language models inside of multimodal ones, quantised targets, attention heads.
+A draft is a plain, untrained model of the target's class. [`~hf_osd.drafts.depth`] chooses the layers. Not covered:
+language models inside of multimodal ones, quantised targets, pruning of attention heads.
 """
 
 import copy
@@ -23,8 +23,8 @@ from .depth import Depth
 from .states import layers_of
 from .width import narrow
 
-_TRIED = 8  # tokens that a draft is tried on
-_TOLERANCE = 0.1  # of the logits' standard deviation, between two ways to leave layers out
+_TRIED = 8  # tokens of the pass that checks a draft
+_TOLERANCE = 0.1  # standard deviations of the logits: largest difference to the target without the same layers
 
 
 def prune(
@@ -103,11 +103,7 @@ def _check(target: PreTrainedModel, layers: Sequence[int]) -> None:
         raise _cannot(target, "it is quantised: load it in bfloat16")
     count = len(layers_of(target))
     is_whole = all(isinstance(layer, int) for layer in layers)
-    if (
-        not layers
-        or not is_whole
-        or any(low >= high for low, high in zip((-1, *layers), (*layers, count), strict=True))
-    ):
+    if not layers or not is_whole or not _ascend((-1, *layers, count)):
         raise InputError(f"layers must be ascending and in [0, {count - 1}], got {shown(list(layers))}")
 
 
@@ -141,7 +137,7 @@ def _config(target: PreTrainedModel, layers: Sequence[int]) -> Any:
         if "layer" in name and isinstance(value, list) and len(value) == count:
             setattr(config, name, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
-    return type(config).from_dict(config.to_dict())  # as a saved one is read: some are refused only there
+    return type(config).from_dict(config.to_dict())  # as loading does, which refuses some configurations
 
 
 def _weights(target: PreTrainedModel, layers: Sequence[int], stack: str) -> dict[str, torch.Tensor]:
@@ -152,13 +148,13 @@ def _weights(target: PreTrainedModel, layers: Sequence[int], stack: str) -> dict
         if not name.startswith(f"{stack}."):
             weights[name] = weight.clone()
         elif inside in places:
-            weights[f"{stack}.{places[inside]}.{rest}"] = weight.clone()  # transformers may take it as it is
+            weights[f"{stack}.{places[inside]}.{rest}"] = weight.clone()  # transformers may keep it
     return weights
 
 
 @torch.no_grad()
 def _compare(draft: PreTrainedModel, target: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Try whether the draft is the target without the other layers: some do what they do by their place."""
+    """Check that the draft equals the target without the other layers: some layers depend on their index."""
     ids = torch.arange(_TRIED, device=execution_device(target))[None] % target.config.vocab_size
     with Depth(target).only(layers):
         expected = target(input_ids=ids, use_cache=False).logits.float()
@@ -175,7 +171,7 @@ def _cannot(target: PreTrainedModel, why: str) -> UnsupportedModelError:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep transformers from showing how it loads what is in memory already."""
+    """Hide transformers' progress bar: the weights are in memory already."""
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

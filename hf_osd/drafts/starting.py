@@ -1,11 +1,12 @@
 """
-Where a draft starts: at the least squares solution for what its layers are going to read.
+Starts a draft in closed form: the map in front of its layers is the least squares solution for their input.
 
-A draft's layers are copied from the target's last ones, and in the target they read a state of many times the size of
-an embedding. So the map in front of them is solved for in closed form: from the states at the position before and the
-newest token's embedding, to the state that the target itself feeds these layers. On SmolLM2-135M-Instruct, 49,000
-positions give a draft whose first token is the target's for .35 of an unseen gsm8k, without one step of gradient;
-gradient alone takes eight minutes to get there. Not covered: drafts that read tokens alone.
+A draft's layers are copies of the target's last ones. In the target they read a state that is many times as large as
+an embedding, so the copies work only behind a map that gives them such states. Its inputs are the target's states at
+the position before and the newest token's embedding; its output is the state that the target itself feeds these
+layers. On SmolLM2-135M-Instruct, a solution from 49,000 positions has a first token equal to the target's at .35 of
+the positions of an unseen gsm8k; training by gradient alone takes eight minutes to get there. Not covered: drafts that
+read tokens alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,19 +23,17 @@ from .features import FeatureDraft
 from .states import StateTap, layers_of
 
 POSITIONS = 50_000
-"""Positions that are solved for, at most: twenty for each of 2,880 inputs, those of four levels of 576 and a token."""
+"""Most positions that a solution uses: twenty for each of 2,880 inputs (of SmolLM2: four states and a token)."""
 
 ONLINE_POSITIONS = 8192
-"""Positions from which on a draft that began cold learns by gradient alone; a solution takes three seconds by then."""
+"""Positions from which on an online draft is not solved for again: a solution then takes three seconds."""
 
-_RIDGE = 1e-2  # added to the diagonal at 50,000 positions, relative to its mean
-_RIDGE_GROWTH = (
-    0.75  # with fewer positions it is as many times more, to this power: .1 was best at 2,500, .03 at 10,000
-)
-_TEXTS = 8  # read by the target at a time
-_ROWS = 8192  # of the inputs that are multiplied in float32 at a time
-_PROBES = (0.0, 1.0, 2.0)  # inputs that tell what a model does with embeddings before its first layer
-_TOLERANCE = 1e-2  # relative to the result, in bfloat16
+_RIDGE = 1e-2  # ridge at 50,000 positions, in means of the diagonal
+_RIDGE_GROWTH = 0.75  # exponent by which the ridge grows with fewer positions: .1 was best at 2,500, .03 at 10,000
+_TEXTS = 8  # texts that the target reads at a time
+_ROWS = 8192  # positions whose products are taken in float32 at a time
+_PROBES = (0.0, 1.0, 2.0)  # constant embeddings that show what a model does with its inputs before its first layer
+_TOLERANCE = 1e-2  # relative error up to which that counts as scaling and adding positions, in bfloat16
 
 
 def start(draft: FeatureDraft, texts: Sequence[Observation], positions: int = POSITIONS) -> bool:
@@ -57,15 +56,15 @@ def start(draft: FeatureDraft, texts: Sequence[Observation], positions: int = PO
 
 def is_due(solved: int | None, positions: int) -> bool:
     """
-    Say whether a draft that serves already is to be solved for, again.
+    Return whether a draft that serves already is to be solved for again.
 
-    At first, and whenever there are twice as many positions, until there are enough. Online, on SmolLM2-135M-Instruct,
-    that gives in 100 requests of gsm8k an acceptance of .50, a single solution from the first eight requests .40, and
-    gradient alone .20.
+    It is at first, and whenever there are twice as many positions, up to `ONLINE_POSITIONS`. On SmolLM2-135M-Instruct,
+    100 requests of gsm8k so reach an acceptance of .50, against .40 by a single solution from the first eight requests
+    and .20 by gradient alone.
 
     Args:
         solved (`int`, *optional*): Positions of the last solution, 0 before the first: `config.solved` of the draft.
-            `None` for a draft that has been taught otherwise, which a solution would set back.
+            `None` for a trained draft, which a solution would make worse.
         positions (`int`): Positions that there are now.
     """
     return solved is not None and solved < ONLINE_POSITIONS and positions >= max(2 * solved, 1)
@@ -76,15 +75,14 @@ def solve(draft: FeatureDraft, texts: Sequence[Observation], positions: int = PO
     """
     Solve for the map in front of a draft's layers.
 
-    The states of the texts that were recorded are used where the draft reads the layer in front of those that it is
-    made of, as it does by default. Otherwise, or where they are not kept, the target reads the texts once more.
+    If the draft reads the state in front of the layers that it copies, as it does by default, the recorded states of
+    the texts are used. Otherwise, or if none were kept, the target reads the texts again.
 
     Args:
         draft (`FeatureDraft`): A draft that borrows from its target, or a copy of it, which nobody else may run
             meanwhile. Its norms are taken to be of weight one. It is not changed.
         texts (`Sequence[Observation]`): Texts of the target, in any order.
-        positions (`int`, defaults to 50000): How many of them to use, at most. With fewer of them than inputs, what
-            it costs grows with their square: 2,500 take a second where 49,000 take twelve.
+        positions (`int`, defaults to 50000): How many of them to use, at most. 2,500 take a second, 49,000 twelve.
 
     Returns:
         `dict[str, torch.Tensor]`: Weights by name, float32. Empty where there is no solution: the draft reads no
@@ -130,7 +128,7 @@ def _states(
 
 def _read(target: Any, texts: Sequence[torch.Tensor], layers: Sequence[int]) -> torch.Tensor:
     """Return the states of texts, `(batch, time, layers * hidden)`."""
-    ids = nn.utils.rnn.pad_sequence([*texts], batch_first=True).to(target.device)  # on the right: nobody looks there
+    ids = nn.utils.rnn.pad_sequence([*texts], batch_first=True).to(target.device)  # right padding is never read
     with torch.autocast(target.device.type, enabled=False):
         _, states = StateTap.of(target, layers).read(lambda: target.get_decoder()(ids, use_cache=False))
     return states
@@ -138,18 +136,18 @@ def _read(target: Any, texts: Sequence[torch.Tensor], layers: Sequence[int]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Entrance:
-    """What a model does to embeddings in front of its first layer: `scale * x + offset`, `(time, hidden)`."""
+    """What a model does to embeddings before its first layer: `scale * x + offset`, `(time, hidden)`."""
 
     scale: float
     offset: torch.Tensor
 
     def embeddings(self, states: torch.Tensor) -> torch.Tensor:
-        """Return what to feed for such states to enter the first layer, `(time, hidden)`."""
+        """Return the embeddings `(time, hidden)` for which these states enter the first layer."""
         return (states.float() - self.offset[: len(states)]) / self.scale
 
 
 def _entrance(draft: FeatureDraft, length: int) -> _Entrance | None:
-    """Probe a draft with constant embeddings; `None` where it is no scale and offset that lead to its first layer."""
+    """Probe a draft with constant embeddings; `None` where it does more to them than to scale and to add."""
     body: Any = draft.body
     size = (1, max(length, 1), draft.config.text_config.hidden_size)
     seen: list[torch.Tensor] = []
@@ -175,7 +173,7 @@ def _stack(draft: FeatureDraft) -> nn.ModuleList:
 
 
 class _Pairs:
-    """What the map is given at each position, and what it is to return: normed levels and a token, and a state."""
+    """Inputs of the map at each position (normed states and a token), and the states that it is to return."""
 
     def __init__(self, draft: FeatureDraft) -> None:
         self._hidden: int = draft.config.text_config.hidden_size
@@ -190,13 +188,13 @@ class _Pairs:
 
         Args:
             tokens (`torch.Tensor` of shape `(time, hidden)`): Embeddings of its tokens.
-            states (`torch.Tensor` of shape `(time, (levels + 1) * hidden)`): Of the target, level by level; the last
-                are those that are to enter the draft's layers.
-            entrance ([`_Entrance`]): What is in front of these layers.
+            states (`torch.Tensor` of shape `(time, (levels + 1) * hidden)`): Those of the target, layer by layer; the
+                last are those that shall enter the draft's layers.
+            entrance ([`_Entrance`]): What the model does before these layers.
         """
         *levels, wanted = states.float().chunk(states.shape[-1] // self._hidden, dim=-1)
         newest = tokens[1:].float()
-        self._unit = self._unit or newest.pow(2).mean().sqrt().item()  # so that the ridge means the same to all inputs
+        self._unit = self._unit or newest.pow(2).mean().sqrt().item()  # so that the ridge weighs equally on all inputs
         inputs = torch.cat([*(_normed(level[:-1]) for level in levels), newest / self._unit], dim=-1)
         self._inputs.append(inputs.to(states.dtype))
         self._outputs.append(entrance.embeddings(wanted)[1:].to(states.dtype))
@@ -208,7 +206,7 @@ class _Pairs:
         strength = _RIDGE * max(POSITIONS / self.positions, 1.0) ** _RIDGE_GROWTH
         weights = _ridge(inputs, outputs, strength)
         states, token = weights[:-hidden], weights[-hidden:]
-        # From its own states: what the token leaves open, by the last level, which they are going to resemble.
+        # The draft's own states come to resemble the last level: their map is fitted to what the token leaves open.
         rest = outputs - inputs[:, -hidden:] @ token.to(inputs.dtype)
         own = _ridge(inputs[:, -2 * hidden : -hidden], rest, strength)
         found = {"from_states": states, "from_token": token / self._unit, "from_self": own}
@@ -223,7 +221,7 @@ def _ridge(inputs: torch.Tensor, outputs: torch.Tensor, strength: float) -> torc
     """
     Return the weights of a ridge regression, `(n, hidden)` float32, from `(rows, n)` and `(rows, hidden)`.
 
-    By the normal equations, or by their dual where there are fewer rows than inputs: the same weights for less.
+    Solves the normal equations, or their dual where there are fewer rows than inputs; the weights are the same.
     """
     rows, count = inputs.shape
     if rows < count:

@@ -1,4 +1,4 @@
-"""Hidden states read in the middle of a target's own forward: no pass besides, and nothing kept that nobody reads."""
+"""Reads hidden states of chosen layers during a target's own forward, without a further pass."""
 
 import threading
 import weakref

@@ -1,9 +1,9 @@
 """
-The tokens that a draft proposes from: those that general text uses most, those of the prompt, those of the traffic.
+The tokens that a draft proposes from: general ones, those of the prompt, and those of recent outputs.
 
-FR-Spec (https://arxiv.org/abs/2502.14856) drafts among the most frequent tokens, since the output head is the dearest
-part of a small draft. A fixed choice misses the words of the traffic; with a head borrowed from the target, adding a
-token costs one row.
+FR-Spec (https://arxiv.org/abs/2502.14856) drafts among the most frequent tokens, since the output head is the most
+expensive part of a small draft. A fixed set misses words of the traffic. With a head borrowed from the target, one
+more token costs one more row of it.
 """
 
 import threading
@@ -12,12 +12,12 @@ from collections.abc import Iterable
 import torch
 
 MOST_TOKENS = 16_384
-"""Tokens of the traffic that are remembered, beside the general ones; the head's cost grows with them."""
+"""Most tokens of recent outputs to remember, besides the general ones; the cost of the head grows with them."""
 
 
 class TrafficVocabulary:
     """
-    Follows the traffic of one draft.
+    The tokens that a draft proposes from: general ones, and those that recent outputs used.
 
     Args:
         general (`Iterable[int]`): Tokens that are always proposed from.
@@ -32,7 +32,7 @@ class TrafficVocabulary:
         self._lock = threading.Lock()
 
     def note(self, tokens: Iterable[int]) -> None:
-        """Take in the tokens of an output."""
+        """Remember the tokens of an output."""
         with self._lock:
             for token in tokens:
                 if token not in self._general:
@@ -43,7 +43,7 @@ class TrafficVocabulary:
 
     def tokens(self, besides: Iterable[int] = ()) -> torch.Tensor:
         """
-        Return what to propose from.
+        Return the tokens to propose from.
 
         Args:
             besides (`Iterable[int]`): Further tokens: those of the prompts at hand, and what ends a text.

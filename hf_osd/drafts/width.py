@@ -1,10 +1,10 @@
 """
-Narrower feed-forward parts for a draft cut out of a target: the neurons that move its states least are left out.
+Makes the feed-forward parts of a draft narrower: the neurons that change its states least are left out.
 
-What hangs together, such as a gate and what it opens, is found by torch-pruning, which traces a forward pass. A
-neuron counts by what it adds to the state: the norm of its weights in the projection down, times its mean activation
-(Wanda, https://arxiv.org/abs/2306.11695, by neuron instead of by weight). Not covered: mixtures of experts, and
-models whose configuration cannot say how wide they are.
+torch-pruning traces a forward pass to find weights that go together, such as those of a gate and of what it gates. A
+neuron's importance is the norm of its weights in the down projection, times its mean activation (Wanda,
+https://arxiv.org/abs/2306.11695, by neuron instead of by weight). Not covered: mixtures of experts, and models whose
+configuration does not give the width.
 """
 
 import importlib
@@ -25,8 +25,8 @@ from ..errors import InputError, MissingDependencyError, UnsupportedModelError, 
 from ..records import Observation
 from .states import layers_of
 
-_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # in configurations: of most, of GPT-2's kin, of OPT
-_TRACED = 8  # tokens of the pass that torch-pruning follows
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # fields of a configuration: of most models, GPT-2, OPT
+_TRACED = 8  # tokens of the pass that torch-pruning traces
 
 
 def narrow(draft: PreTrainedModel, width: int, observations: Sequence[Observation]) -> PreTrainedModel:

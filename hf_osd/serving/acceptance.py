@@ -1,15 +1,16 @@
-"""How likely a proposed token is to be accepted, learned from what became of earlier ones."""
+"""How likely a proposed token is to be accepted, estimated from earlier proposals."""
 
 from collections.abc import Sequence
 
-_MEMORY = 1 - 1 / 64  # a token judged so long ago that 64 followed counts a third
-_PRIOR = 3.0  # judged tokens that a prior is worth
-_REQUEST_PRIOR = 6.0  # expected acceptances before a request's own record weighs as much as everybody's
+_MEMORY = 1 - 1 / 64  # factor on the weight of earlier tokens with each judged one: the last 64 weigh most
+_PRIOR = 3.0  # judged tokens that the prior of a bin weighs as much as
+_REQUEST_PRIOR = 6.0  # accepted tokens that the factor of a new request starts from, so that it moves slowly from 1
 
 
 class Calibration:
     """
-    Acceptance rate by what was known when a token was proposed: how sure the draft was, how long the match.
+    Acceptance rate in bins of something known when a token is proposed, such as the draft's own probability of it, or
+    the length of the lookup's match. Recent tokens weigh more.
 
     Args:
         priors (`Sequence[float]`): Rate of each bin before anything was judged.
@@ -33,7 +34,7 @@ class Calibration:
 
 
 class RequestFactor:
-    """How much better or worse than expected the proposals of one request fare; starts at 1."""
+    """Ratio of one request's acceptance to what was expected of its proposals, in [0.5, 1.5]; starts at 1."""
 
     def __init__(self) -> None:
         self._accepted = self._expected = _REQUEST_PRIOR
@@ -48,11 +49,11 @@ class RequestFactor:
 
 class Average:
     """
-    A running mean that forgets.
+    A mean of the latest samples.
 
     Args:
         start (`float`): Value before any sample.
-        memory (`int`): Samples it looks back over.
+        memory (`int`): Samples that it averages over; older ones fade.
         weight (`int`): Samples that `start` is worth.
     """
 

@@ -24,7 +24,7 @@ class RaggedLayer(CacheLayerMixin):
     advance or roll back by different amounts.
     """
 
-    is_compileable = False  # or transformers would build masks of its own where none is needed
+    is_compileable = False  # otherwise transformers builds masks where none are needed
     is_sliding = False
 
     def __init__(self, cache: "RaggedCache") -> None:
@@ -32,9 +32,9 @@ class RaggedLayer(CacheLayerMixin):
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate the slots; zeros, because masked slots must be finite (0 * nan is nan)."""
+        """Allocate the slots with zeros: masked slots must be finite, since 0 * nan is nan."""
         heads, slots = key_states.shape[1], self._cache.batch * self._cache.slots
-        with torch.inference_mode(False):  # later calls may come from outside of it, and write here
+        with torch.inference_mode(False):  # later calls from outside of inference mode write here, too
             self.keys = key_states.new_zeros(heads, slots, key_states.shape[3])
             self.values = value_states.new_zeros(heads, slots, value_states.shape[3])
         self._readable = self._by_row(self.keys), self._by_row(self.values)
@@ -85,11 +85,11 @@ class RaggedLayer(CacheLayerMixin):
             store.index_copy_(1, targets.to(store.device), store.index_select(1, sources.to(store.device)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys; the mask itself is always given in full, as a 4D tensor."""
+        """Length and offset of the keys. The mask itself is always passed, as a 4D tensor."""
         return self._cache.span, 0
 
     def get_seq_length(self) -> int:
-        """Tokens before the ones being fed; only models that build positions of their own would ask."""
+        """Tokens before those being fed, for models that build their own positions."""
         return self._cache.start
 
     def get_max_length(self) -> int:
@@ -105,7 +105,7 @@ class RaggedCache(Cache):
     """
     Static cache whose rows have lengths of their own.
 
-    A token at position `p` of its row lives in slot `p`, but for the nodes of a tree until one path is chosen. The
+    The token at position `p` of a row is in slot `p`. Only nodes of a tree are elsewhere, until a path is chosen. The
     last slot of each row is scratch: padding and positions beyond the capacity are written there and never read.
 
     Args:
@@ -121,10 +121,10 @@ class RaggedCache(Cache):
         self.batch = batch
         self.capacity = capacity
         self.slots = capacity + 1
-        self.span = 0  # slots that the staged queries may read: every row's own, up to its last position
+        self.span = 0  # slots of each row that the staged queries may read
         self.start = 0
         self.staged_slots = torch.empty(0, dtype=torch.long, device=device)  # (batch * q,)
-        self.staged_run: int | None = None  # first of consecutive slots, where one row writes nothing else
+        self.staged_run: int | None = None  # first slot, where a single row writes consecutive ones
         self._row_offsets = torch.arange(batch, device=device)[:, None] * self.slots  # (batch, 1)
         self._slot_ids = torch.arange(self.slots, device=device)  # (slots,)
         super().__init__(layers=[RaggedLayer(self) for _ in range(layers)])
@@ -157,7 +157,7 @@ class RaggedCache(Cache):
         mask = self.mask_of(places.clamp(min=0))
         if seen is None:
             return mask
-        aside = torch.nn.functional.pad(mask, (0, 1))  # where the columns of padding go
+        aside = torch.nn.functional.pad(mask, (0, 1))  # one more column, for padding
         index = torch.where(valid, places, span)[:, None, None].expand(-1, -1, places.shape[1], -1)
         return aside.scatter_(3, index, (seen | ~valid[..., None])[:, None])[..., :span]
 
@@ -181,11 +181,11 @@ class RaggedCache(Cache):
 
     def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
         """
-        Move what tokens left in the cache to other slots of their rows.
+        Move the keys and values of tokens to other slots of their rows.
 
         Args:
             rows (`Sequence[int]`): The row of each token.
-            sources, targets (`Sequence[int]`): The slots that it lies in, and is to lie in.
+            sources, targets (`Sequence[int]`): Its slot now, and its new slot.
         """
         offsets = torch.tensor([rows, sources, targets], device=self._row_offsets.device)  # (3, tokens)
         from_slots, to_slots = offsets[0] * self.slots + offsets[1], offsets[0] * self.slots + offsets[2]

@@ -1,4 +1,4 @@
-"""Which cache a model decodes on, for one request: decided before any work, by what it is and what was tried."""
+"""Chooses the cache that a model decodes on for one request, before any work: by its kind and by trying it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,11 +18,11 @@ from .preparation import Preparation
 from .probe import Finding, Trial, probe
 from .weights import describe
 
-RAGGED_ATTENTION = ("sdpa", "eager")  # the implementations that take a 4D mask as it is
+RAGGED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a 4D mask as it is
 _UNLIMITED = 2**62
 
 MakeDecoder = Callable[..., Decoder]
-"""Takes where the hidden states go (`states`) or come from (`source`), and the `vocabulary` of a feature draft."""
+"""Makes a decoder. `states` takes the hidden states of a target; `source` and `vocabulary` are for a feature draft."""
 
 
 def choose_decoder(
@@ -50,8 +50,7 @@ def choose_decoder(
         ragged (`Callable`, defaults to `RaggedDecoder`): Makes the decoder on the ragged cache.
 
     Returns:
-        `Callable[..., Decoder]`: Makes the decoder, given where its states go or come from; nothing has been fed or
-        allocated yet.
+        `Callable[..., Decoder]`: Makes the decoder, see [`MakeDecoder`]; nothing has been fed or allocated yet.
 
     Raises:
         UnsupportedModelError: Neither cache gives the model's own logits at this batch size and length.
@@ -74,7 +73,7 @@ def choose_decoder(
 
 
 def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str, role: str, why: str) -> None:
-    """Raise what keeps a request from transformers' dynamic cache, where it is not on the ragged one and `why` not."""
+    """Raise the reason if transformers' dynamic cache cannot serve a request; `why` is that of the ragged cache."""
     if len(trial.padding) > 1:
         raise UnsupportedModelError(
             f"{name} cannot decode up to {length} tokens in a batch of {len(trial.padding)}, since {why}: pass one "
@@ -130,9 +129,9 @@ def choose_draft_decoder(
 
 def attention_span(model: PreTrainedModel) -> int:
     """
-    Return how many tokens every layer can look back over.
+    Return the length of the text up to which every layer sees all of it.
 
-    Within the narrowest window, a windowed layer and a full one are the same, so the ragged cache holds both.
+    Up to the narrowest window, windowed layers equal full ones, so the ragged cache holds both.
     """
     config = model.config.get_text_config(decoder=True)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
@@ -145,13 +144,13 @@ def attention_span(model: PreTrainedModel) -> int:
 
 
 def _local_window(model: PreTrainedModel) -> int:
-    """Return GPT-Neo's window, which its layers apply by column, not by position: proposals lie behind the text."""
+    """Return GPT-Neo's window, which its layers apply by column of the cache instead of by position."""
     local = getattr(model.config.get_text_config(decoder=True), "window_size", None)
     return local if isinstance(local, int) else _UNLIMITED
 
 
 def _index_span(model: PreTrainedModel) -> int:
-    """Return how many tokens an index selects (DeepSeek Sparse Attention, arXiv 2512.02556); of fewer, all."""
+    """Return how many tokens sparse attention selects by an index (arXiv 2512.02556); it sees shorter texts whole."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "index_topk", None) or _UNLIMITED
 
@@ -169,7 +168,7 @@ def _can_roll_back(model: PreTrainedModel) -> bool:
 
 
 def holds_ragged_cache(model: PreTrainedModel) -> bool:
-    """Say whether a model decodes on the ragged cache, one row and several; tries it out, once for each."""
+    """Return whether a model decodes on the ragged cache, for one row and for several; tries each once."""
     prompts = torch.arange(1, 8, device=execution_device(model)).expand(2, -1)
     trials = (Trial(prompts[:rows], [0] * rows, Preparation({}, width=prompts.shape[1])) for rows in (1, 2))
     make = partial(RaggedDecoder, model)

@@ -1,22 +1,22 @@
-"""What a forward costs here and now, measured while serving."""
+"""Seconds that a forward takes on this machine, measured while serving."""
 
 import threading
 from collections import deque
 from itertools import pairwise
 
-_RECENT = 9  # samples behind a figure: it follows the machine within a few rounds
-_TWICE = 2  # samples from which on a size counts as measured
-_FEW = 3  # samples from which on a figure counts more than one of another context
+_RECENT = 9  # samples kept for each figure, so that it follows the machine within a few rounds
+_LEAST_SAMPLES = 2  # samples from which on a number of tokens counts as measured
+_TRUSTED_SAMPLES = 3  # samples from which on a figure is preferred to one scaled from another context
 
 
 class CostTable:
     """
     Seconds of a forward by batch size, context length and tokens fed.
 
-    What was measured is looked up; what lies between is a straight line through the nearest figures, what lies beyond
-    goes on as steeply as all of them do, and the first round that trusts it corrects it. Contexts are told apart by
-    powers of two; a new one begins with the shape of the nearest: a longer context makes every pass dearer alike.
-    Threads may share one.
+    Measured numbers of tokens are looked up. Between two of them costs are interpolated linearly; beyond the last they
+    are extrapolated at the mean slope, until a round measures them. Contexts are rounded to powers of two. A new one
+    starts from the nearest, scaled: a longer context makes all passes more expensive by about the same factor. Threads
+    may share a table.
     """
 
     def __init__(self) -> None:
@@ -56,27 +56,27 @@ class CostTable:
             return self._curves[key]
 
     def is_point(self, batch: int, context: int) -> bool:
-        """Whether only one number of tokens was measured, which says nothing of others."""
+        """Whether only one number of tokens was measured, so that the costs of others are unknown."""
         with self._lock:
             return len(self._known(batch, context.bit_length())) == 1
 
     def seen(self, batch: int, tokens: int) -> float | None:
-        """Return what so many tokens cost behind some context; `None` where they were hardly measured."""
+        """Return the least seconds of so many tokens over all contexts; `None` where there are too few samples."""
         with self._lock:
             found = [
                 figures[tokens]
                 for (rows, bucket), figures in self._figures.items()
-                if rows == batch and len(self._samples[rows, bucket].get(tokens, ())) >= _TWICE
+                if rows == batch and len(self._samples[rows, bucket].get(tokens, ())) >= _LEAST_SAMPLES
             ]
         return min(found, default=None)
 
     def _known(self, batch: int, bucket: int) -> dict[int, float]:
-        """Figures of the nearest context; of tokens that it has seldom seen, those of others at the same ratio."""
+        """Figures of the nearest context; numbers of tokens that it lacks are scaled from other contexts."""
         known: dict[int, float] = {}
         trusted: set[int] = set()
         for _, other in sorted((abs(other - bucket), other) for rows, other in self._figures if rows == batch):
             figures, samples = self._figures[batch, other], self._samples[batch, other]
-            often = {tokens for tokens in figures if len(samples[tokens]) >= _FEW}
+            often = {tokens for tokens in figures if len(samples[tokens]) >= _TRUSTED_SAMPLES}
             shared = trusted & often or known.keys() & figures.keys()
             ratio = known[min(shared)] / figures[min(shared)] if shared else 1.0
             new = {tokens for tokens in figures if tokens not in known} | (often - trusted)
@@ -86,11 +86,11 @@ class CostTable:
 
 
 def _interpolate(points: list[tuple[int, float]], tokens: int) -> float:
-    """Read a line through measured points; flat below the first, and beyond the last if only one is known."""
+    """Interpolate linearly between measured points; constant below the first, or where only one is known."""
     if tokens <= points[0][0] or len(points) == 1:
         return points[0][1]
     for (left, low), (right, high) in pairwise(points):
         if tokens <= right:
             return low + (high - low) * (tokens - left) / (right - left)
-    (left, low), (right, high) = points[0], points[-1]  # of all: the last figure may be of one round alone
+    (left, low), (right, high) = points[0], points[-1]  # slope over all points: the last one may be a single sample
     return high + max(high - low, 0.0) * (tokens - right) / (right - left)

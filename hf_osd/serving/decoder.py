@@ -21,17 +21,17 @@ from .tree import depths, visible
 
 Parents = Sequence[Sequence[int]]
 
-PREFILL_CHUNK = 1024  # columns in one forward: a 4D mask over a whole long prompt would not fit into memory
+PREFILL_CHUNK = 1024  # columns in one forward over a prompt; the mask of a longer one might not fit into memory
 
 
 class Pass(NamedTuple):
     """
-    What one forward gave.
+    The results of one forward.
 
     Attributes:
         logits (`torch.FloatTensor` of shape `(batch, keep, vocab)`): Of the last positions, float32.
-        states (`torch.Tensor` of shape `(batch, q, size)`, *optional*): Hidden states, where somebody reads them.
-        cache (`Cache`, *optional*): The cache that the model went on with.
+        states (`torch.Tensor` of shape `(batch, q, size)`, *optional*): Hidden states, for a draft that reads them.
+        cache (`Cache`, *optional*): The cache that the model returned.
     """
 
     logits: torch.Tensor
@@ -52,11 +52,11 @@ class Decoder(ABC):
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns of the buffer that may ever be fed.
         preparation (`Preparation`, *optional*): The inputs of the first pass, where they are more than tokens.
-        states (`TargetStates`, *optional*): Where the hidden states of what is fed go.
+        states (`TargetStates`, *optional*): Takes the hidden states of the tokens that are fed.
 
     Attributes:
-        vocabulary (`torch.LongTensor` of shape `(vocab,)`, *optional*): The tokens whose logits it gives; `None` where
-            these are all.
+        vocabulary (`torch.LongTensor` of shape `(vocab,)`, *optional*): The tokens whose logits it gives; `None` for
+            all.
     """
 
     vocabulary: torch.Tensor | None = None
@@ -82,7 +82,7 @@ class Decoder(ABC):
 
     @property
     def reads_prompt_alone(self) -> bool:
-        """Whether the next pass gets more than tokens, so that nothing may be proposed behind the prompt yet."""
+        """Whether the next pass takes inputs beside tokens, so that it cannot check a proposal as well."""
         return self._first and self._preparation is not None
 
     @property
@@ -109,13 +109,13 @@ class Decoder(ABC):
 
     def select(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """
-        Keep one path of the tree that was fed last, behind the text; what else it left is for [`rollback`].
+        Keep one path of the tree that was fed last; [`rollback`] then forgets the other nodes.
 
         Args:
             starts (`Sequence[int]`): For each row, the column of its first node.
             paths (`Sequence[Sequence[int]]`): For each row, nodes that follow one another from the text on.
         """
-        assert all(list(path) == list(range(len(path))) for path in paths), "a chain lies where it has to"
+        assert all(list(path) == list(range(len(path))) for path in paths), "not a prefix of a chain"
 
     @abstractmethod
     def rollback(self, ends: Sequence[int]) -> None:
@@ -145,18 +145,19 @@ class Decoder(ABC):
         return Pass(logits, states, cache_of(output))
 
     def _take(self, states: torch.Tensor | None, ends: Sequence[int]) -> None:
-        """Leave the states of a pass, whose last columns are those before `ends`, to whoever reads them."""
+        """Keep the states of a pass, whose last columns are those before `ends`, for a draft that reads them."""
         if states is not None and self._states is not None:
             self._states.write(states, ends)
 
 
 class RaggedDecoder(Decoder):
     """
-    Any batch, any acceptance pattern, on a [`RaggedCache`].
+    Decodes batches whose rows accept different numbers of tokens, on a [`RaggedCache`].
 
     Args:
         model, padding, width, preparation, states: See [`Decoder`].
-        takes_trees (`bool`, defaults to `True`): Whether the model heeds a mask by which not all see all before them.
+        takes_trees (`bool`, defaults to `True`): Whether the model obeys a mask that hides earlier tokens from later
+            ones.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class RaggedDecoder(Decoder):
 
     @property
     def takes_trees(self) -> bool:
-        """Unless trying it has shown otherwise; see [`~hf_osd.serving.probe.probe`]."""
+        """Whether [`feed`] takes trees, as [`~hf_osd.serving.probe.probe`] has found by trying."""
         return self._takes_trees
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None) -> torch.Tensor:
@@ -216,7 +217,7 @@ class RaggedDecoder(Decoder):
         """The only row's last `q` columns before `end`."""
         first = end - q - self.padding[0]
         places = positions = self.cache.stage_run(first, q)
-        # transformers knows what a prompt sees, and that one token sees all: faster paths than with a mask.
+        # Without a mask, transformers takes faster paths for a prompt and for a single token.
         is_known = (q == 1 or first == 0) and not self._additive_mask and self._positions is None and parents is None
         mask = None if is_known else self.cache.mask_of(places)
         if parents is not None:
@@ -226,7 +227,7 @@ class RaggedDecoder(Decoder):
         return self._call(ids[:, end - q : end], positions, mask, keep, self._read(places))
 
     def _tree(self, parents: Parents | None, fed: int) -> tuple[torch.Tensor, ...]:
-        """How many places each token stands behind its position, and which see which; nothing for a chain."""
+        """For each token of a tree its slot less its position, and which tokens see one another; empty for a chain."""
         if parents is None:
             return ()
         text = [0] * (fed - len(parents[0]))
@@ -234,7 +235,7 @@ class RaggedDecoder(Decoder):
         return torch.tensor(back, device=self._device), visible(parents, fed).to(self._device)
 
     def select(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Move what does not lie in its place; see [`Decoder.select`]."""
+        """Move accepted nodes to the slots of their positions; see [`Decoder.select`]."""
         moves = [
             (row, starts[row] + node, starts[row] + step)
             for row, path in enumerate(paths)
@@ -259,19 +260,19 @@ class RaggedDecoder(Decoder):
         return q <= end - self.padding[0] <= self.cache.capacity
 
     def _columns(self, ids: torch.Tensor, ends: Sequence[int], q: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and slots of each row's last `q` columns; slots outside the row belong to padding."""
+        """Tokens and slots of each row's last `q` columns. Slots outside of the row mean padding."""
         columns = torch.arange(-q, 0, device=self._device) + upload(ends, self._device)[:, None]
         places = columns - self._padding
         return ids.gather(1, columns.clamp_(0, ids.shape[1] - 1)), places
 
     def _read(self, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model reads at positions `(batch, q)` besides tokens, by the names of its arguments."""
+        """More inputs of the model at positions `(batch, q)`, by the names of its arguments."""
         return {}
 
     def _forward(
         self, tokens: torch.Tensor, places: torch.Tensor, *more: torch.Tensor, span: int, names: Sequence[str]
     ) -> Pass:
-        """Every kernel of a forward, the mask's included; `more` is what is read, by `names`, and then the tree."""
+        """A forward and its mask, for a graph to capture; `more` is what `_read` gave, by `names`, then the tree."""
         named = dict(zip(names, more, strict=False))
         return self._staged(tokens, places, span, tokens.shape[1], named, more[len(names) :])
 

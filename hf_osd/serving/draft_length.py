@@ -1,5 +1,5 @@
 """
-How much to propose, and whether the draft is asked: what promises the most tokens per second, plain decoding included.
+How many tokens to draft and to submit in a round: as many as promise the most tokens per second, none included.
 
 A round costs T and yields E tokens; over many rounds the rate E / T is largest if every round maximises E - rate * T
 for the best rate there is (Dinkelbach). Goodput as the objective: SmartSpec (https://arxiv.org/abs/2406.14066) and
@@ -15,29 +15,29 @@ from .acceptance import RequestFactor
 from .experience import CONFIDENCES, Experience
 from .lookup import Guess
 
-_TRIAL = 4  # tokens drafted to find out whether the draft pays again
-_SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once whose cost is found out
-_DEAR = 2.0  # times a plain round: above that, no more of them is tried
-_TRIAL_SHARE = 0.0075  # of all time may be lost by that
-_TRIAL_ROUNDS = 32  # plain rounds whose time may be saved up for it
-_MARGIN = 1.04  # a draft has to promise that much more than its time is worth, or noise would decide
-_ENOUGH_ROUNDS = 16  # rounds before what they yielded is taken for the best rate
-_UNKNOWN_STEP = 0.125  # cost of a draft step before it is measured, in plain rounds
+_TRIAL = 4  # tokens that a trial drafts, to find out whether the draft pays again
+_SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once: sizes whose cost is measured
+_DEAR = 2.0  # plain rounds: once a size costs more, larger ones are not measured
+_TRIAL_SHARE = 0.0075  # share of all time that trials of the draft may lose
+_TRIAL_ROUNDS = 32  # plain rounds: the most time that may be saved up for trials
+_MARGIN = 1.04  # factor by which a draft's expected gain has to exceed its cost, or noise would decide
+_ENOUGH_ROUNDS = 16  # rounds after which their own yield may stand for the best rate
+_UNKNOWN_STEP = 0.125  # plain rounds: assumed cost of a draft step that has not been measured
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """
-    Where a round begins.
+    The state of a batch at the start of a round.
 
     Attributes:
         rows (`Sequence[int]`): Rows that still take tokens.
         context (`int`): Tokens of the longest row.
-        lag (`int`): Tokens that the draft has not seen yet, at most.
-        draft_room, lookup_room (`int`): Tokens that the draft and the lookup may propose at most.
-        nodes (`int`): Tokens that may be submitted to the target at most.
-        remaining (`int`): Tokens that a row is still going to take, at most.
-        generated (`int`): Tokens that a row has taken.
+        lag (`int`): Most tokens of a row that the draft has not read yet.
+        draft_room, lookup_room (`int`): Most tokens that the draft and the lookup may propose.
+        nodes (`int`): Most tokens that may be submitted to the target.
+        remaining (`int`): Most tokens that a row may still take.
+        generated (`int`): Most tokens that a row has generated.
     """
 
     rows: Sequence[int]
@@ -53,12 +53,12 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """
-    What a round does.
+    How many tokens a round drafts and submits.
 
     Attributes:
-        draft (`int`): Tokens to draft at most; 0 leaves it to the lookup.
-        nodes (`int`): Tokens to submit to the target at most.
-        trial (`bool`): Whether the draft is tried out although it does not seem to pay.
+        draft (`int`): Most tokens to draft; with 0 the lookup alone proposes.
+        nodes (`int`): Most tokens to submit to the target.
+        trial (`bool`): Whether the draft proposes although it does not seem to pay, to find out.
     """
 
     draft: int = 0
@@ -68,7 +68,7 @@ class Plan:
 
 class MeasuredLength:
     """
-    Chooses for the requests of one batch.
+    Plans the rounds of one batch.
 
     Args:
         experience (`Experience`): What earlier requests have learned.
@@ -80,10 +80,10 @@ class MeasuredLength:
         self.batch = batch
         self.draft_factors = [RequestFactor() for _ in range(batch)]
         self.lookup_factors = [RequestFactor() for _ in range(batch)]
-        self.share = experience.gain_share(batch).value  # of what rows gain, what the batch gains
-        self.rate = 0.0  # tokens per second of all rows together that the best steady choice yields
-        self._cheapest: list[int] = []  # by tokens proposed: with how many, of these at least, a round costs least
-        self._costs: list[float] = []  # its seconds then, without the draft's
+        self.share = experience.gain_share(batch).value  # of what rows gain, how much shortens the batch
+        self.rate = 0.0  # tokens per second, all rows together: the best rate known
+        self._cheapest: list[int] = []  # [n]: which number of submitted tokens, n or more, costs least
+        self._costs: list[float] = []  # [n]: seconds of a round that submits `_cheapest[n]` tokens, without drafting
         self._step = 0.0  # seconds of a draft step
 
     def plan(self, now: Round, guesses: dict[int, Guess]) -> Plan:
@@ -91,8 +91,8 @@ class MeasuredLength:
         costs = self.experience.target_costs
         curve = costs.curve(self.batch, now.context, 1 + max(now.nodes, now.draft_room))
         if curve is None:
-            return Plan()  # a plain round first: every other is compared with it
-        if costs.is_point(self.batch, now.context):  # short steps, until there is a slope to trust
+            return Plan()  # the first round is plain: later ones are compared with it
+        if costs.is_point(self.batch, now.context):  # submit few tokens until there is a slope to extrapolate by
             now = replace(now, draft_room=min(now.draft_room, 2), nodes=min(now.nodes, 2))
         self._cheapest = _cheapest_from(curve[1:])
         self._costs = [curve[1 + tokens] for tokens in self._cheapest]
@@ -111,7 +111,7 @@ class MeasuredLength:
         return max(plain, rows * past.tokens.value / past.seconds.value) if past.seen >= _ENOUGH_ROUNDS else plain
 
     def _is_worthwhile(self, now: Round, longest: int, reach: Mapping[int, Sequence[float]]) -> bool:
-        """Whether drafting gains, where the guesses turn out wrong, more than its time is worth."""
+        """Whether drafting gains more, in rows whose guess is wrong, than its time would yield otherwise."""
         guessed, catching_up = self.best_cut(self.gains(reach.values())), self._catching_up(now) / self._remaining(now)
         wrong = {row: 1 - (reach[row][0] if row in reach else 0.0) for row in now.rows}
         for k in range(1, longest + 1):
@@ -123,17 +123,17 @@ class MeasuredLength:
         return False
 
     def _rescued(self, row: int, k: int) -> float:
-        """Tokens that a row gains by k drafted ones where the lookup is wrong."""
+        """Tokens that a row is expected to gain by k drafted ones where the lookup is wrong."""
         chance = min(self.experience.rescue.value * self.draft_factors[row].value, 1.0)
         return chance * (1 + _gain(self.request_acceptance(row), k - 1))
 
     def gains(self, reach: Collection[Sequence[float]]) -> list[float]:
-        """Return what the batch gains by the first, second, ... token of its rows, given the reach of each row's."""
+        """Return what the batch gains by the first, second ... token of its rows, by their reach."""
         longest = max(map(len, reach), default=0)
         return [self.share * sum(row[i] for row in reach if i < len(row)) for i in range(longest)]
 
     def best_fixed(self, now: Round, longest: int) -> int:
-        """Return the length of at least 1 with the highest rate, if each of a row's tokens is accepted alike."""
+        """Return the length, at least 1, with the highest rate if all tokens of a row have the same acceptance."""
         rates = [self.request_acceptance(row) for row in now.rows]
 
         def rate(k: int) -> float:
@@ -146,7 +146,7 @@ class MeasuredLength:
         return min(self.experience.acceptance.value * self.draft_factors[row].value, 0.99)
 
     def _catching_up(self, now: Round) -> float:
-        """Seconds that the draft takes to read what it has not seen yet, beyond a step's."""
+        """Seconds, beyond those of a step, that the draft takes to read the text it has not read yet."""
         if now.lag <= 2:
             return 0.0
         curve = self.experience.draft_costs.curve(self.batch, 0, bucket(now.lag))
@@ -156,9 +156,9 @@ class MeasuredLength:
         return max(min(now.remaining, self.experience.answer_length.value - now.generated), 8.0)
 
     def _trial(self, now: Round) -> Plan | None:
-        """Draft all the same, where the time saved up for that covers what it may cost."""
+        """Plan a trial of the draft, if the time saved up for trials covers what it may cost."""
         k = min(now.draft_room, now.nodes, _TRIAL)
-        # Beside the reading of the prompt, what a trial loses could not be told; at the end it would not be worth it.
+        # The cost of a trial cannot be told from that of reading the prompt, and a short rest would not pay for it.
         if k < _TRIAL or not now.generated:
             return None
         cost = self._catching_up(now) + k * self._step + self._costs[k] - self._costs[0]
@@ -172,11 +172,11 @@ class MeasuredLength:
 
     def best_cut(self, reach: Sequence[float], least: int = 0) -> int:
         """
-        Return how many tokens are worth submitting.
+        Return the number of tokens that is worth most to submit.
 
         Args:
             reach (`Sequence[float]`): What the batch gains by the first, second, ... of them.
-            least (`int`, defaults to 0): So many are submitted in any case.
+            least (`int`, defaults to 0): Tokens that have to be submitted.
         """
         if len(reach) <= least:
             return least
@@ -185,9 +185,10 @@ class MeasuredLength:
 
     def filled(self, nodes: int, most: int) -> int:
         """
-        Return how many tokens to submit where so many are worth it.
+        Return how many tokens to submit, at least those that are worth it.
 
-        In float32, five may cost less than two. What a few sizes cost is found out once, as long as they are not dear.
+        More may cost less: in float32 on a CPU, five tokens may be faster than two. The costs of a few sizes are
+        measured in ascending order, until one is too expensive.
 
         Args:
             nodes (`int`): Tokens that are worth submitting.
@@ -205,10 +206,10 @@ class MeasuredLength:
 
     def goes_on(self, reach: float, drafted: int, left: int) -> bool:
         """
-        Say whether drafting on is worth its time.
+        Say whether to draft another token: whether some number of further ones is worth its time.
 
         Args:
-            reach (`float`): Rows that are expected to accept everything drafted so far, as the batch gains.
+            reach (`float`): Expected number of rows that accept all tokens drafted so far, times `share`.
             drafted (`int`): Tokens drafted.
             left (`int`): Tokens that may still be.
         """
@@ -222,7 +223,7 @@ class MeasuredLength:
         return False
 
     def settle(self, now: Round, plan: Plan, seconds: float, taken: int) -> None:
-        """Account for a finished round: a share of its time may be spent on trials, which pay for what they lose."""
+        """Account for a finished round: a share of its time is saved for trials, and a trial spends what it lost."""
         experience, past = self.experience, self.experience.rounds[self.batch]
         past.seen += 1
         past.tokens.note(taken / len(now.rows))
@@ -245,7 +246,7 @@ def bucket(tokens: int) -> int:
 
 
 def _cheapest_from(costs: Sequence[float]) -> list[int]:
-    """Return for each place where, from there on, the least of `costs` stands."""
+    """Return for each index the index of the smallest of `costs` from there on."""
     found = [len(costs) - 1]
     for place in range(len(costs) - 2, -1, -1):
         found.append(place if costs[place] <= costs[found[-1]] else found[-1])

@@ -1,4 +1,4 @@
-"""The draft's side of a round: propose tokens in a tight loop, and note which of them the target took."""
+"""The draft's side of a round: proposes tokens, one forward each, and notes which of them the target accepted."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,17 +21,17 @@ from .steps import Counts, GoesOn, Step
 from .transfer import upload
 from .verification import sample
 
-_NEVER = -1e30  # the logit of tokens that the draft does not know
+_NEVER = -1e30  # logit of tokens that the draft does not have; finite, so that a processor can still leave them alone
 
 
 class OnlineAssistedGenerator(AssistedCandidateGenerator):
     """
     Proposes tokens with a draft model, and records where the target disagreed.
 
-    Inside hf_osd's own loop it serves batches of any shape, through [`propose`] and [`note`]. It is also a
-    `CandidateGenerator` of transformers, and works unchanged in its stock assisted decoding. Against its parent: one
-    forward a token in a loop of its own instead of a nested `generate`, and the probabilities it hands out are
-    exactly those it sampled from (huggingface/transformers#47932).
+    In hf_osd's own loop it serves batches of any shape, through [`propose`] and [`note`]. It is also a
+    `CandidateGenerator` of transformers, for its stock assisted decoding. Two things differ from its parent: it runs
+    one forward for each token instead of a nested `generate`, and the probabilities that it returns are exactly those
+    that it sampled from (huggingface/transformers#47932).
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, prompt)`): Left-padded prompts.
@@ -39,12 +39,12 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         generation_config (`GenerationConfig`): Of the target's call.
         model_kwargs (`dict`): As in transformers; only the attention mask matters here.
         inputs_tensor (`torch.Tensor`, *optional*): Ignored; encoder-decoder drafts are not supported.
-        logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft as to the target, which is what
-            makes the two agree.
+        logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft's logits as to the target's, so that
+            the two agree more often.
         draft_length (`int`, *optional*): Tokens to propose; defaults to the draft's `num_assistant_tokens`.
         draft_length_schedule (`str`, defaults to `"constant"`): See [`OnlineConfig`].
-        confidence_threshold (`float`, defaults to 0.0): Stop a proposal once the product of the draft's own
-            probabilities of it falls to this in every row; 0.0 proposes in full.
+        confidence_threshold (`float`, defaults to 0.0): A proposal ends once the product of the draft's own
+            probabilities of its tokens is at most this in every row; 0.0 never ends one early.
         padding (`Sequence[int]`, *optional*): Padding columns of each row; defaults to none.
         vocab_size (`int`, *optional*): The target's, where the two differ by padding; defaults to the draft's.
         randomness (`Randomness`, *optional*): Source of randomness.
@@ -89,7 +89,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._randomness = randomness or (Randomness() if self._do_sample else None)
         self._longest = int(self.num_assistant_tokens) if draft_length_schedule == "heuristic" else None
         self._confidence_threshold = confidence_threshold
-        # Behind an eos, processors that look at the text must not be asked to go on.
+        # Processors that look at the text must not be asked about what follows an eos.
         self._may_stop_early = confidence_threshold > 0.0 or not is_context_free(self._processors)
         eos = generation_config.eos_token_id
         self._eos = None if eos is None else torch.tensor(eos, device=self.device)
@@ -103,14 +103,14 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._choose_decoder = partial(choose_draft_decoder, assistant_model, input_ids, self._padding, width)
         self._make_decoder = make_decoder
         self._states = states
-        self._decoder: Decoder | None = None  # made when first needed: a prompt may exceed the draft's context
+        self._decoder: Decoder | None = None  # made when first needed, since a prompt may exceed the draft's context
         self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=self.device))
         self._last: Proposal | None = None
         self.others = self._nothing.tokens[..., None]  # (batch, k, others): the next best tokens of the last proposal
-        self._starts: list[int] = []  # where the last proposal of each row began
+        self._starts: list[int] = []  # column where the last proposal of each row began
 
     def room(self, ends: Sequence[int]) -> int:
-        """Return how many tokens the draft's context still takes behind the longest row; 0 where it cannot begin."""
+        """Return how many tokens the draft's context takes behind the longest row; 0 without the target's states."""
         if self._states is not None and not self._states.known:
             return 0
         return max(self._context - max(end - pad for end, pad in zip(ends, self._padding, strict=True)) + 1, 0)
@@ -151,13 +151,13 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         return self._last
 
     def skip(self) -> Proposal:
-        """Note that this round goes without the draft; its empty proposal."""
+        """Note that this round goes without the draft, and return its empty proposal."""
         self._last = self._nothing
         return self._last
 
     @property
     def drafted(self) -> int:
-        """Tokens that the last proposal had, before anything was held back."""
+        """Tokens of the last proposal, those that were not submitted included."""
         return self._last.tokens.shape[1] if self._last is not None else 0
 
     @property
@@ -166,7 +166,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         return self._randomness is not None
 
     def lag(self, ends: Sequence[int]) -> int:
-        """Return how many tokens the draft would have to read before it proposes, in the row that lacks most."""
+        """Return how many tokens the draft has to read before it can propose: the most of any row."""
         cached = self._decoder.cached if self._decoder is not None else self._padding
         return max(end - done for end, done in zip(ends, cached, strict=True))
 
@@ -177,7 +177,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             self._decoder = None
 
     def _confidence_rule(self) -> GoesOn | None:
-        """Go on while a row's product of probabilities exceeds the threshold, and something may follow."""
+        """Return a rule to go on while an unfinished row has a product of probabilities above the threshold."""
         if not self._may_stop_early:
             return None
         reach = torch.ones(len(self._padding), device=self.device)
@@ -195,16 +195,16 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], k: int, goes_on: GoesOn | None, others: int
     ) -> list[Step]:
         """
-        Draft token by token, until going on is not worth a step.
+        Draft token by token, until `goes_on` says no.
 
-        Whether to go on may depend on the tokens drafted so far, as long as those are verified: what is not proposed
-        is left to the target, so the output's distribution is the target's either way.
+        It may decide by the tokens drafted so far, as long as all of these are submitted: the target chooses what is
+        not proposed, so the output keeps the target's distribution.
         """
         steps: list[Step] = []
         for place in range(k):
             scores = self._scores(decoder, ids, [end + place for end in ends])
             names = decoder.vocabulary if scores.shape[-1] < self._vocab_size else None
-            # Looking waits for the device, so it is done only where it can matter.
+            # Reading probabilities waits for the device, so it is done only where they decide something.
             steps.append(self._choose(scores, names, others, looks=goes_on is not None))
             self._write(ids, [end + place for end in ends], steps[-1].tokens)
             if goes_on is not None and not goes_on(steps[-1]):
@@ -219,23 +219,23 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             ids.scatter_(1, upload(columns, ids.device)[:, None], tokens[:, None])
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:
-        """Replace ids that the draft's embedding does not have: the target or a processor may choose them."""
+        """Clamp ids beyond the draft's embedding, which the target or a processor may have chosen."""
         return ids if self._known_tokens >= self._vocab_size else ids.clamp(max=self._known_tokens - 1)
 
     def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
         """
         Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`.
 
-        Where nobody has to see all tokens, they are those of the decoder's vocabulary alone.
+        With a decoder of a smaller vocabulary, and neither processors nor sampling, scores are of its tokens alone.
         """
-        with self._weights:  # for the forward alone: processors are the user's code, and may make requests themselves
+        with self._weights:  # not during processors, which are the user's code and may make requests themselves
             logits = decoder.feed(self._readable(ids), ends, keep=1)
         if decoder.vocabulary is None or self._processors or self.samples:
             logits = _fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
         return process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]
 
     def _choose(self, scores: torch.Tensor, names: torch.Tensor | None, others: int, looks: bool) -> Step:
-        """Choose a token by scores `(batch, vocab)` of all, or of those that `names` says; the best, or a sample."""
+        """Choose or sample a token by scores `(batch, vocab)` of the tokens `names`; `None` means all."""
         best = scores.topk(min(1 + others, scores.shape[-1]), dim=-1) if others else scores.max(dim=-1, keepdim=True)
         ids, values, probabilities = best.indices, best.values, None
         if self._randomness is not None:
@@ -259,8 +259,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """
         Note what the target made of the last proposal.
 
-        A drafted token is right if it is what the row took there and all before it were right, whether it was
-        submitted or held back.
+        A drafted token is right if the row took it there and all drafted ones before it were right. Tokens that were
+        not submitted are judged, too.
 
         Args:
             logits (`torch.FloatTensor` of shape `(batch, k + 1, vocab)`): The target's logits.
@@ -280,7 +280,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             self.counts.judged += min(count + 1, k, kept)
             self.counts.accepted += count
         if k and self._decoder is not None:
-            # As far as the next proposal will: rolling back twice takes from a windowed cache what it needs again.
+            # Straight to where the next proposal begins: a windowed cache cannot be rolled back twice in a row.
             rows_kept = zip(self._starts, right, taken, strict=True)
             self._decoder.rollback([start + min(count, max(kept - 1, 0)) for start, count, kept in rows_kept])
         self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
@@ -291,10 +291,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def _adapt_length(self, k: int, accepted_in_full: Sequence[bool]) -> None:
         """
-        Follow transformers' heuristic: its length settles where a third of the proposals is accepted in full.
+        Apply transformers' heuristic: two tokens more after a proposal accepted in full, one less after any other.
 
-        A batch asks for that third of its rows; for one row, that is transformers' own rule. Proposals that were cut
-        short say nothing about the length.
+        A batch counts as accepted where more than a third of its rows does, since that is the share at which the
+        length of one row settles. Proposals that were cut short are left out.
         """
         if self._longest is None or not accepted_in_full or k < self.num_assistant_tokens:
             return
@@ -354,10 +354,9 @@ def _leading(drafted: Sequence[int], taken: Sequence[int]) -> int:
 
 def _fit_vocabulary(logits: torch.Tensor, size: int, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Cut, pad or spread the draft's logits to the target's vocabulary.
+    Cut or pad the draft's logits to the target's vocabulary, or place them in it by `vocabulary`.
 
-    Ids that only the target has are never proposed, except where a processor allows nothing else: they are finite, so
-    that there is a choice then too.
+    Ids that only the target has get the logit `_NEVER`: they are proposed only where a processor forbids all others.
     """
     if vocabulary is not None:
         return logits.new_full((*logits.shape[:-1], size), _NEVER).index_copy_(-1, vocabulary, logits)

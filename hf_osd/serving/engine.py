@@ -56,8 +56,8 @@ class Engine:
         randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
         streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
         scores, logits (`History`, *optional*): Filled where the user asked for them.
-        target_passes (`int`): Forwards of the target so far, counted once for each row that was still going on.
-        submitted (`int`): Tokens that these checked, counted likewise.
+        target_passes (`int`): Forwards of the target so far; each counts once for every unfinished row.
+        submitted (`int`): Proposed tokens that they checked, in unfinished rows.
     """
 
     sequences: Sequences
@@ -81,7 +81,7 @@ class Engine:
             starts = list(self.sequences.ends)
             try:
                 self._round()
-            except BaseException:  # of the user's code: a cache of the caller's must not keep what was only proposed
+            except BaseException:  # of the user's code: the caller's cache must not keep proposed tokens
                 self.target.rollback([start - 1 for start in starts])
                 raise
         if self.streamer is not None:
@@ -113,7 +113,7 @@ class Engine:
         self._stream()
 
     def _room(self) -> int:
-        """A row takes one token more than it accepts, so proposing its whole budget would waste the last one."""
+        """Most tokens to propose: one less than a row may still take, since it takes one more than it accepts."""
         if self.target.reads_prompt_alone:
             return 0
         ends, padding = self.sequences.ends, self.sequences.padding
@@ -123,7 +123,7 @@ class Engine:
     def _verify(
         self, logits: torch.Tensor, starts: Sequence[int], proposal: Proposal
     ) -> tuple[Verdict, torch.Tensor | None]:
-        """Judge a proposal; with the processed scores `(batch, n + 1, vocab)`, where all were needed."""
+        """Judge a proposal; also return the processed scores `(batch, n + 1, vocab)`, if all were computed."""
         if self.randomness is None:
             scores = self._processed(logits, starts)
             return verify_greedy(scores, proposal), scores
@@ -163,7 +163,7 @@ class Engine:
 
 
 def _along(paths: Sequence[Sequence[int]], values: torch.Tensor) -> torch.Tensor:
-    """Pick what `(batch, n + 1, vocab)` says behind the text and behind each node of a path; rows are filled up."""
+    """Pick from `(batch, n + 1, vocab)` the positions of each path, the text's end first; short rows are padded."""
     longest = max(map(len, paths))
     places = [[0, *(node + 1 for node in path), *[0] * (longest - len(path))] for path in paths]
     rows = torch.arange(len(paths), device=values.device)[:, None]

@@ -1,4 +1,4 @@
-"""What one assistant's requests learn about serving: costs, acceptance, recent outputs. Lives in memory only."""
+"""What the requests of one assistant have measured: costs, acceptance, recent outputs. In memory only."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -8,23 +8,23 @@ from .acceptance import Average, Calibration
 from .costs import CostTable
 from .lookup import RecentOutputs
 
-# Upper ends of the bins of the draft's own probability of a token; the last bin reaches up to 1.
+# Upper ends of the bins of the draft's own probability of a token; one more bin reaches up to 1.
 CONFIDENCES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _MIDDLES = [(low + high) / 2 for low, high in pairwise((0.0, *CONFIDENCES, 1.0))]
-# Acceptance of the second, third and fourth best token at a place, to begin with.
+# Acceptance of the draft's second, third and fourth best token before any was judged.
 RANKS = (0.1, 0.05, 0.03)
-# Acceptance of a guess by the length of its match: 0 does not occur, the last bin is 16 and more.
+# Acceptance of a guessed token by the length of its match, 0 to 16 and more, before any was judged; 0 does not occur.
 MATCHES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.7, 0.75, 0.75, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9)
 
 
 @dataclass(slots=True)
 class Rounds:
     """
-    What rounds were like lately, at one batch size.
+    Means over the latest rounds at one batch size.
 
     Attributes:
-        tokens (`Average`): Tokens that a row took.
-        seconds (`Average`): Their time, where it was not the prompt that was read.
+        tokens (`Average`): Tokens that a row took in a round.
+        seconds (`Average`): Seconds of a round, without those that read the prompt.
         seen (`int`): Rounds so far.
     """
 
@@ -39,18 +39,19 @@ class Experience:
     Shared by all requests of an [`~hf_osd.OnlineAssistant`]. Concurrent requests may lose a sample; nothing else.
 
     Attributes:
-        draft_costs (`CostTable`): Seconds of a forward of the draft, whose contexts hardly matter: all count as 0.
-        target_costs (`CostTable`): Seconds of a round without its draft.
+        draft_costs (`CostTable`): Seconds of a forward of the draft; all contexts count as 0, since they hardly
+            matter.
+        target_costs (`CostTable`): Seconds of a round without drafting.
         confidence (`Calibration`): Acceptance of a drafted token by the draft's own probability of it.
-        others (`Calibration`): The same of the next best tokens at its place.
-        ranks (`Calibration`): The same by rank, where nobody looks at probabilities.
-        match (`Calibration`): Acceptance of a guessed token by how long its match was.
+        others (`Calibration`): Likewise, of the next best tokens beside it.
+        ranks (`Calibration`): Acceptance of these by rank, where probabilities are not read.
+        match (`Calibration`): Acceptance of a guessed token by the length of its match.
         acceptance (`Average`): Acceptance rate of the draft.
-        rescue (`Average`): How often a row took a token of the draft's where the lookup had none, or a wrong one.
+        rescue (`Average`): How often a row accepted a token in rounds where the lookup had none, or a wrong one.
         rounds (`dict[int, Rounds]`): By batch size.
         answer_length (`Average`): Tokens of an output.
-        allowance (`float`): Seconds that may be lost by trying out a draft that does not seem to pay.
-        unmeasured (`int`): Rounds with the draft before one has told what a step of it costs.
+        allowance (`float`): Seconds saved up for trials of a draft that does not seem to pay.
+        unmeasured (`int`): Rounds with the draft before a step of it was measured.
         outputs (`RecentOutputs`): For the lookup.
     """
 
@@ -71,9 +72,9 @@ class Experience:
 
     def expect(self, acceptance: float) -> None:
         """
-        Start anew with a draft that has changed, from what learning has seen of it.
+        Reset the acceptance of the draft after its weights have changed, to what learning has measured.
 
-        A draft that used to be cold is hardly ever tried, and would be found out to pay much later.
+        Without this, a draft that was bad before is hardly ever tried, and its gain is noticed much later.
 
         Args:
             acceptance (`float`): How often the draft chose as the target did lately, in [0, 1].
@@ -83,8 +84,8 @@ class Experience:
 
     def gain_share(self, batch: int) -> Average:
         """
-        Return how much of what the rows of a batch gain on average shortens it: it is done when its last row is.
+        Return the share of the rows' mean gain that shortens the batch, which is done when its last row is.
 
-        For one row that is all. The first assumption for others only says that it falls with their number.
+        It is 1 for one row. The prior for more rows falls with their number, without further justification.
         """
         return self._gain_shares.setdefault(batch, Average(batch**-0.3, 4))

@@ -1,4 +1,4 @@
-"""The decoder of a draft that reads its target's states: which states it reads where, and which tokens it scores."""
+"""The decoder of a draft that reads its target's states, and scores the tokens of its vocabulary alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +16,8 @@ class FeatureDecoder(RaggedDecoder):
     """
     Reads the target's states up to the end of the text, and the draft's own states behind it.
 
-    The first pass after a rollback reads the target's; those that follow it, one token each, go on from the draft's
-    own. What these leave in the cache is forgotten at the next rollback: by then the target has read the tokens.
+    The first pass after a rollback reads the target's states. The passes after it, one token each, read the draft's
+    own; their keys and values are dropped at the next rollback, since the target has read the tokens by then.
 
     Args:
         model ([`~hf_osd.drafts.features.FeatureDraft`]): The draft, in eval mode.
@@ -66,7 +66,7 @@ class FeatureDecoder(RaggedDecoder):
         return {"states": self._source.before(positions + self._padding, positions).to(self._device)}
 
     def _run(self, keep: int, **inputs: Any) -> Pass:
-        """Its last states in the place of logits: the head follows the prompt, and so stays out of captured graphs."""
+        """Return hidden states in place of logits: graphs must not capture the head, which depends on the prompt."""
         with grouped_attention(self._device):
             return Pass(self.model.hidden(**inputs)[:, -keep:], None)
 

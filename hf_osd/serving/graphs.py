@@ -1,8 +1,8 @@
 """
-Forwards without launch cost: captured once for a shape as a CUDA graph, then replayed.
+Forwards captured as CUDA graphs, one for each shape, and replayed without the cost of launching kernels.
 
-A graph remembers addresses, not tensors. What it reads and writes therefore has to stay where it is: the inputs are
-copied into buffers of its own, the ragged cache is kept from call to call, and weights are updated in place.
+A graph holds addresses, so all that it reads and writes has to stay in place: inputs are copied into its own buffers,
+the ragged cache is kept from call to call, and weights are updated in place.
 """
 
 import weakref
@@ -18,10 +18,10 @@ from .._compat import attention_implementation
 
 logger = logging.get_logger(__name__)
 
-_WIDTHS = (1, 2, 4, 6, 8, 12, 17)  # tokens fed at once that are captured: others are rounded up to them
-_SPANS = 128  # the keys that a graph reads are a power of two of these
-_GRAPHS = 24  # graphs of one cache; the one not used for longest makes room
-_PATIENCE = 2  # uses of a shape before it is captured: a prompt of rare length is not worth it
+_WIDTHS = (1, 2, 4, 6, 8, 12, 17)  # tokens fed at once: captured widths; others are rounded up
+_SPANS = 128  # keys: a graph reads 128, 256, 512 ... of them
+_GRAPHS = 24  # graphs on one cache, at most; the least recently used one leaves
+_PATIENCE = 2  # uses of a shape before it is captured, so that rare prompt lengths are not
 
 Output = tuple[torch.Tensor | Any, ...]
 """Tensors that the next replay overwrites; other entries are `None`."""
@@ -64,7 +64,7 @@ class CapturedForward:
 
 
 class ForwardGraphs:
-    """The captured forwards on one ragged cache, by shapes of their inputs and keys read."""
+    """The captured forwards on one ragged cache, by the shapes of their inputs and the number of keys read."""
 
     def __init__(self) -> None:
         self._uses: Counter[Any] = Counter()
@@ -79,7 +79,7 @@ class ForwardGraphs:
         *inputs: torch.Tensor,
     ) -> Output:
         """
-        Run a forward, captured if its shape has been seen before.
+        Run a forward; from the third use of its shape on, as a captured graph.
 
         Args:
             model (`PreTrainedModel`): Whose forward it is.
@@ -107,7 +107,7 @@ class ForwardGraphs:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             self._captured[key] = CapturedForward(forward, inputs, self._pool)
-        except Exception as error:  # any model may do anything in its forward; it is served as it is then
+        except Exception as error:  # a forward may do anything; it then runs without a graph
             _not_capturable.add(model)
             logger.warning("%s cannot be captured as a CUDA graph, and runs without: %s", type(model).__name__, error)
         while len(self._captured) > _GRAPHS:

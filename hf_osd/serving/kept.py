@@ -1,4 +1,4 @@
-"""Ragged caches that outlive a call: the next one of the same shape allocates nothing, and finds its graphs."""
+"""Ragged caches kept after a call, so that the next call of the same shape finds its memory and its graphs."""
 
 import threading
 import weakref
@@ -12,8 +12,8 @@ from .cache import RaggedCache
 from .graphs import ForwardGraphs, can_capture, fingerprint
 from .transfer import autocast_dtype
 
-_CAPACITY_STEP = 256  # positions: calls of similar length share a cache
-_KEPT = 2  # caches kept for a model while nobody uses them
+_CAPACITY_STEP = 256  # positions: capacities are rounded up to it, so that calls of similar length share a cache
+_KEPT = 2  # unused caches kept for each model
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class KeptCache:
     model_state: int = 0
 
 
-# Without a reference to the model: it would keep its own key alive.
+# The values hold no reference to the model, which would keep its own weak key alive.
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, list[KeptCache]]" = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -51,7 +51,7 @@ def borrow(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache:
     capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
     autocast = autocast_dtype(execution_device(model))
     kept = _take(model, batch, capacity, autocast) or KeptCache(RaggedCache.of(model, batch, capacity), autocast)
-    if can_capture(model) and autocast is None:  # autocast frees its copies of the weights, which a graph would read
+    if can_capture(model) and autocast is None:  # autocast frees the copies of weights that a graph would read
         state = fingerprint(model)
         if kept.graphs is None or kept.model_state != state:
             kept.graphs, kept.model_state = ForwardGraphs(), state

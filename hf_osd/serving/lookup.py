@@ -1,5 +1,5 @@
 """
-A proposer that costs no model: what followed the last few tokens when they stood in the text before.
+A proposer without a model: it proposes what followed the last few tokens earlier in the text.
 
 Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding), extended by the outputs of recent
 requests as in SuffixDecoding (https://arxiv.org/abs/2411.04975), and by matches of any length.
@@ -9,20 +9,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOOKUP_LENGTH = 16  # tokens that one guess has at most
-_LONGEST_MATCH = 16  # tokens that are compared; a longer match says no more
-_CANDIDATES = 4  # latest places of a pair of tokens that are compared
-_END = -1  # stands between texts, and matches nothing
+LOOKUP_LENGTH = 16  # tokens: longest guess
+_LONGEST_MATCH = 16  # tokens: longest match that is told apart; longer ones are accepted no more often
+_CANDIDATES = 4  # latest places of a pair of tokens that are searched for the longest match
+_END = -1  # id between two texts, which matches nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
     """
-    What may come next.
+    A continuation of the text that the lookup found.
 
     Attributes:
-        tokens (`list[int]`): The continuation, in order; at least one.
-        match (`int`): Tokens before it that were the same at both places.
+        tokens (`list[int]`): The continuation, at least one token.
+        match (`int`): Length of the match: tokens before the continuation that are the same at both places.
     """
 
     tokens: list[int]

@@ -1,4 +1,4 @@
-"""What each round proposes where that is measured: a tree of what the draft and the lookup think comes next."""
+"""The speculator of the schedule "measured": each round submits a tree of what the draft and the lookup propose."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,11 @@ from .stopwatch import Stopwatch
 from .transfer import upload
 from .tree import ROOT, Candidates, chain
 
-_FRUITLESS, _SELDOM = 16, 8  # after so many rounds without a guess worth submitting, look every so many rounds at most
-_ENOUGH = 4.0  # tokens gained by the mean row of a batch before it says something about batches
-_PATIENCE = 4  # first rounds of the draft, which read the prompt; then one of these has to tell what a step costs
-_UNSEEN = -2  # tokens from here downwards stand for drafted ones that only the device knows
+_FRUITLESS = 16  # rounds without a submitted guess, after which the lookup is asked less often
+_SELDOM = 8  # rounds: then it is asked every so many, or every `rows` rounds where there are fewer rows
+_ENOUGH = 4.0  # tokens that the mean row of a batch has to gain before the batch counts for `gain_share`
+_PATIENCE = 4  # rounds in which the draft reads long text, after which one has to serve as the cost of a step
+_UNSEEN = -2  # ids from here downwards stand for drafted tokens that have not been read from the device
 
 
 @dataclass(slots=True)
@@ -29,12 +30,12 @@ class Drafted:
     What the draft has proposed for one row.
 
     Attributes:
-        tokens (`list[int]`): The chain that it drafted; those that nobody looked at count down from -2.
+        tokens (`list[int]`): The drafted chain. Tokens still on the device are stand-ins: -2, -3 ...
         reach (`list[float]`): The chance that the row takes each, and all before it.
-        bins (`list[int]`): Of the draft's own probabilities, where somebody looked.
+        bins (`list[int]`): Bin of the draft's own probability of each token; empty where these stay on the device.
         others (`list[list[tuple[int, float]]]`): The next best tokens at each place, with the chance of each to be
             taken there.
-        other_bins (`list[list[int]]`): Their bins, where somebody looked.
+        other_bins (`list[list[int]]`): Their bins, likewise.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -46,21 +47,21 @@ class Drafted:
 
 class MeasuredSpeculator(Speculator):
     """
-    Draft, lookup, both or neither, by [`MeasuredLength`].
+    Proposes by the draft, the lookup, both or neither, as [`MeasuredLength`] plans.
 
-    What both propose is one tree, of which the likeliest nodes are submitted. Where the target takes no trees, the
-    better of the two chains is.
+    What both propose becomes one tree, of which the likeliest nodes are submitted. For a target that takes no trees,
+    the better of the two chains is submitted.
 
-    On the CPU, where looking costs no wait, the draft stops as soon as its own probabilities say that going on does
-    not pay, and nodes that would not pay to verify are held back. When sampling, what the draft has drawn is always
-    submitted: holding it back would depend on the very token, and bend the distribution of what is.
+    On a CPU, reading a probability costs no wait. So there the draft stops as soon as its own probabilities say that
+    another token does not pay, and nodes that are not worth verifying are held back. When sampling, every drawn token
+    is submitted: to hold back some of them by what they are would change the distribution of the output.
 
     Args:
         drafter (`OnlineAssistedGenerator`): The draft.
         experience (`Experience`): Of the assistant.
         sequences (`Sequences`): The batch.
         lookup (`bool`): Whether guesses are made.
-        nodes (`int`): Tokens to submit at most.
+        nodes (`int`): Most tokens to submit.
         branches (`bool`): Whether a proposal may be a tree.
     """
 
@@ -89,7 +90,7 @@ class MeasuredSpeculator(Speculator):
         self._sent = 0
         self._taken: list[int] = []
         self._first = True
-        self._rounds, self._gained = 0, 0.0  # the latter by the mean row
+        self._rounds, self._gained = 0, 0.0  # tokens, of the mean row
 
     def propose(self, sequences: Sequences, room: int, watch: Stopwatch) -> Proposal:
         """Choose, and propose; see [`Speculator.propose`]."""
@@ -106,7 +107,7 @@ class MeasuredSpeculator(Speculator):
 
     @property
     def _may_branch(self) -> bool:
-        """A long prompt is read faster without a mask."""
+        """Whether this round may submit a tree: not the first, since a long prompt is read faster without a mask."""
         return self._branches and not self._first
 
     def _look_around(self, sequences: Sequences, room: int) -> Round:
@@ -123,7 +124,7 @@ class MeasuredSpeculator(Speculator):
         )
 
     def _guess(self, now: Round) -> dict[int, Guess]:
-        """Guess for every row; where that has not helped for long, the more rows the more seldom."""
+        """Ask the lookup for every row; after many fruitless rounds only now and then, more seldom with more rows."""
         self._fruitless += 1
         stride = min(len(now.rows), _SELDOM) if self._fruitless > _FRUITLESS else 1
         if self._lookup is None or self._fruitless % stride:
@@ -144,7 +145,7 @@ class MeasuredSpeculator(Speculator):
         return proposal
 
     def _goes_on(self, step: Step) -> bool:
-        """Take in a step of the draft, and decide whether to go on."""
+        """Note the tokens of a draft step with their chances, and decide whether to draft another."""
         assert step.chances is not None
         over = step.ended.tolist() if step.ended is not None else [False] * len(self._drafted)
         others, chances = step.others.tolist(), step.chances.tolist()
@@ -163,7 +164,7 @@ class MeasuredSpeculator(Speculator):
         return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, count, self._plan.draft - count))
 
     def _expect(self, k: int, others: int) -> None:
-        """What nobody looked at is expected to be as good as such tokens were lately."""
+        """Note drafted tokens that stay on the device, with the chances that such tokens had lately."""
         rates = [self._experience.ranks.rate(rank) for rank in range(others)]
         for row, (drafted, going) in enumerate(zip(self._drafted, self._going, strict=True)):
             chance = self._lengths.request_acceptance(row)
@@ -174,7 +175,7 @@ class MeasuredSpeculator(Speculator):
                 drafted.others.append(list(zip(unseen[1:], rates, strict=True)))
 
     def _chosen(self, drafted: Proposal, device: torch.device) -> Proposal:
-        """Merge what is proposed for each row, and submit what is worth it."""
+        """Merge the proposals for each row into a tree, and keep the nodes that are worth submitting."""
         forced = range(drafted.tokens.shape[1] if self.drafter.samples or self._plan.trial else 0)
         rows = [self._candidates(row, alone=bool(forced)) for row in range(len(self._drafted))]
         orders = [[*forced, *(node for node in row.ranked() if node >= len(forced))] for row in rows]
@@ -191,7 +192,7 @@ class MeasuredSpeculator(Speculator):
         return Proposal(tokens, drafted.probabilities, None if is_chain else parents)
 
     def _candidates(self, row: int, alone: bool) -> Candidates:
-        """All that is proposed for a row; where nothing may branch, the better chain, or the drafted one `alone`."""
+        """The nodes proposed for a row. Without trees: the better chain, or with `alone` the drafted one."""
         drafted, guess, found = self._drafted[row], self._guesses.get(row), Candidates()
         guessed = self._lengths.row_guess_reach(row, guess) if guess is not None else []
         branches, active = self._may_branch, float(row in self._now.rows)
@@ -205,7 +206,7 @@ class MeasuredSpeculator(Speculator):
         return found
 
     def _tokens(self, rows: list[list[int]], drafted: Proposal, device: torch.device) -> torch.Tensor:
-        """Upload tokens, and put in what only the device knows."""
+        """Upload tokens, and replace stand-ins by the drafted tokens on the device."""
         tokens = upload([token for row in rows for token in row], device).view(len(rows), -1)
         if all(token > _UNSEEN for row in rows for token in row):
             return tokens
@@ -213,7 +214,7 @@ class MeasuredSpeculator(Speculator):
         return torch.where(tokens > _UNSEEN, tokens, known.gather(1, (_UNSEEN - tokens).clamp(min=0)))
 
     def note(self, logits: torch.Tensor, tokens: Sequence[Sequence[int]], taken: Sequence[int]) -> None:
-        """Judge the draft's tokens and the guesses, sent or not, by what was taken; see [`Speculator.note`]."""
+        """Judge drafted and guessed tokens, submitted or not, by what the rows took; see [`Speculator.note`]."""
         right = self.drafter.note(logits, tokens, taken)
         others = self.drafter.others.tolist() if self._plan.draft else []
         for row in self._now.rows:

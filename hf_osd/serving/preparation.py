@@ -1,4 +1,4 @@
-"""What a target's own code makes of a request before its first pass, and so what every decoder here has to feed."""
+"""The inputs that a model's own code makes for the first pass of a request, which decoders have to feed as well."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,23 +37,23 @@ class Preparation:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the first pass is nothing but tokens at their usual positions."""
+        """Whether the first pass takes only tokens at their usual positions."""
         return self.feeds_tokens and not self.extras and self.positions is None
 
     @property
     def next_position(self) -> int:
-        """The largest position behind the prompt, where positions are unusual; else 0."""
+        """The first position behind the prompt, where positions are unusual; else 0."""
         return int(self.positions.max()) + 1 if self.positions is not None else 0
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """Name what the first pass gets besides tokens. Token types that are all zero are another kind than others."""
+        """Names of the inputs beside tokens; a "+" marks token types that are not all zero."""
         names = (f"{name}{_marks(value)}" for name, value in self.extras.items())
         unusual = {"positions": self.positions is not None, "soft prompt": not self.feeds_tokens}
         return (*sorted(names), *(name for name, applies in unusual.items() if applies))
 
     def unknown_extras(self) -> list[str]:
-        """Name inputs that later passes may need as well, for all that is known."""
+        """Names of inputs that later passes might need as well."""
         return [name for name in self.extras if name not in FIRST_PASS_INPUTS | _TOKEN_TYPES]
 
     def extras_of(self, columns: int) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """
-Whether a decoder gives the logits that `generate` would: tried, not looked up.
+Tries a decoder on a model: does it give the logits that `generate` would?
 
-What a model does in its forward, in its own `generate` and in the preparation of its inputs is its own code, and hooks
-and adapters are other people's. So a few tokens are decoded by the very calls that `generate` makes, one token after
-another behind a cache, and the decoder is fed the same tokens in pieces, with a rollback. Done once for a model in the
-state that it is in; costs a dozen forwards of a few tokens.
+The architecture alone does not tell: a model may bring its own forward, `generate` and preparation of inputs, and
+users add hooks and adapters. So a few tokens are decoded by the calls that `generate` makes, one token at a time, and
+then the decoder is fed the same tokens in pieces, with a rollback. This is done once for each state of a model (its
+code, hooks, adapters and dtype), and costs a dozen forwards of a few tokens.
 """
 
 import weakref
@@ -25,20 +25,20 @@ from .weights import describe
 
 logger = logging.get_logger(__name__)
 
-_MOST_FINDINGS = 256  # of one model, whose states and requests may go on changing; all are forgotten then
-_NEW = 5  # tokens decoded by a trial
-_PROMPT = 3  # columns of a trial's prompts; with the new tokens, 8 columns: within the windows of real models
+_MOST_FINDINGS = 256  # findings kept for one model; beyond that all are forgotten
+_NEW = 5  # tokens that a trial decodes
+_PROMPT = 3  # tokens of a trial's prompts; with `_NEW` 8, less than the windows of real models
 _SETTINGS = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_return_sequences": 1} | {
-    "stop_strings": None,  # over what a model's own generation config says
+    "stop_strings": None,  # overrides a model's own generation config
     "cache_implementation": None,
 }
-_TOLERANCE = 1e-3  # of the logits' standard deviation, between honest ways to compute them in float32
-_HALF_TOLERANCE = 0.1  # the same in half precision
-_DRAFT_TOLERANCE = 1.0  # the same for drafts, whose errors cost speed only: other tokens' logits are several away
+_TOLERANCE = 1e-3  # standard deviations of the logits: largest difference that counts as rounding, in float32
+_HALF_TOLERANCE = 0.1  # likewise, in half precision
+_DRAFT_TOLERANCE = 1.0  # likewise, for drafts, whose errors cost speed alone
 
 
 class Feeds(Protocol):
-    """What is tried of a decoder."""
+    """The part of a decoder that a trial uses."""
 
     @property
     def takes_trees(self) -> bool:
@@ -70,7 +70,7 @@ MakeDecoder = Callable[[Sequence[int], int, Preparation], Feeds]
 @dataclass(frozen=True, slots=True)
 class Trial:
     """
-    The request that a decoder is tried for.
+    A request to try a decoder for.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch, prompt)`): Its prompts.
@@ -103,7 +103,7 @@ class Finding:
 
 @dataclass(slots=True)
 class _Failures:
-    """A trial that fails with an exception says nothing of the model: it is tried again, at growing intervals."""
+    """Trials that ended in an exception, which decides nothing: 0, 1, 3, 7 ... requests go by before the next."""
 
     count: int = 0
     waiting: int = 0  # requests until the next trial
@@ -137,7 +137,7 @@ def probe(model: PreTrainedModel, kind: str, make: MakeDecoder, trial: Trial) ->
         return Finding(False, failures.why)
     try:
         known[key] = result = _try(model, make, trial)
-    except Exception as error:  # any architecture may refuse in any way, and any machine be out of memory
+    except Exception as error:  # of any model, or a lack of memory: said, and tried again
         known[key] = failures
         result = _note_failure(model, kind, failures, error)
     return result
@@ -158,7 +158,7 @@ def _key(model: PreTrainedModel, kind: str, trial: Trial) -> tuple[Any, ...]:
 
 
 def _state(model: PreTrainedModel) -> int:
-    """Return a number that changes where the model's code may do something else than before."""
+    """Return a number that changes where the model may compute something else than before."""
     preparation = model.prepare_inputs_for_generation
     owner: Any = getattr(preparation, "__self__", model)  # a PEFT model puts its own in the place of its base's
     adapters = (str(getattr(owner, "active_adapter", "")), str(getattr(owner, "peft_type", "")))
@@ -175,7 +175,7 @@ def _module_state(module: torch.nn.Module) -> tuple[Any, ...]:
 
 
 def _code(function: Any) -> int:
-    """Identify what a function does, not the function: PEFT makes new hooks of the same code for every request."""
+    """Identify a function by its code, since PEFT makes new hooks of the same code for every request."""
     while isinstance(function, partial):
         function = function.func
     return id(getattr(function, "__code__", type(function) if callable(function) else None))
@@ -199,7 +199,7 @@ def _try(model: PreTrainedModel, make: MakeDecoder, trial: Trial) -> Finding:
 
 
 def _short_prompts(trial: Trial) -> dict[str, torch.Tensor]:
-    """Prompts of two lengths, made of the request's own tokens: any others might stand for images."""
+    """Prompts of two lengths, made of the request's own tokens, since others may be placeholders of images."""
     rows = []
     for row, pad in enumerate(trial.padding):
         text = trial.input_ids[row, pad:]

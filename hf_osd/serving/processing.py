@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessor
 
-# These look at the scores alone, so any number of positions goes through in one call.
+# Processors that depend on the scores alone, so that one call takes any number of positions.
 _CONTEXT_FREE: tuple[type, ...] = (
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
@@ -54,17 +54,17 @@ def process(
     """
     Apply processors to the scores of consecutive positions of every row, exactly as token-by-token decoding would.
 
-    A processor sees the whole batch, cut at the length it would have had, so that what depends on the length or on
-    the row's number keeps its meaning.
+    A processor sees the whole batch at the length that it would have had, so that it may depend on the length and on
+    the index of a row.
 
     Args:
         processors (`Sequence[LogitsProcessor]`): In order.
         ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer, proposals included.
         scores (`torch.FloatTensor` of shape `(batch, q, vocab)`): Not modified.
         ends (`Sequence[int]`): For each row, the column that `scores[:, 0]` predicts.
-        limit (`int`, *optional*): Columns that there will be. What lies behind them no row takes, so no processor
-            that looks at the text is asked about it: token-by-token decoding never would.
-        eos_token_ids (`Collection[int]`): Tokens that end a row; what lies behind a proposed one is skipped likewise.
+        limit (`int`, *optional*): Most columns of the output. Processors that look at the text are not called for
+            positions beyond it, which token-by-token decoding would never reach.
+        eos_token_ids (`Collection[int]`): Tokens that end a row; positions behind a proposed one are skipped, too.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, q, vocab)`.
@@ -82,14 +82,14 @@ def process(
 
 
 def is_context_free(processors: Sequence[LogitsProcessor]) -> bool:
-    """Whether processors look at nothing but the scores."""
+    """Whether processors depend on the scores alone."""
     return all(type(processor) in _CONTEXT_FREE for processor in processors)
 
 
 def _reachable(
     ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int], eos_token_ids: Collection[int]
 ) -> list[int]:
-    """Count the positions of each row up to the one behind which a proposed eos stands."""
+    """Count the positions of each row up to its first proposed eos."""
     last = scores.shape[1] - 1
     proposed = [ids[row, end : end + last].tolist() for row, end in enumerate(ends)] if eos_token_ids else []
     stops = [next((i for i, token in enumerate(row) if token in eos_token_ids), last) for row in proposed]
@@ -112,7 +112,7 @@ def _by_length(
         rows = [row for row in range(batch) if 0 <= steps[row] < reachable[row]]
         if not rows:
             continue
-        # Rows that are elsewhere come along with scores of theirs, so that the processor sees a full batch.
+        # Rows without a position of this length bring other scores of theirs, so that the batch is full.
         picked = scores[torch.arange(batch), torch.tensor(steps).clamp(0, q - 1)]  # (batch, vocab)
         result = processor(ids[:, :length], picked)
         processed[rows, [steps[row] for row in rows]] = result[rows]
@@ -130,7 +130,7 @@ def _runs_user_code(processor: LogitsProcessor) -> bool:
 def _stop_at_forbidden(
     ids: torch.Tensor, scores: torch.Tensor, steps: Sequence[int], rows: Sequence[int], reachable: list[int]
 ) -> None:
-    """A guess may propose what a processor has just forbidden: behind it nothing is asked, as behind an eos."""
+    """Skip what follows a proposed token that the processor has just forbidden, as behind an eos."""
     rows = [row for row in rows if steps[row] + 1 < reachable[row]]
     if rows:
         length = ids.shape[1] - 1

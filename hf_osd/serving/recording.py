@@ -1,4 +1,4 @@
-"""Turns what a round revealed into observations: the target's distribution where the draft was judged."""
+"""Turns the rounds of a request into observations: the target's distribution at each position of its output."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ class _Round:
 
 class Recorder:
     """
-    Collects the rounds of one batch, and makes one [`~hf_osd.records.Observation`] a row in the end.
+    Collects the rounds of one batch, and makes an [`~hf_osd.records.Observation`] of each row at the end.
 
-    Costs no forward: the logits are those of the verification. Everything stays on the target's device until the
+    It runs no forward, since the logits are those of the verification. Tensors stay on the target's device until the
     request is over, so that recording adds no synchronisation to a round.
 
     Args:
         top_k (`int`): Log-probabilities to keep at a position.
         rows (`Sequence[bool]`): Which rows to record.
         deliver (`Callable`): Takes each observation.
-        states (`TargetStates`, *optional*): What the draft reads of the target.
+        states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Recorder:
         Args:
             logits (`torch.FloatTensor` of shape `(batch, q, vocab)`): The target's raw logits.
             drafted (`torch.LongTensor` of shape `(batch, k)`): The draft's tokens for the same positions.
-            judged (`Sequence[int]`): How many of them, from the first on, the target said something about.
+            judged (`Sequence[int]`): How many of them the target judged: up to and including the first wrong one.
             right (`Sequence[int]`): How many it agreed with.
             taken (`Sequence[int]`): Tokens that each row kept.
         """
@@ -92,7 +92,7 @@ class Recorder:
                 self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu(), states))
 
     def _states_of(self, row: int, end: int) -> torch.Tensor | None:
-        """The states of a row in half precision, for there are many; bfloat16 has the range of all of them."""
+        """The states of a row in bfloat16: half the memory, with the range of float32."""
         return None if self._states is None else self._states.of(row, end).to("cpu", torch.bfloat16, copy=True)
 
 

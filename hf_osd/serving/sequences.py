@@ -1,4 +1,4 @@
-"""The tokens of a batch while it is decoded: one left-padded buffer, and for each row the column where it ends."""
+"""The tokens of a batch while it is decoded: a left-padded buffer, and the end of each row in it."""
 
 from collections.abc import Iterator, Sequence
 

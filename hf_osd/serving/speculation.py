@@ -1,4 +1,4 @@
-"""Who proposes: what any speculator is asked and told, and the one that drafts a given length."""
+"""The interface of speculators, which propose tokens for a batch, and the one that always asks the draft."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ class Speculator(ABC):
             taken (`Sequence[int]`): How many of them the row kept; 0 for finished rows.
         """
 
-    def settle(self, seconds: dict[str, float]) -> None:  # noqa: B027 -- not everyone cares
-        """Take the round's times, by stage."""
+    def settle(self, seconds: dict[str, float]) -> None:  # noqa: B027 -- optional
+        """Note how long the stages of the round took."""
 
     def finish(self, lengths: Sequence[int]) -> None:  # noqa: B027
         """Leave to later requests what this one has learned; each row has generated `lengths[r]` tokens."""

@@ -1,4 +1,4 @@
-"""The target's hidden states of one batch, column by column: written by its own passes, read by a draft."""
+"""The target's hidden states of one batch, by column of the token buffer, for a draft that reads them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from .transfer import upload
 
 class TargetStates:
     """
-    States of the tokens that a target has read.
+    Hidden states of the tokens that a target has read.
 
-    What a rejected token left behind is overwritten by the pass that reads another one in its place. Columns that
-    were never read, such as those of a cache that the caller brought along, are zeros.
+    The states of a rejected token are overwritten by those of the token that takes its place. Columns that the target
+    has not read in this call, such as those of a caller's cache, are zeros.
 
     Args:
         target (`PreTrainedModel`): The target.
@@ -42,10 +42,10 @@ class TargetStates:
 
     def write(self, states: torch.Tensor, ends: Sequence[int]) -> None:
         """
-        Take in a pass.
+        Store the states of a pass.
 
         Args:
-            states (`torch.Tensor` of shape `(batch, q, size)`): Of the last q columns before the end of each row.
+            states (`torch.Tensor` of shape `(batch, q, size)`): Those of the last q columns of each row.
             ends (`Sequence[int]`): Column behind each row's last one.
         """
         if not self._values.numel():
@@ -67,11 +67,12 @@ class TargetStates:
 
     def before(self, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """
-        Return the states of the tokens before some others.
+        Return the states of the token before each of some tokens.
 
         Args:
-            columns (`torch.LongTensor` of shape `(batch, q)`): Columns of the others.
-            positions (`torch.LongTensor` of shape `(batch, q)`): Their positions; before position 0 there is nothing.
+            columns (`torch.LongTensor` of shape `(batch, q)`): Columns of these tokens.
+            positions (`torch.LongTensor` of shape `(batch, q)`): Their positions; before position 0 the states are
+                zeros.
 
         Returns:
             `torch.Tensor` of shape `(batch, q, size)`: On the target's device.

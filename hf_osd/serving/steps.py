@@ -1,4 +1,4 @@
-"""What the draft does token by token, and what becomes of it: plain data between who drafts and who decides."""
+"""Plain data between the draft and the speculator: a drafted token in every row, and counts of what became of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch
 @dataclass(frozen=True, slots=True)
 class Step:
     """
-    One token of a proposal, in every row.
+    One step of the draft: a token in every row.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(batch,)`): What was drafted.
         probabilities (`torch.FloatTensor` of shape `(batch, vocab)`, *optional*): What it was sampled from.
         others (`torch.LongTensor` of shape `(batch, others)`): The likeliest tokens besides.
         chances (`torch.FloatTensor` of shape `(batch, 1 + others)`, *optional*): The draft's own probabilities of the
-            drafted token and of the others; `None` where nobody looks.
+            drafted token and of the others; `None` where nobody reads them.
         ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): Whether the token ends its row; `None` where
-            nothing does, or nobody looks.
+            nothing does, or nobody reads it.
     """
 
     tokens: torch.Tensor

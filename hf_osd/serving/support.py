@@ -1,9 +1,9 @@
 """
-What plain `generate` can do and speculation here cannot do losslessly: the one table of it.
+The table of what plain `generate` can do, and speculation here cannot do losslessly.
 
-Whatever a row of the table finds is served by the target's own decoding, unless `OnlineConfig(unsupported="error")`.
-What depends on trying the models is found by [`~hf_osd.serving.choice.choose_decoder`]; what is wrong in itself, by
-`inputs.py`.
+A request that meets a row of the table is served by the target's own decoding, or refused with
+`OnlineConfig(unsupported="error")`. Limits that only trying a model shows are found by
+[`~hf_osd.serving.choice.choose_decoder`]; invalid inputs by `inputs.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from .weights import describe
 @dataclass(frozen=True, slots=True)
 class Asked:
     """
-    What a call of `generate` asks for, as far as it is known by now.
+    What a call of `generate` asks for, as far as it is known when the limits are checked.
 
     Attributes:
         model (`PreTrainedModel`): The target.
@@ -51,8 +51,8 @@ class Limit:
 
     Attributes:
         cause (`str`): Its name in [`OnlineStats.fallback_reasons`].
-        found (`Callable[[Asked], str | None]`): Says what is in the way, where it is.
-        error (`type`): What it is raised as.
+        found (`Callable[[Asked], str | None]`): Returns what is in the way, or `None`.
+        error (`type`): The error to raise.
     """
 
     cause: str
@@ -113,7 +113,7 @@ def _rotary_switch(asked: Asked) -> str | None:
     )
 
 
-# These keep state from one token to the next, which a rejected proposal would corrupt.
+# Processors with a state that goes from token to token, which a rejected proposal would corrupt.
 _STATEFUL_PROCESSORS: tuple[type, ...] = (
     lp.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     lp.SynthIDTextWatermarkLogitsProcessor,
@@ -143,7 +143,7 @@ def _cache_with_padding(asked: Asked) -> str | None:
 
 
 def _activated_lora(asked: Asked) -> str | None:
-    """PEFT (0.21) counts from the end of a forward which tokens an adapter begins at (aLoRA, arXiv 2504.12397)."""
+    """PEFT (0.21) locates the tokens that activate an aLoRA (arXiv 2504.12397) from the end of each forward."""
     owner = getattr(asked.model.prepare_inputs_for_generation, "__self__", asked.model)
     configs = getattr(owner, "peft_config", None) or getattr(asked.model, "peft_config", None) or {}
     if not any(getattr(config, "alora_invocation_tokens", None) for config in configs.values()):
@@ -174,13 +174,13 @@ SETTINGS: tuple[Limit, ...] = (
     _setting("synced_gpus", "generation over several ranks", is_given),
     _setting("negative_prompt_ids", "classifier-free guidance", is_given),
 )
-"""What is known from the call alone."""
+"""Limits that the call alone shows."""
 
 MODELS: tuple[Limit, ...] = (
     Limit("encoder-decoder target", _encoder_decoder, UnsupportedModelError),
     Limit("target with a recurrent state", _recurrent, UnsupportedModelError),
 )
-"""What is known of the target before transformers prepares anything."""
+"""Limits of the target, checked before transformers prepares anything."""
 
 REQUESTS: tuple[Limit, ...] = (
     Limit("position embeddings that change with the length", _rotary_switch),
@@ -190,4 +190,4 @@ REQUESTS: tuple[Limit, ...] = (
     Limit("cache with padding", _cache_with_padding),
     Limit("activated LoRA", _activated_lora),
 )
-"""What is known once transformers has prepared the request."""
+"""Limits that show once transformers has prepared the request."""

@@ -1,5 +1,5 @@
 """
-A proposal as a tree: which tokens may come next, which of them are worth a place, and who sees whom in the pass.
+A proposal as a tree of tokens: its nodes, their order of worth, and the mask by which the target checks it.
 
 SpecInfer (https://arxiv.org/abs/2305.09781) checks a tree in one pass of the target, by a mask that shows every node
 its own ancestors; EAGLE-2 (https://arxiv.org/abs/2406.16858) chooses its nodes by the chance that all up to them are
@@ -15,12 +15,12 @@ ROOT = -1  # the parent of nodes that follow the text itself
 
 class Candidates:
     """
-    The tokens that may be proposed behind one row. What several proposers agree on is one node.
+    The nodes that may be proposed behind one row. What several proposers agree on is one node.
 
     Attributes:
         tokens (`list[int]`): The token of each node.
-        parents (`list[int]`): The node that it follows, which stands before it; [`ROOT`] for the end of the text.
-        reach (`list[float]`): The chance that the row takes it, and so all its ancestors; never above its parent's.
+        parents (`list[int]`): The earlier node that each node follows; [`ROOT`] for the end of the text.
+        reach (`list[float]`): The probability that the row accepts a node and all its ancestors.
     """
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class Candidates:
         return nodes
 
     def ranked(self) -> list[int]:
-        """Return all nodes by reach: any first of them are a tree."""
+        """Return all nodes by falling reach. Since parents come first, the first `n` are a tree for any `n`."""
         return sorted(range(len(self.tokens)), key=lambda node: (-self.reach[node], node))
 
     def arranged(self, chosen: Iterable[int], first: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """
         Lay out some nodes as the target will read them.
 
-        The likeliest path comes first: what is accepted of it lies in the cache where it has to be.
+        The likeliest path comes first, since its accepted part then lies in the right slots of the cache.
 
         Args:
             chosen (`Iterable[int]`): A tree.
@@ -101,7 +101,7 @@ def lineage(parents: Sequence[int]) -> list[list[int]]:
 
 def visible(parents: Sequence[Sequence[int]], fed: int) -> torch.Tensor:
     """
-    Say which of the tokens that are fed together see one another.
+    Return which of the tokens that are fed together see one another.
 
     Args:
         parents (`Sequence[Sequence[int]]`): The nodes of each row, equally many.

@@ -25,7 +25,7 @@ def verify_greedy(scores: torch.Tensor, proposal: Proposal) -> Verdict:
             and behind each node.
         proposal (`Proposal`): `n` nodes a row; `n` may be 0.
     """
-    found = torch.cat([proposal.tokens, scores.argmax(dim=-1)], dim=1).tolist()  # the one moment when the host waits
+    found = torch.cat([proposal.tokens, scores.argmax(dim=-1)], dim=1).tolist()  # the host waits here
     n = proposal.tokens.shape[1]
     paths = [_greedy_path(parents, row[:n], row[n:]) for parents, row in zip(_parents(proposal), found, strict=True)]
     ends = [path[-1] if path else ROOT for path in paths]
@@ -69,8 +69,8 @@ def verify_sampling(
             softmax.
         proposal (`Proposal`): Tokens, with the probabilities q that the first of them were sampled from.
         generator (`torch.Generator`, *optional*): Source of randomness, on the device of `scores`.
-        warp (`Callable`, *optional*): Processes scores `(batch, vocab)` that have not been: most nodes are never
-            reached.
+        warp (`Callable`, *optional*): Processes scores `(batch, vocab)` of the nodes that are reached, where `scores`
+            are raw logits.
     """
     walk = _Walk(scores, proposal, generator, warp or (lambda values: values))
     while walk.descend():
@@ -93,13 +93,13 @@ class _Walk:
         self._rows = torch.arange(len(scores), device=scores.device)
         self._q = proposal.probabilities
         self._drawn = 0 if self._q is None else self._q.shape[1]
-        self._places = torch.zeros_like(self._rows)  # of each row in dimension 1 of the scores
+        self._places = torch.zeros_like(self._rows)  # index of each row in dimension 1 of the scores
         self._steps: list[torch.Tensor] = []  # the node that each row moved to at a level, or ROOT
         self._going = torch.ones_like(self._rows, dtype=torch.bool)
         self.left = warp(scores[:, 0]).softmax(dim=-1)  # (batch, vocab): what is left of p where each row is
 
     def descend(self) -> bool:
-        """Move every row that still goes to the child that it accepts; whether any did."""
+        """Move every unfinished row to the child that it accepts; return whether any row moved."""
         moved = torch.full_like(self._rows, ROOT)
         for rank in range(self._children.shape[2]):
             child = self._children[self._rows, self._places, rank]
@@ -117,7 +117,7 @@ class _Walk:
         return True
 
     def _try(self, child: torch.Tensor, tries: torch.Tensor) -> torch.Tensor:
-        """Accept or refuse each row's child; of what is left, a refusal takes what the child stood for."""
+        """Accept or refuse a child in each row; a refusal replaces `left` by the residual distribution."""
         tokens = self._proposal.tokens[self._rows, child]
         taken = self._taken(child, tokens)
         p_token, q_token = (values.gather(1, tokens[:, None])[:, 0] for values in (self.left, taken))
@@ -136,7 +136,7 @@ class _Walk:
         return torch.where((child < self._drawn)[:, None], drawn, sure)
 
     def verdict(self, last: torch.Tensor) -> Verdict:
-        """Return what the rows came to, given the token behind each."""
+        """Return the accepted paths, with the last token of each row."""
         batch = len(self._rows)
         steps = torch.stack(self._steps, dim=1) if self._steps else self._rows.new_zeros(batch, 0)
         tokens = self._proposal.tokens[self._rows[:, None], steps.clamp(min=0)]

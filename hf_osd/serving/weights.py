@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from ..errors import LearningError
 
-# Seconds that an update which waits for readers keeps new ones out and then lets them in, in turns: a reader may wait
-# for a new one, where it runs code of the user's that makes another request. A proposal takes less than the longest.
+# Seconds. A waiting update keeps new readers out for a turn, lets them in for another, and goes on with a longer turn:
+# a reader may itself wait for a new one, where a logits processor makes another request.
 _TURNS = (1.0, 2.0, 4.0)
 
 
@@ -19,9 +19,9 @@ class LiveWeights:
     """
     Guards a model's weights: any number of readers, or one writer.
 
-    Used as a context manager it is the reader's side, held for one forward at a time, and again by the same thread
-    within. An update that waits goes before new readers, so that a busy server does not put it off; but readers are
-    never kept out for ever, whatever those inside are waiting for, and the update gives up in the end.
+    As a context manager it is the reader's side: held for one forward, reentrant. A waiting update goes before new
+    readers, so that a busy server cannot put it off for ever. It gives up after some seconds, so that it does not lock
+    readers out for ever either.
 
     Args:
         model (`PreTrainedModel`): The live draft.
@@ -34,11 +34,11 @@ class LiveWeights:
         self._condition = threading.Condition()
         self._here = threading.local()
         self._readers = 0
-        self._writers_first = 0  # updates that keep new readers out at this moment
+        self._writers_first = 0  # updates that now keep new readers out
 
     @property
     def _depth(self) -> int:
-        """How often this thread reads at this moment."""
+        """How many nested reads this thread holds."""
         return getattr(self._here, "depth", 0)
 
     def __enter__(self) -> "LiveWeights":
@@ -55,7 +55,7 @@ class LiveWeights:
             self._here.depth -= 1
             self._condition.notify_all()
 
-    @torch.inference_mode()  # tensors that were made in it can be written to nowhere else
+    @torch.inference_mode()  # weights created in inference mode can be written to only there
     def publish(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """
         Copy new values into the parameters, in place: no round sees half an update, and captured graphs stay valid.
@@ -79,7 +79,7 @@ class LiveWeights:
                 parameter.copy_(value)
 
     def _wait_for_readers(self) -> None:
-        if not self._depth:  # else it would wait for itself
+        if not self._depth:  # a thread that reads would wait for itself
             for turn in _TURNS:
                 if self._wait_first(turn) or self._condition.wait_for(self._is_free, turn):
                     return
