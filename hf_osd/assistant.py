@@ -1,4 +1,4 @@
-"""`OnlineAssistant`: a draft with its memory and its trainer. The one module that joins serving and learning."""
+"""`OnlineAssistant`: a draft with its replay buffer and its trainer. Only this module joins serving and learning."""
 
 import json
 import random
@@ -43,10 +43,10 @@ logger = logging.get_logger(__name__)
 
 class Request:
     """
-    One call of `generate`, as the assistant sees it.
+    One call of `generate`, which the assistant counts and records.
 
     Attributes:
-        recorder (`Recorder`, *optional*): Where serving notes mismatches; `None` where nothing is to be recorded.
+        recorder (`Recorder`, *optional*): Records rounds while serving; `None` where nothing is to be recorded.
     """
 
     def __init__(self, assistant: "OnlineAssistant", recorded_rows: list[bool], states: TargetStates | None) -> None:
@@ -129,7 +129,7 @@ class OnlineAssistant:
             check_pair(target, draft)
         except UnsupportedError as error:
             self._leave_out(error)
-        self._checked = weakref.WeakSet([target])  # targets that this draft fits
+        self._checked = weakref.WeakSet([target])  # targets that the draft was checked against
         self._frozen = shared_with(draft, target)
         self.weights = LiveWeights(draft, self._frozen)
         learns = self.config.learn and self._misfit is None and self._can_learn()
@@ -190,7 +190,7 @@ class OnlineAssistant:
         except UnsupportedError as error:
             assistant._leave_out(error)
         try:
-            if state.is_dir() and not assistant._learner.has_state:  # what a state directory holds is newer
+            if state.is_dir() and not assistant._learner.has_state:  # a state directory is newer
                 assistant._learner.load(state)
         except BaseException:
             assistant.close()
@@ -209,7 +209,7 @@ class OnlineAssistant:
 
     def check_usable(self, target: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` where the draft cannot draft for a target, whatever the request."""
-        if self._misfit is not None:  # a new one every time: a traceback would keep the request, and so the target
+        if self._misfit is not None:  # a new error each time: its traceback would keep the target alive
             raise UnsupportedModelError(*self._misfit)
         if target not in self._checked:  # another one, or the inner model of a PEFT model
             check_draft(target, self.draft)
@@ -253,7 +253,7 @@ class OnlineAssistant:
         Args:
             rows (`int`): Prompts in the batch.
             records (`bool`, defaults to `True`): Whether the request may be learned from.
-            states (`TargetStates`, *optional*): What the draft reads of the target.
+            states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
 
         Raises:
             ClosedError: The assistant is closed.

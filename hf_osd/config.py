@@ -17,19 +17,19 @@ Positions = Literal["all", "rejected"]
 Loss = Literal["jsd", "tv", "lk", "lk_hybrid"]
 Unsupported = Literal["warn", "error"]
 
-_SHOWN = 80  # characters of a text that a message repeats, at most; three times as many of a collection
-_LONGEST_REASON = 300  # characters of another package's message, which may list hundreds of classes
+_SHOWN = 80  # characters of a value in a message, at most; of a collection three times as many
+_LONGEST_REASON = 300  # characters of another package's error message, at most: some list hundreds of classes
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """
-    What a setting may be.
+    The values that a setting may have.
 
     Attributes:
-        allowed (`str`): In words, to follow "must be".
+        allowed (`str`): These values in words, to follow "must be".
         accepts (`Callable[[Any], bool]`): Whether a value is allowed.
-        keep (`Callable[[Any], Any]`, *optional*): Makes of an allowed value what is kept; defaults to itself.
+        keep (`Callable[[Any], Any]`, *optional*): Converts an allowed value; defaults to the value itself.
     """
 
     allowed: str
@@ -37,20 +37,20 @@ class Rule:
     keep: Callable[[Any], Any] = lambda value: value
 
     def check(self, name: str, value: Any) -> Any:
-        """Return what is to be kept of a value, or raise a `ConfigError` that names it."""
+        """Return a converted value, or raise a `ConfigError` that names it."""
         reason = None
         try:
             value = _without_numpy(value)
             if self.accepts(value):
                 return self.keep(value)
-        except Exception as error:  # an object of a stranger may fail at anything it is asked
+        except Exception as error:  # an unknown object may fail at anything
             reason = error
         raise ConfigError(f"{name} must be {self.allowed}, got {shown(value)}") from reason
 
 
 def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
     """
-    Check the fields of a frozen dataclass, and replace each by what its rule keeps.
+    Check the fields of a frozen dataclass, and replace each by its converted value.
 
     Raises:
         ConfigError: A value breaks its rule; names the field, the value and what is allowed.
@@ -92,7 +92,7 @@ def optional(rule: Rule) -> Rule:
 
 
 def _is_path(value: Any) -> bool:
-    """Whether the file system can hold that name; an empty one, as of an unset variable, would be this folder."""
+    """Whether a value is a path, and not empty: an empty one, as of an unset variable, means the current folder."""
     return isinstance(value, str | Path) and bool(str(value).strip()) and b"\0" not in os.fsencode(value)
 
 
@@ -115,7 +115,7 @@ def _is_adapter(value: Any) -> bool:
 
 def _without_numpy(value: Any) -> Any:
     """Turn a scalar of numpy into Python's own, which JSON can hold; times are left to be refused."""
-    numpy = sys.modules.get("numpy")  # where nobody has imported it, no value is of it
+    numpy = sys.modules.get("numpy")  # without an import of numpy there are no scalars of it
     is_scalar = numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in "biuf"
     return value.item() if is_scalar else value
 
@@ -361,7 +361,7 @@ class OnlineConfig:
 
 RULES: dict[str, Rule] = {
     "draft_length": integer(0, 1024),  # the cache keeps that many columns free
-    "update_every": integer(1, sys.maxsize),  # `sys.maxsize` says never
+    "update_every": integer(1, sys.maxsize),  # `sys.maxsize` means never
     "background": FLAG,
     "learning_share": optional(number(1e-6, 1e6)),
     "state_dir": optional(PATH),
@@ -371,7 +371,7 @@ RULES: dict[str, Rule] = {
     "confidence_threshold": number(0, 1),
     "unsupported": choice(*get_args(Unsupported)),
     "record_fraction": number(0, 1),
-    "top_k_teacher": integer(1, 2**20),  # more than any vocabulary
+    "top_k_teacher": integer(1, 2**20),  # larger than any vocabulary
     "replay_size": integer(1, 10**6),
     "max_state_bytes": integer(0, sys.maxsize),
     "learn": FLAG,
@@ -385,7 +385,7 @@ RULES: dict[str, Rule] = {
     "max_length": integer(2, 2**24),
     "learning_rate": number(1e-38, 1e38),  # weights are trained in float32
     "adaptive_learning_rate": FLAG,
-    "duty_cycle": number(1e-6, 1),  # a second of work is paid with 1 / duty_cycle seconds, at most 12 days
+    "duty_cycle": number(1e-6, 1),  # after a second of work, pauses of up to 12 days
     "training_arguments": Rule("a mapping of names that can be copied", _is_mapping, _copied),
     "peft_config": optional(Rule("a mapping of names that can be copied, a peft.PeftConfig", _is_adapter, _copied)),
     "gate": FLAG,
@@ -396,4 +396,4 @@ RULES: dict[str, Rule] = {
     "redact": optional(Rule("callable", callable)),
     "seed": integer(-(2**63), 2**64 - 1),  # what torch.Generator takes; random.Random takes any
 }
-"""What each field of [`OnlineConfig`] may be."""
+"""The rule of each field of [`OnlineConfig`]."""

@@ -1,4 +1,4 @@
-"""One request, once transformers has prepared it: check, set up, decode, hand over what was learned, return."""
+"""Decodes a request that transformers has prepared: checks it, sets it up, runs the loop, hands on what to learn."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -84,9 +84,9 @@ class Setup:
 
     Attributes:
         sequences (`Sequences`): Its rows.
-        make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; no draft, no proposals of one.
-        states (`TargetStates`, *optional*): What the draft reads of the target, besides tokens.
-        sees_more (`bool`): Whether the target sees more than the tokens that are recorded.
+        make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; without `make_draft` nothing is drafted.
+        states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
+        sees_more (`bool`): Whether the target reads more than tokens, such as images, which are not recorded.
     """
 
     sequences: Sequences
@@ -137,7 +137,7 @@ def _plain(call: Call) -> Output:
 
 
 def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
-    """Everything that may be refused: before anything is streamed, and before the request itself is fed."""
+    """Make all checks and choices, before anything is fed or streamed."""
     model, config, inputs = call.model, call.config, call.model_kwargs
     check_limits((*SETTINGS, *MODELS), Asked(model, call.setting))
     mask = inputs.get("attention_mask")
@@ -160,7 +160,7 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
 
 
 def _callers_cache(inputs: dict[str, Any]) -> Any:
-    """The empty cache that transformers prepares is not needed; one of the caller's is gone on from and filled."""
+    """Return a cache of the caller's, which is continued in place; the empty one of transformers is not used."""
     cache = cache_of(inputs)
     return cache if cache is not None and is_callers_own(cache) else None
 
@@ -171,7 +171,7 @@ def _sequences(call: Call, padding: Sequence[int], settings: OnlineConfig) -> Se
         if type(criterion) is EosTokenCriteria:
             eos.extend(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
     pad = pad_token_of(call.config)
-    # The caller's own criterion takes the place of the config's; plain decoding takes a token before it asks.
+    # A criterion of the caller's replaces the config's length. Plain decoding always generates one token.
     lengths = [criterion.max_length for criterion in call.criteria if type(criterion) is MaxLengthCriteria]
     return Sequences(
         call.input_ids.to(execution_device(call.model)),
@@ -187,12 +187,12 @@ def _sequences(call: Call, padding: Sequence[int], settings: OnlineConfig) -> Se
 def _draft(
     assistant: OnlineAssistant, target: PreTrainedModel, sequences: Sequences
 ) -> tuple[Callable[[], Decoder] | None, TargetStates | None]:
-    """What makes the draft's decoder, and what it reads; one that does not fit leaves it to the lookup in the text."""
+    """Choose the draft's decoder, and what it reads; `None` leaves proposals to the lookup."""
     if assistant.config.draft_length == 0:
         return None, None
     draft, padding = assistant.draft, sequences.padding
     try:
-        with assistant.weights:  # trying it out reads them
+        with assistant.weights:  # the trial reads them
             prompts = sequences.ids[:, : sequences.prompt_length]
             make = choose_draft_decoder(draft, prompts, padding, sequences.limit)
         if not isinstance(draft, FeatureDraft):
@@ -210,7 +210,7 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
     config, sequences = call.config, setup.sequences
     config.max_length = sequences.limit
     started = time.perf_counter()
-    records = not (setup.sees_more and assistant.config.needs_target)  # learning would run the target on tokens alone
+    records = not (setup.sees_more and assistant.config.needs_target)  # learning runs the target on tokens alone
     with assistant.request(sequences.batch, records, setup.states) as request:
         engine = _engine(call, setup, assistant, request)
         try:

@@ -121,7 +121,7 @@ def generate(
 def _call(
     model: PreTrainedModel, inputs: torch.Tensor | None, generator: torch.Generator | None, **kwargs: Any
 ) -> Output:
-    """Call the target's own `generate`, of which some name their first argument otherwise."""
+    """Call the target's own `generate`, by position, since some name their first argument otherwise."""
     call: Any = model.generate
     with seeded(generator):
         output: Output = call(*([] if inputs is None else [inputs]), **kwargs)
@@ -129,7 +129,7 @@ def _call(
 
 
 def _check_call(model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-    """Raise what speculation cannot do, as far as the call itself says; the rest is for `decode`."""
+    """Raise the limits of speculation that the call alone shows; `decode` finds the others."""
     configs = [one for one in (config, model.generation_config) if one is not None]
 
     def setting(name: str) -> Any:
@@ -150,7 +150,7 @@ def _with_stop_strings(
     tokenizer: PreTrainedTokenizerBase | None,
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Turn stop strings into a criterion here: on the way to a custom callable, transformers loses the tokenizer."""
+    """Turn stop strings into a criterion, since transformers passes no tokenizer to a custom callable."""
     configs = [config for config in (generation_config, model.generation_config) if config is not None]
     strings = kwargs.get("stop_strings") or next((c.stop_strings for c in configs if c.stop_strings), None)
     if not strings:
@@ -159,7 +159,7 @@ def _with_stop_strings(
         raise InputError(f"stop_strings={strings!r} needs the tokenizer: pass tokenizer=...")
     criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or [])])
     criteria.append(StopStringCriteria(tokenizer, strings))
-    return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}  # None: over what the configs say
+    return {**kwargs, "stopping_criteria": criteria, "stop_strings": None}  # None overrides the configs
 
 
 def online_decoding(

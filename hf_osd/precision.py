@@ -1,4 +1,4 @@
-"""The precision that a device is fast in: whether it multiplies in half precision, and the dtype that follows."""
+"""Chooses the dtype that a device is fast in, by measuring its products in half precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from time import perf_counter
 import torch
 
 _HALF = (torch.bfloat16, torch.float16)
-_SHAPE = (3072, 2048)  # of the weights: 25 MB in float32, more than the cache of a core, as a model's are
-_ROWS = (1, 8)  # tokens of a pass: one, as in plain decoding, and several, as in a check
-_REPEATS = 3  # products of each kind, of which the fastest counts: the others may have been interrupted
+_SHAPE = (3072, 2048)  # shape of the weights: 25 MB in float32, too large for the cache of a core, as a model's are
+_ROWS = (1, 8)  # tokens of a pass: as in plain decoding, and as in checking a proposal
+_REPEATS = 3  # products timed of each kind; the fastest counts, since others may have been interrupted
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -67,7 +67,7 @@ def _fastest(tokens: torch.Tensor, weight: torch.Tensor) -> float:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Where other work keeps a core, several threads wait for one another, and their times say nothing."""
+    """Time on one thread: where other work keeps a core busy, threads wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What an assistant did and learned, as a JSON and a picture; figures only, never a text or a token."""
+"""Reports of what an assistant did and learned: a JSON and a picture, without texts or tokens."""
 
 import json
 import math
@@ -22,7 +22,7 @@ __all__ = ["mean_acceptance", "moving_acceptance", "to_json", "write_report"]
 
 logger = logging.get_logger(__name__)
 
-_WINDOW = 50
+_WINDOW = 50  # requests of the moving average
 _STYLES = {
     "published": ("o", "tab:green"),
     "held": ("s", "0.6"),
@@ -139,7 +139,7 @@ def _finite(value: Any) -> Any:
 
 
 def _write_json(document: Mapping[str, Any], path: Path) -> Path:
-    whole = path.with_suffix(".json.part")  # whoever watches the file never reads half of it
+    whole = path.with_suffix(".json.part")  # a reader never finds half a file
     whole.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     whole.replace(path)
     return path

@@ -1,4 +1,4 @@
-"""Which assistant a call means: the one that was given, or one made of a draft and kept as long as its target."""
+"""Resolves the `online_assistant` of a call: as given, or made of a draft and kept as long as the target."""
 
 import threading
 import weakref
@@ -40,7 +40,7 @@ def resolve_assistant(
     with _kept_lock:
         kept = _kept.setdefault(target, {})
         if isinstance(assistant, torch.nn.Module):
-            if id(assistant) not in kept:  # the id stays taken, since what is kept holds the draft
+            if id(assistant) not in kept:  # no other model gets this id, since the assistant holds the draft
                 kept[id(assistant)] = OnlineAssistant(assistant, target)
             return kept[id(assistant)]
         if str(assistant) not in kept:

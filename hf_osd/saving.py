@@ -1,4 +1,4 @@
-"""What is written beside a saved draft, and read back: settings, and whose tokenizer it was."""
+"""Saves and loads the settings of an assistant beside its draft, and loads tokenizers."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 def saved_config(config: OnlineConfig) -> dict[str, Any]:
-    """The settings that make sense elsewhere: neither functions nor places of this machine."""
+    """Return the settings to save: neither functions nor paths of this machine."""
     here = ("redact", "state_dir", "peft_config")
     saved = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.name not in here}
     adapter = config.peft_config
@@ -25,14 +25,14 @@ def saved_config(config: OnlineConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know of an adapter's config or of read-only mappings."""
+    """Convert what JSON does not take: sets, read-only mappings, enumerations."""
     if isinstance(value, set | frozenset):
         return sorted(value)
     return dict(value) if isinstance(value, Mapping) else str(value)
 
 
 def load_config(path: Path) -> OnlineConfig:
-    """Return settings that [`saved_config`] gave; those of other versions that this one does not know are left out."""
+    """Load settings of [`saved_config`]; those that this version does not have are left out."""
     known = {field.name for field in fields(OnlineConfig)}
     return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
 

@@ -1,4 +1,4 @@
-"""What an assistant has done so far, in numbers."""
+"""The counters of an assistant."""
 
 from collections import Counter
 from collections.abc import Mapping

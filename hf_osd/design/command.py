@@ -1,4 +1,4 @@
-"""The design from options to a folder."""
+"""`hf-osd design`, from options to a folder."""
 
 import shlex
 import sys

@@ -1,5 +1,5 @@
 """
-The model inside of what users hold: a PEFT model, a compiled one, or one in the other.
+Unwraps models: finds the transformers model inside of a PEFT model, a compiled one, or both.
 
 Not covered: wrappers that spread a model over devices or processes; they are refused by name.
 """
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import HfOsdError, ModelTypeError, UnsupportedModelError
 
-# Of peft: adapters that work in the wrapper's own `forward`, besides those of prompt learning.
+# Adapters of peft that work in the wrapper's own `forward`, besides those of prompt learning.
 _OUTSIDE = ("POLY", "XLORA")
 # Bases of models whose weights are spread over processes in place (`fully_shard` of torch).
 _SHARDED = ("FSDPModule", "FullyShardedDataParallel")
@@ -44,7 +44,7 @@ def unwrap(model: Any) -> PreTrainedModel:
         _check_adapters(model)
         base: Any = model.base_model
         return unwrap(base.model)
-    compiled = getattr(model, "_orig_mod", None)  # of torch.compile, whose class takes seconds to import
+    compiled = getattr(model, "_orig_mod", None)  # set by torch.compile, whose class takes seconds to import
     if isinstance(compiled, nn.Module):
         return unwrap(compiled)
     raise UnsupportedModelError(
@@ -53,7 +53,7 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def _is_peft(model: nn.Module) -> bool:
-    peft: Any = sys.modules.get("peft")  # where nobody has imported it, no model is of it
+    peft: Any = sys.modules.get("peft")  # without an import of peft there is no such model
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
 
 

@@ -1,4 +1,4 @@
-"""Metrics for the `evaluate` library, and what turns an assistant's records into their inputs."""
+"""Metrics for the `evaluate` library, and functions that turn an assistant's records into their inputs."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -68,7 +68,7 @@ def from_stats(requests: "Iterable[OnlineStats]") -> dict[str, list[int]]:
     """
     Turn an assistant's counters into inputs of `"speculation"`.
 
-    Lookups count: their tokens need fewer passes of the target, though they are no tokens of the draft.
+    Lookups lower `target_passes`, though their tokens are neither `drafted` nor `accepted`.
 
     Args:
         requests (`Iterable[OnlineStats]`):
@@ -97,8 +97,8 @@ def from_observations(observations: "Iterable[Observation]") -> dict[str, list[i
     """
     Turn recorded requests into inputs of `"speculation"`: what the draft alone yields.
 
-    Each position that the draft did not get right ends a pass of the target. A token that a lookup got right is one of
-    these, so where `prompt_lookup` is on there were fewer passes than this says; [`from_stats`] has the true number.
+    A pass of the target is counted for each position where the draft was wrong. With `prompt_lookup`, accepted lookups
+    save some of these passes, and [`from_stats`] has the true number.
 
     Args:
         observations (`Iterable[Observation]`): Recorded requests.
@@ -111,7 +111,7 @@ def from_observations(observations: "Iterable[Observation]") -> dict[str, list[i
 
 def _counts(observation: "Observation") -> tuple[int, int, int, int]:
     generated, accepted = len(observation.output_ids), int(observation.accepted.sum())
-    cut_short = generated > 0 and bool(observation.accepted[-1])  # by the end of the text: no correction, no bonus
+    cut_short = generated > 0 and bool(observation.accepted[-1])  # a last pass without a token of the target's own
     return accepted, int((observation.draft_ids >= 0).sum()), generated, generated - accepted + cut_short
 
 

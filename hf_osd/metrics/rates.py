@@ -1,4 +1,4 @@
-"""The arithmetic of speculative decoding's rates, in plain Python. Not covered: how they differ between positions."""
+"""Rates of speculative decoding in plain Python. Not covered: how they differ between positions."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ def ratio(
     """
     Return a ratio of sums over requests, and its confidence interval.
 
-    Tokens of one request resemble each other, so requests, not tokens, are what was drawn at random: the interval is
-    that of the ratio estimator (Cochran, Sampling Techniques, 1977, section 6.3), normal, cut at 0 and `highest`. With
-    fewer than about 30 requests it is too narrow, and it is empty where all requests agree.
+    The tokens of one request resemble each other, so the sample is one of requests. The interval is the normal one of
+    the ratio estimator (Cochran, Sampling Techniques, 1977, section 6.3), cut at 0 and `highest`. It is too narrow
+    with fewer than about 30 requests, and has no width where all requests agree.
 
     Args:
         numerators (`Sequence[int]`): One count a request.
         denominators (`Sequence[int]`): One count a request.
         confidence_level (`float`, defaults to 0.95): In (0, 1).
-        highest (`float`, *optional*): What the ratio cannot exceed.
+        highest (`float`, *optional*): Largest possible ratio.
 
     Returns:
         `tuple[float | None, list[float] | None]`: The ratio, `None` where all denominators are 0; and the two ends of
@@ -66,5 +66,5 @@ def expected_speedup(acceptance_rate: float, draft_length: int, cost_ratio: floa
         raise InputError(f"draft_length must be an integer of at least 0, got {draft_length!r}")
     if not cost_ratio >= 0.0:
         raise InputError(f"cost_ratio must be at least 0, got {cost_ratio!r}")
-    tokens = sum(acceptance_rate**accepted for accepted in range(draft_length + 1))  # the series, also where a is 1
+    tokens = sum(acceptance_rate**accepted for accepted in range(draft_length + 1))  # valid for a = 1, too
     return tokens / (draft_length * cost_ratio + 1.0)

@@ -1,4 +1,4 @@
-"""What plain `generate` answers, and what it chose from."""
+"""Answers of plain `generate`, with the scores that each token was chosen by."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ class Answer:
     The greedy answer of plain `generate` to one prompt.
 
     Attributes:
-        tokens (`torch.LongTensor` of shape `(new,)`): Up to the first end-of-sequence token, which is among them.
-        scores (`torch.FloatTensor` of shape `(new, vocab)`): What each token is the largest of.
-        logits (`torch.FloatTensor` of shape `(new, vocab)`): The same before logits processors.
+        tokens (`torch.LongTensor` of shape `(new,)`): Up to and including the first end-of-sequence token.
+        scores (`torch.FloatTensor` of shape `(new, vocab)`): Scores that each token is the largest of.
+        logits (`torch.FloatTensor` of shape `(new, vocab)`): Likewise, before logits processors.
     """
 
     tokens: torch.Tensor
@@ -62,7 +62,7 @@ def logits_of_one_pass(target: Any, prompt: torch.Tensor, tokens: torch.Tensor) 
 
 
 def until_end(tokens: torch.Tensor, target: Any) -> torch.Tensor:
-    """Cut off what a batch pads a row with: all behind the first end-of-sequence token of `tokens`, `(new,)`."""
+    """Cut `tokens`, `(new,)`, behind the first end-of-sequence token, where a batch is padded."""
     ends = target.generation_config.eos_token_id
     if ends is None:
         return tokens

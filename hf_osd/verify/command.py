@@ -1,4 +1,4 @@
-"""The verification from options to a table and a file."""
+"""`hf-osd verify`, from options to a table and a file."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ _RULES = {
     "dtypes": NAMES,
     "output": optional(OPTIONS["output"]),
 }
-_EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
+_EMBEDDED_THREADS = 1  # CPU threads for the embedded pair, whose operations are too small for more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,9 @@
 """
-Where an output leaves that of plain `generate`, and whether rounding explains it.
+Finds where an output differs from that of plain `generate`, and whether rounding explains it.
 
-A greedy output differs by rounding where another way to compute the same logits puts the second best token above the
-best one: the distance between the two then changes by at least what it was. How far it changes by rounding alone, the
-target itself shows: in one forward over the whole text, and in its own `generate` of a batch. What that writes is the
-target's own too, for an output of the same batch.
+Rounding changes a greedy output where it moves the two best logits against each other by more than they are apart. How
+far rounding moves them is measured on the target itself, by computing the same logits in one forward over the whole
+text, and in its own `generate` of a batch. An output of a batch may also equal that of `generate` for this batch.
 """
 
 import math
@@ -26,7 +25,7 @@ def find_difference(
     Args:
         request (`int`): Index of the prompt.
         answer (`Answer`): What plain `generate` wrote.
-        tokens (`torch.LongTensor` of shape `(new,)`): What somebody else wrote.
+        tokens (`torch.LongTensor` of shape `(new,)`): The output to compare.
         dtype (`torch.dtype`): The target's.
         in_batch (`torch.LongTensor` of shape `(new,)`, *optional*):
             What `generate` wrote for the batch that the tokens were written in.
@@ -38,7 +37,7 @@ def find_difference(
     if position is None:
         return None
     is_batch = in_batch is not None and torch.equal(in_batch[: position + 1], tokens[: position + 1])
-    if position >= min(len(answer.tokens), len(tokens)):  # one of them ends where nothing says so
+    if position >= min(len(answer.tokens), len(tokens)):  # one is a prefix of the other
         return Difference(request, position, None, 0.0, is_batch)
     scores = answer.scores[position]
     best, written = float(scores.max()), float(scores[tokens[position]])
@@ -48,13 +47,13 @@ def find_difference(
 
 def measure_rounding(target: Any, request: Inputs, answer: Answer, in_batch: Answer) -> float:
     """
-    Return the largest change of the distance between the two best tokens of an answer.
+    Return by how much rounding changes the distance between the two best tokens, at most over an answer.
 
     Args:
         target (`PreTrainedModel`): The model.
         request (`Inputs`): The prompt, `(1, prompt)`.
         answer (`Answer`): The answer to it, token by token.
-        in_batch (`Answer`): The same in a batch; it counts up to where its text becomes another one.
+        in_batch (`Answer`): The answer in a batch; it counts up to the first token that differs.
     """
     differs = first_difference(answer.tokens, in_batch.tokens)
     logits = in_batch.logits if differs is None else in_batch.logits[: differs + 1]
@@ -71,7 +70,7 @@ def _change(answer: Answer, others: torch.Tensor) -> float:
 
 
 def first_difference(tokens: torch.Tensor, others: torch.Tensor) -> int | None:
-    """Return where two sequences, `(new,)` each, first differ: at the end of the shorter one, if not before."""
+    """Return the first position where two sequences, `(new,)` each, differ; `None` where they are equal."""
     shared = min(len(tokens), len(others))
     unequal = (tokens[:shared] != others[:shared]).nonzero()
     if len(unequal):

@@ -1,4 +1,4 @@
-"""What a verification says on the terminal: a table, and a verdict in words."""
+"""Prints a verification: a table, and a verdict in words."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 from .results import Outcome, Verification
 
-_SHOWN = 10  # differences that are listed one by one, at most
+_SHOWN = 10  # differences that are listed, at most
 
 
 def print_verification(console: Console, found: Verification) -> None:

@@ -1,4 +1,4 @@
-"""What a verification found. Counts and logits only: never a text."""
+"""Results of a verification: counts and differences of logits, never texts."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,12 +31,12 @@ class Difference:
 @dataclass(slots=True)
 class Outcome:
     """
-    What one way to decode wrote.
+    The outputs of one way to decode, compared.
 
     Attributes:
-        is_ours (`bool`): Whether it is hf_osd's.
+        is_ours (`bool`): Whether hf_osd wrote them.
         differences (`list[Difference]`): One for each output that differs.
-        tokens_per_pass (`float`, *optional*): Tokens for each forward of the target; where it is hf_osd's.
+        tokens_per_pass (`float`, *optional*): Tokens for each forward of the target; of hf_osd alone.
         fallbacks (`dict[str, int]`): Outputs that hf_osd wrote without the draft or without speculation, by reason.
     """
 

@@ -1,4 +1,4 @@
-"""The verification itself: every prompt goes to plain `generate` first, then to every other way to decode."""
+"""Runs a verification: each prompt is decoded by plain `generate`, then in every other way."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -42,7 +42,7 @@ def verify(
         pair (`Pair`): The models.
         requests (`Sequence[Inputs]`): Prompts, as [`~hf_osd.demo.models.encode_prompts`] returns them.
         max_new_tokens (`int`, defaults to 64): Longest answer.
-        observer (`Callable[[], None]`, *optional*): Hears of every four prompts.
+        observer (`Callable[[], None]`, *optional*): Called after every four prompts.
 
     Returns:
         `Verification`: What differs, by way to decode, and what rounding explains.
@@ -82,7 +82,7 @@ class _Decoder:
 
 
 def _open_decoders(pair: Pair, stack: ExitStack) -> dict[str, _Decoder]:
-    """Each of ours has an assistant of its own: its lookup remembers what it has served."""
+    """Make the ways to decode. Each of hf_osd's has its own assistant, since lookups remember outputs."""
     target, draft, config = pair.target, pair.draft, OnlineConfig(learn=False)
     alone, batched = (stack.enter_context(OnlineAssistant(draft, target, config)) for _ in range(2))
     helper = stock_helper(draft)
@@ -102,7 +102,7 @@ def _decode_group(
     group: Sequence[Inputs],
     options: dict[str, Any],
 ) -> None:
-    """Let everybody answer a few prompts; logits are kept no longer than that."""
+    """Decode a few prompts in every way, and compare; their logits are then dropped."""
     answers = [plain_answers(target, one, options)[0] for one in group]
     batch = plain_answers(target, join(group, options["pad_token_id"]), options)
     outputs = {GENERATE: [one.tokens for one in batch]}
