@@ -33,7 +33,6 @@ from transformers.generation.utils import (
     GenerationMixin,
 )
 from transformers.integrations import sdpa_attention
-from transformers.utils.logging import get_logger
 
 from .errors import UnsupportedGenerationError
 
@@ -50,7 +49,7 @@ FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 
 # The user's `transformers.utils.logging.set_verbosity` is heeded by loggers below "transformers" alone, and its
 # `get_logger` (5.17 to 5.24) puts no other package there. Python documents `parent` as read-only.
-logging.getLogger(__package__).parent = get_logger("transformers")
+logging.getLogger(__package__).parent = logging.getLogger("transformers")
 
 
 def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str, Any]:
