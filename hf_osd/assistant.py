@@ -242,7 +242,7 @@ class OnlineAssistant:
             if without == "speculation":  # nobody else counts these
                 self._totals["requests"] += rows
         if first:
-            why = str(error)  # whoever keeps the record must not keep the request
+            why = str(error)  # a handler that keeps the record must not keep the request alive
             logger.warning("Served without %s, and so will be others for the same reason: %s.", without, why)
 
     @contextmanager

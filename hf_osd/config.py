@@ -60,7 +60,7 @@ def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
 
 
 def integer(low: int, high: int) -> Rule:
-    """Allow integers in `[low, high]`; a bool is none."""
+    """Allow integers in `[low, high]`, but no bools."""
 
     def accepts(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -69,7 +69,7 @@ def integer(low: int, high: int) -> Rule:
 
 
 def number(low: float, high: float) -> Rule:
-    """Allow integers and floats in `[low, high]`, and keep floats; NaN is in no range, and a bool is no number."""
+    """Allow integers and floats in `[low, high]`, but neither NaN nor bools; converts to float."""
 
     def accepts(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -116,7 +116,7 @@ def register(
 
 def unregister(assistant: Assistant, registry: "CollectorRegistry | None" = None) -> None:
     """
-    Show an assistant no longer, though it lives. Does nothing where it is not registered.
+    Stop showing an assistant. Does nothing where it is not registered.
 
     Args:
         assistant (`OnlineAssistant`): What to hide.

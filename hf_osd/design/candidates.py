@@ -49,7 +49,7 @@ def weigh(
     texts: Sequence[Observation] = (),
 ) -> list[Candidate]:
     """
-    Measure what drafts cost, and predict what each would be worth if it learned as well as may be hoped.
+    Measure the costs of drafts, and predict the speed of each at the acceptance that it is expected to reach.
 
     Args:
         target (`PreTrainedModel`): The target.

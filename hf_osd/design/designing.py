@@ -194,7 +194,7 @@ class _Designer:
             return distil(draft, learned, [*held_out], self._place(candidate, learned), recipe, note)
 
     def _place(self, candidate: Candidate, learned: Recording) -> Path:
-        """Return the folder of a distillation: other texts make another one."""
+        """Return the folder of a distillation, which is another one for other texts."""
         return self._work / f"{candidate.name}-{learned.name}"
 
     def _measure(self, drafts: dict[str, FeatureDraft], held_out: Sequence[Request]) -> dict[str, Speed]:

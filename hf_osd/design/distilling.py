@@ -29,7 +29,7 @@ def distil(
     tell: Callable[[Evaluation], object] = lambda evaluation: None,
 ) -> list[Evaluation]:
     """
-    Teach a draft what the target says of recorded texts, in place.
+    Train a draft on recorded texts of its target, in place.
 
     A float32 copy is trained by TRL, under bfloat16 autocast where the device multiplies it natively, and the best
     weights on the held-out texts are what the draft gets, in its own dtype. The borrowed embedding and head are not
@@ -78,7 +78,7 @@ def _train(
     callback = OfflineCallback(recipe, evaluate, note)
     trainer = OfflineTrainer(student.model, recording, recipe, callback, folder, bf16)
     trainer.train(resume_from_checkpoint=_checkpoint(folder))
-    wait()  # until the first process has written the last of it
+    wait()  # until the first process has written the best weights
     return read_history(folder)
 
 

@@ -107,7 +107,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             body = _body_config(source or target, layers)
             draft = cls(FeatureDraftConfig(text_config=body, state_layers=chosen, solved=0, **options))
             draft._start_from(source or target)
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # any architecture in its own way
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # as architectures fail
             if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):
                 raise
             raise UnsupportedModelError(

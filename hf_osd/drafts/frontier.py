@@ -80,7 +80,7 @@ def _draw_lines(axes: "Axes", target: Profile, candidates: Sequence[Candidate], 
     shares = [one.step_seconds / one_pass for one in candidates]
     low, high = min(shares) / _MARGIN, max(shares) * _MARGIN
     across = [low * (high / low) ** (i / _STEPS) for i in range(_STEPS + 1)]
-    upwards = [i / _STEPS for i in range(_STEPS)]  # without 1, where length alone decides
+    upwards = [i / _STEPS for i in range(_STEPS)]  # without 1, where the longest draft is always best
     gains = [[predict(target, x * one_pass, y, batch=batch, context=context).speedup for x in across] for y in upwards]
     axes.set_xscale("log")
     lines = axes.contour(across, upwards, gains, levels=_LEVELS, colors="0.6", linewidths=0.8)

@@ -61,7 +61,14 @@ def prune(
             draft = _cut(target, layers, next(name for name, one in target.named_modules() if one is stack))
         borrow(draft, target)
         _compare(draft, target, layers)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # each in its own way
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # as architectures fail
         if is_out_of_memory(error):
             raise
         raise _cannot(target, reason_of(error)) from error

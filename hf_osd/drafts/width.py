@@ -62,7 +62,7 @@ def narrow(draft: PreTrainedModel, width: int, observations: Sequence[Observatio
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise _cannot(draft, reason_of(error)) from error  # torch-pruning and each architecture in its own way
+        raise _cannot(draft, reason_of(error)) from error  # as torch-pruning and architectures fail
     return draft
 
 
@@ -129,7 +129,7 @@ class _Sum:
         self._total = total
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._total += inputs[0].float().abs().flatten(0, -2).sum(0)  # the mean times a number of positions
+        self._total += inputs[0].float().abs().flatten(0, -2).sum(0)  # a sum: the mean up to a constant
 
 
 def _others(kept: torch.Tensor, full: int) -> list[int]:

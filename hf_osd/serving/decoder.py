@@ -321,7 +321,7 @@ class RaggedDecoder(Decoder):
         self.cached = [min(cached, end) for cached, end in zip(self.cached, ends, strict=True)]
 
     def release(self, failed: bool = False) -> None:
-        """Leave the cache to the next call of its shape, unless it may hold anything; see [`Decoder.release`]."""
+        """Keep the cache for the next call of its shape, unless this one failed; see [`Decoder.release`]."""
         if not failed:
             give_back(self.model, self._kept)
 

@@ -79,7 +79,7 @@ def verify_sampling(
 
 
 class _Walk:
-    """All rows of a batch on their way down their trees, one level at a time."""
+    """Walks all rows of a batch down their trees, one level at a time."""
 
     def __init__(
         self,
