@@ -61,17 +61,10 @@ def prune(
             draft = _cut(target, layers, next(name for name, one in target.named_modules() if one is stack))
         borrow(draft, target)
         _compare(draft, target, layers)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # as architectures fail
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise _cannot(target, reason_of(error)) from error
+        raise _cannot(target, reason_of(error)) from error  # as architectures fail
     return draft if width is None else narrow(draft, width, observations)
 
 
