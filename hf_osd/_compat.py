@@ -47,8 +47,8 @@ FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 """Model inputs that `generate` hands to the first pass only: images, sounds, and what was made of them (5.17)."""
 
 
-# The user's `transformers.utils.logging.set_verbosity` is heeded by loggers below "transformers" alone, and its
-# `get_logger` (5.17 to 5.24) puts no other package there. Python documents `parent` as read-only.
+# `transformers.utils.logging.set_verbosity` acts on loggers below "transformers" alone, and its `get_logger` (5.17 to
+# 5.24) puts no other package there. Python documents `parent` as read-only.
 logging.getLogger(__package__).parent = logging.getLogger("transformers")
 
 

@@ -239,7 +239,7 @@ class OnlineAssistant:
         with self._lock:
             first = not self._reasons[error.cause]
             self._reasons[error.cause] += rows
-            if without == "speculation":  # nobody else counts these
+            if without == "speculation":  # the engine counts all others
                 self._totals["requests"] += rows
         if first:
             why = str(error)  # a handler that keeps the record must not keep the request alive

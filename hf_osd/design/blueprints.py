@@ -84,11 +84,11 @@ def settled(target: PreTrainedModel, blueprint: Blueprint, texts: Sequence[Obser
     """
     Return a blueprint with the layers that are really copied.
 
-    A draft that reads states goes on from where the target ends, by its last layers. One that reads tokens alone does
-    all of the target's work, by the layers that are missed most; see [`~hf_osd.drafts.depth.choose_layers`].
+    A draft that reads states has the target's last layers. One that reads tokens alone has those whose absence changes
+    the target's output most; see [`~hf_osd.drafts.depth.choose_layers`].
 
     Args:
-        target (`PreTrainedModel`): The target, in eval mode, which nobody else may run meanwhile.
+        target (`PreTrainedModel`): The target, in eval mode, which must not run elsewhere meanwhile.
         blueprint ([`Blueprint`]): Of [`blueprints`].
         texts (`Sequence[Observation]`): What the target has said; the first few are read again and again.
 

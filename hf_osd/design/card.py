@@ -18,7 +18,7 @@ library_name: transformers
 It proposes tokens, which `{target}` checks, several in one pass: the output is that model's own, and comes faster.
 
 It is a `FeatureDraft` of hf_osd, with {parameters:.1f}M parameters: {layers}, reading {reads}.
-Embedding and output head are the target's, borrowed where they lie: nothing of them is in this folder, and without its
+Embedding and output head are the target's, used in place: they are not in this folder, and without its
 target the draft is of no use.
 
 ```python
@@ -108,7 +108,7 @@ def _about(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _sources(data: dict[str, Any]) -> str:
-    """Name files by their last two parts: where they lie on this machine tells a reader nothing."""
+    """Name files by their last two parts, without the folders of this machine."""
     if data["sources"]:
         return ", ".join(f"`{'/'.join(Path(source).parts[-2:])}`" for source in data["sources"])
     own = data["prompts_by_the_target"]

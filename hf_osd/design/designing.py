@@ -61,7 +61,7 @@ def design_draft(
     Args:
         target (`PreTrainedModel`): The target, where it is going to run. Never changed.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        output (`str` or `Path`): Folder to write; made if missing. `work` in it holds what a run goes on from.
+        output (`str` or `Path`): Folder to write; made if missing. Its folder `work` holds what a run resumes from.
         prompts (`Sequence[str]`, *optional*): Files and data sets of prompts, with answers or without, like those the
             draft is going to serve; see [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
             standard library and prompts that the target writes itself.

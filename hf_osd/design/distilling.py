@@ -33,7 +33,7 @@ def distil(
 
     A float32 copy is trained by TRL, under bfloat16 autocast where the device multiplies it natively, and the best
     weights on the held-out texts are what the draft gets, in its own dtype. The borrowed embedding and head are not
-    touched. A run that is cut off goes on from its last evaluation.
+    touched. An interrupted run resumes from its last evaluation.
 
     Args:
         draft (`FeatureDraft`): The draft, which borrows from its target.

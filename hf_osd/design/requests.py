@@ -98,5 +98,5 @@ def _encode(tokenizer: Any, text: Text, ending: list[int], number: int) -> tuple
         answer = text.answer if tokenizer.chat_template else f"\n{text.answer}"  # a template ends prompts itself
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
         return prompt, torch.tensor([*ids, *ending], dtype=torch.long)
-    except Exception as error:  # a chat template is a program of whoever made the checkpoint
+    except Exception as error:  # a chat template is a program, which may raise anything
         raise InputError(f"text {number} cannot be encoded: {reason_of(error)}") from error

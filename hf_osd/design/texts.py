@@ -31,7 +31,7 @@ class Text:
 
     Attributes:
         prompt (`str` or `list[dict]`, *optional*): What is asked; `None` for a piece of a document.
-        answer (`str`, *optional*): What somebody answered, or the piece itself; `None` where the target is to answer.
+        answer (`str`, *optional*): A given answer, or the piece itself; `None` where the target is to answer.
     """
 
     prompt: Prompt | None

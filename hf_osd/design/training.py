@@ -112,10 +112,10 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 class OfflineTrainer(OnlineGKDTrainer):
     """
-    [`~hf_osd.learning.trainer.OnlineGKDTrainer`] over texts that are all there.
+    [`~hf_osd.learning.trainer.OnlineGKDTrainer`] on recorded texts.
 
-    Only a random half of a batch goes on from the draft's own states, which costs as much as another pass: a text more
-    teaches more than a second token behind each position.
+    Only for a random half of each batch a second token is drafted, from the draft's own states. It costs as much as
+    another pass, and another text teaches more.
 
     Args:
         model (`PreTrainedModel`): Training copy of the draft, float32.

@@ -21,7 +21,7 @@ class Depth:
     Runs a model without some of its layers, which then return their input.
 
     Args:
-        model (`PreTrainedModel`): A decoder-only model in eval mode, which nobody else may run meanwhile.
+        model (`PreTrainedModel`): A decoder-only model in eval mode, which must not run elsewhere meanwhile.
 
     Raises:
         UnsupportedModelError: The layers of the model cannot be identified.
@@ -66,7 +66,7 @@ def choose_layers(
     https://arxiv.org/abs/2403.03853).
 
     Args:
-        target (`PreTrainedModel`): A decoder-only model in eval mode, which nobody else may run meanwhile.
+        target (`PreTrainedModel`): A decoder-only model in eval mode, which must not run elsewhere meanwhile.
         counts (`Collection[int]`): How many layers the drafts have; one search serves all.
         observations (`Sequence[Observation]`): What the target has said, to measure on. A few hundred tokens will do:
             they are read once for each layer that may go, in each turn.

@@ -184,7 +184,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         return embedding
 
     def get_output_embeddings(self) -> None:
-        """Return nothing: the output head is the target's, which nobody may tie or resize here."""
+        """Return nothing: the output head is the target's, and must not be tied or resized here."""
         return
 
     def _embed(self, input_ids: torch.Tensor, states: torch.Tensor | None, own: torch.Tensor | None) -> torch.Tensor:
@@ -301,7 +301,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         positions = (known.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
         cache = DynamicCache(config=self.config.text_config)
         width, keep = input_ids.shape[1], keep or input_ids.shape[1]
-        last = min(width, keep + own_steps - 1)  # a step goes on from the one before it, a position earlier
+        last = min(width, keep + own_steps - 1)  # each step continues the one before it, from a position earlier
         hidden: list[torch.Tensor] = []
         for step in range(own_steps + 1):
             count = last if step else width

@@ -130,7 +130,7 @@ class Profile:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".part")  # whoever reads the file never finds half of it
+        whole = path.with_suffix(".part")  # a reader never finds half a file
         whole.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         whole.replace(path)
 

@@ -70,7 +70,7 @@ def prune(
 
 def borrow(draft: PreTrainedModel, target: PreTrainedModel) -> PreTrainedModel:
     """
-    Make a token draft read the target's embedding and output head where they lie.
+    Make a token draft use the target's embedding and output head in place.
 
     Args:
         draft (`PreTrainedModel`): The draft, of the same vocabulary and hidden size.

@@ -79,8 +79,8 @@ def solve(draft: FeatureDraft, texts: Sequence[Observation], positions: int = PO
     the texts are used. Otherwise, or if none were kept, the target reads the texts again.
 
     Args:
-        draft (`FeatureDraft`): A draft that borrows from its target, or a copy of it, which nobody else may run
-            meanwhile. Its norms are taken to be of weight one. It is not changed.
+        draft (`FeatureDraft`): A draft that borrows from its target, or a copy of it, which must not run
+            elsewhere meanwhile. Its norms are taken to be of weight one. It is not changed.
         texts (`Sequence[Observation]`): Texts of the target, in any order.
         positions (`int`, defaults to 50000): How many of them to use, at most. 2,500 take a second, 49,000 twelve.
 

@@ -86,7 +86,7 @@ class StateTap:
 
 
 class _Hook:
-    """Notes the output of a layer. A copy of the model copies it, with a place of its own that nobody reads."""
+    """A hook that keeps the output of a layer. A copy of the model has its own copy of it, which is never read."""
 
     def __init__(self, layer: int, passes: dict[int, Pass]) -> None:
         self._layer, self._passes = layer, passes

@@ -45,7 +45,7 @@ def choose_decoder(
         width (`int`): Columns that may ever be fed.
         length (`int`, *optional*): Positions that the longest row may reach; defaults to its columns.
         role (`str`, defaults to `"target"`): What to call the model in errors.
-        cache (`Cache`, *optional*): A filled cache to go on from.
+        cache (`Cache`, *optional*): A filled cache to continue.
         is_prefix (`bool`, defaults to `True`): Whether the text of that cache is part of the prompt.
         ragged (`Callable`, defaults to `RaggedDecoder`): Makes the decoder on the ragged cache.
 

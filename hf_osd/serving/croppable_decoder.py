@@ -22,7 +22,7 @@ class CroppableDecoder(Decoder):
 
     Args:
         model, padding, width, preparation, states: See [`Decoder`].
-        cache (`Cache`, *optional*): A cache to go on from, updated in place; defaults to an empty one.
+        cache (`Cache`, *optional*): A cache to continue, updated in place; defaults to an empty one.
         is_prefix (`bool`, defaults to `True`): Whether the buffer holds the text of the cache as well, or only what
             comes after it.
     """

@@ -126,7 +126,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer. Columns behind the ends are
                 scratch: where the buffer lives on the draft's device, the proposal is left there.
             ends (`Sequence[int]`): Column behind the last token of each row. All but that token are as they were, or
-                as they were proposed: a row goes on from a prefix of its proposal and one token more.
+                as they were proposed: a row has taken a prefix of its proposal and one token more.
             k (`int`): Tokens to propose, at most; 0 gives an empty proposal without running the draft.
             goes_on (`Callable`, *optional*): Asked after every token whether to draft another. Defaults to the
                 confidence threshold, if any.

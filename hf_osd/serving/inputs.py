@@ -1,4 +1,4 @@
-"""Inputs that nobody could decode, or that would be answered wrongly: refused before any work starts."""
+"""Refuses inputs that cannot be decoded, or would be answered wrongly, before any work."""
 
 from collections.abc import Sequence
 

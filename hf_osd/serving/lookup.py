@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOOKUP_LENGTH = 16  # tokens: longest guess
-_LONGEST_MATCH = 16  # tokens: longest match that is told apart; longer ones are accepted no more often
+_LONGEST_MATCH = 16  # tokens: longest match that is distinguished; longer ones are accepted no more often
 _CANDIDATES = 4  # latest places of a pair of tokens that are searched for the longest match
 _END = -1  # id between two texts, which matches nothing
 

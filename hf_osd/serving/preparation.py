@@ -24,7 +24,7 @@ class Preparation:
         extras (`dict[str, Any]`): What the first pass gets beside tokens, positions, mask and cache: image features
             and the like. Later passes do not get it.
         positions (`torch.LongTensor` of shape `(..., batch, prompt)`, *optional*): Position ids of the prompt, where
-            they are not 0, 1, 2, ... from each row's first token; those that follow go on from the last one.
+            they are not 0, 1, 2, ... from each row's first token; later tokens continue from the last one.
         feeds_tokens (`bool`): Whether the first pass reads the prompt as tokens, and nothing before them. A soft
             prompt takes the place of tokens by embeddings, or of a cache by a filled one.
     """

@@ -16,9 +16,9 @@ class Step:
         probabilities (`torch.FloatTensor` of shape `(batch, vocab)`, *optional*): What it was sampled from.
         others (`torch.LongTensor` of shape `(batch, others)`): The likeliest tokens besides.
         chances (`torch.FloatTensor` of shape `(batch, 1 + others)`, *optional*): The draft's own probabilities of the
-            drafted token and of the others; `None` where nobody reads them.
+            drafted token and of the others; `None` where they are not read.
         ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): Whether the token ends its row; `None` where
-            nothing does, or nobody reads it.
+            nothing does, or it is not read.
     """
 
     tokens: torch.Tensor
