@@ -276,7 +276,7 @@ class OnlineAssistant:
         self.experience.expect(acceptance)
 
     def _choose_rows(self, rows: int) -> list[bool]:
-        fraction = self.config.record_fraction if self._learner.learns else 0.0
+        fraction = self.config.record_fraction if self._learner.takes_requests else 0.0
         with self._lock:
             return [self._random.random() < fraction for _ in range(rows)]
 

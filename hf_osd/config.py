@@ -187,7 +187,7 @@ class OnlineConfig:
         > Recording
 
         record_fraction (`float`, defaults to 1.0):
-            Fraction of the requests to record, in [0, 1].
+            Fraction of the requests to record, in [0, 1]; with `learning_share`, while time to learn is left.
         top_k_teacher (`int`, defaults to 32):
             How many of the target's largest log-probabilities to record at each position, at least 1; the remaining
             mass is recorded as one number.

@@ -301,6 +301,17 @@ def test_bad_shares_are_refused(value):
         OnlineConfig(learning_share=value)
 
 
+def test_nothing_is_recorded_while_there_is_no_time_to_learn():
+    """Catches a recording that costs a percent of each request, and is thrown away."""
+    target = tiny_model(layers=4)
+    with OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learning_share=0.1)) as assistant:
+        hf_osd.generate(target, **prompts(1), online_assistant=assistant, max_new_tokens=8)
+        assert len(assistant._learner.learner.replay) == 1
+        assistant._learner.throttle.spend(1e6, scoring=1e6)
+        hf_osd.generate(target, **prompts(1), online_assistant=assistant, max_new_tokens=8)
+        assert len(assistant._learner.learner.replay) == 1
+
+
 def test_learning_keeps_to_its_share():
     """Catches a budget that nobody asks: requests that are much faster than an update must not all wait for one."""
     target = tiny_model(layers=4, dtype=torch.float32)

@@ -133,6 +133,11 @@ class OnlineLearner:
         """Whether there is anything to go on from: of requests, of a state directory, or loaded."""
         return self.learner is not None and (len(self.learner.replay) > 0 or self._worker.has_waiting)
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request is worth recording now: where time to learn is limited, something of it has to be left."""
+        return self.learns and (self.throttle.allows_training() or self.throttle.allows_scoring())
+
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Mark a request of this thread as in flight: learning keeps to its share of the time meanwhile."""
