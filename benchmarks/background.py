@@ -5,7 +5,7 @@ Contenders take turns, in blocks, on the same prompts in one process, and someth
 learning rate is next to nothing: a better draft would hide what learning costs. At saturated load a request follows
 the last one at once; at partial load after a random wait, the same for all, on average as long as a request.
 
-    python benchmarks/background.py --output benchmarks/results/background.json
+    python -m benchmarks.background --output benchmarks/results/background.json
 """
 
 import argparse
@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import encode, load_pair, read_prompts, write_result
 from rich.progress import track
 
 import hf_osd
+from hf_osd.evaluation.models import generate_options, load_pair
+
+from .common import load_requests, write_result
 
 LEARNING: dict[str, Any] = {
     "background": True, "steps_per_update": 2, "adaptive_learning_rate": False, "learning_rate": 1e-9,
@@ -124,12 +126,13 @@ def main() -> None:
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    target, draft, tokenizer = load_pair(options.target, options.draft)
-    prompts = options.requests * len(LOADS)
-    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    stream = [encode(tokenizer, [prompt]) | settings for prompt in read_prompts(options.prompts, prompts)]
+    pair = load_pair(options.target, options.draft, "cpu", "float32")
+    sources = [options.prompts] if options.prompts else None
+    settings = generate_options(pair, options.max_new_tokens)
+    requests = load_requests(pair, sources, options.requests * len(LOADS), options.max_new_tokens)
     result = {"requests": options.requests, "duty_cycle": options.duty_cycle}
-    write_result(result | measure(target, draft, stream, options), options.output)
+    stream = [request | settings for request in requests]
+    write_result(result | measure(pair.target, pair.draft, stream, options), options.output)
 
 
 if __name__ == "__main__":

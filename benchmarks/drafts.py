@@ -5,7 +5,7 @@ For every draft: what a token costs, how often its first token is the target's o
 the speed-up that follows, by measured costs on this machine and by a stated model of a GPU. Three stages, which go on
 where an earlier run was: `distil` on one core, `costs` on an idle machine, then the table.
 
-    python benchmarks/drafts.py --target HuggingFaceTB/SmolLM2-135M-Instruct --stream gsm8k.jsonl \
+    python -m benchmarks.drafts --target HuggingFaceTB/SmolLM2-135M-Instruct --stream gsm8k.jsonl \
         --stream spider.jsonl --stream python.jsonl --work work \
         --output benchmarks/results/drafts.json --plot docs/figures/drafts.png
 """
@@ -21,12 +21,9 @@ from time import process_time
 from typing import Any
 
 import torch
-from common import read_prompts, write_result
-from gpu_model import Gpu, Shape, speedup
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_osd.demo.environment import machine
 from hf_osd.design.blueprints import Blueprint
 from hf_osd.design.costs import context_for, step_seconds, target_costs
 from hf_osd.design.distilling import distil
@@ -38,7 +35,6 @@ from hf_osd.design.requests import Request, encode_texts, template_tokens
 from hf_osd.design.shards import Recording
 from hf_osd.design.texts import Text
 from hf_osd.design.vocabulary import GENERAL, most_used
-from hf_osd.design.writing import end_tokens
 from hf_osd.drafts.depth import choose_layers
 from hf_osd.drafts.features import FeatureDraft, default_state_layers
 from hf_osd.drafts.frontier import Candidate, write_frontier
@@ -48,7 +44,13 @@ from hf_osd.drafts.pruning import prune
 from hf_osd.drafts.starting import start
 from hf_osd.drafts.states import layers_of
 from hf_osd.drafts.width import configured_width
+from hf_osd.evaluation.encoding import end_tokens
+from hf_osd.evaluation.machine import machine
+from hf_osd.evaluation.prompts import load_prompts
 from hf_osd.records import Observation
+
+from .common import write_result
+from .gpu_model import Gpu, Shape, speedup
 
 TOKEN_DEPTHS = (1, 2, 4, 8)
 VOCABULARIES = (1024, 2048, 4096, 8192, 16384)  # general tokens, besides those of the prompt; then all
@@ -124,7 +126,7 @@ class Bench:
         """Its answers to prompts of streams that nothing was learned from, by name."""
         found = {}
         for path in self.options.stream:
-            texts = [Text(prompt) for prompt in read_prompts(path, STREAM_PROMPTS)]
+            texts = [Text(prompt) for prompt in load_prompts(path, STREAM_PROMPTS)]
             ends = end_tokens(self.target)
             requests = encode_texts(self.tokenizer, texts, ends[0] if ends else None, 512, STREAM_TOKENS)
             asked = [Request(one.prompt_ids, None, len(one.prompt_ids)) for one in requests]

@@ -1,11 +1,11 @@
 """
-Train economize's EAGLE-3 head for a target, by economize's own loop, for `hf-osd bench --peers --eagle3 FOLDER`.
+Train economize's EAGLE-3 head for a target, by economize's own loop, for `benchmarks.suites --peers --eagle3 FOLDER`.
 
 The head drafts the most frequent tokens of the texts, as EAGLE-3 does. Rows are short and few draft steps are
 unrolled, since on a CPU each of them costs the head's logits at every position. The number of steps follows from the
 time that the first few take, so it is only about `--seconds`.
 
-    python benchmarks/eagle3.py --target T --prompts gsm8k/train.jsonl --seconds 900 --output FOLDER
+    python -m benchmarks.eagle3 --target T --prompts gsm8k/train.jsonl --seconds 900 --output FOLDER
 """
 
 import argparse
@@ -20,7 +20,7 @@ from economize.techniques.eagle3 import Eagle3Config
 from economize.train import fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_osd.bench.training import load_rows, pack
+from .suites.training import load_rows, pack
 
 ROW = 128  # tokens of a training row
 UNROLLED = 3  # draft steps; the paper's 7 cost more than twice as much

@@ -4,7 +4,7 @@ Compare greedy outputs with the target's own, over many prompts and batch sizes.
 A difference is a near tie if the target's two best logits, in float64, are closer than 1e-4 where the outputs part.
 The draft learns meanwhile, so that weights are swapped under the comparison too.
 
-    python benchmarks/equality.py --prompts a.jsonl b.jsonl --count 500 --output benchmarks/results/equality.json
+    python -m benchmarks.equality --prompts a.jsonl b.jsonl --count 500 --output benchmarks/results/equality.json
 """
 
 import argparse
@@ -12,10 +12,14 @@ import copy
 from typing import Any
 
 import torch
-from common import encode, load_pair, read_prompts, write_result
 from rich.progress import track
 
 import hf_osd
+from hf_osd.evaluation.encoding import join
+from hf_osd.evaluation.exactness import first_difference
+from hf_osd.evaluation.models import generate_options, load_pair
+
+from .common import load_requests, write_result
 
 NEAR_TIE = 1e-4
 
@@ -29,35 +33,32 @@ def gap(target: Any, ids: torch.Tensor) -> float:
 
 def differences(exact: Any, inputs: dict[str, torch.Tensor], plain: torch.Tensor, ours: torch.Tensor) -> list[float]:
     """Return the gap at the first difference of each row that differs."""
-    width = max(plain.shape[1], ours.shape[1])
-    plain, ours = (torch.nn.functional.pad(ids, (0, width - ids.shape[1])) for ids in (plain, ours))
-    gaps = []
-    for row in (plain != ours).any(dim=1).nonzero().flatten().tolist():
-        column = int((plain[row] != ours[row]).nonzero()[0])
-        padding = int((inputs["attention_mask"][row] == 0).sum())
-        gaps.append(gap(exact, plain[row, padding:column]))
-    return gaps
+    padding = (inputs["attention_mask"] == 0).sum(dim=1).tolist()
+    columns = [first_difference(*rows) for rows in zip(plain, ours, strict=True)]
+    return [gap(exact, plain[row, padding[row] : end]) for row, end in enumerate(columns) if end is not None]
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Decode every prompt both ways, at every batch size."""
-    target, draft, tokenizer = load_pair(options.target, options.draft)
-    exact = copy.deepcopy(target).double()
-    prompts = [prompt for path in options.prompts for prompt in read_prompts(path, options.count)]
+    pair = load_pair(options.target, options.draft, "cpu", "float32")
+    target, exact = pair.target, copy.deepcopy(pair.target).double()
+    requests = load_requests(pair, options.prompts, options.count, options.max_new_tokens)
+    settings = generate_options(pair, options.max_new_tokens)
     results = {}
     for size in options.batch_sizes:
         gaps: list[float] = []
-        with hf_osd.OnlineAssistant(copy.deepcopy(draft), target, hf_osd.OnlineConfig(update_every=64)) as assistant:
-            for start in track(range(0, len(prompts), size), description=f"batch {size}", transient=True):
-                inputs = encode(tokenizer, prompts[start : start + size])
-                settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+        with hf_osd.OnlineAssistant(
+            copy.deepcopy(pair.draft), target, hf_osd.OnlineConfig(update_every=64)
+        ) as assistant:
+            for start in track(range(0, len(requests), size), description=f"batch {size}", transient=True):
+                inputs = join(requests[start : start + size], settings["pad_token_id"])
                 plain = target.generate(**inputs, **settings)
                 ours = hf_osd.generate(target, **inputs, **settings, online_assistant=assistant)
                 gaps += differences(exact, inputs, plain, ours)
             stats = assistant.stats().to_dict()
         near = [value for value in gaps if value < NEAR_TIE]
         results[f"batch {size}"] = {
-            "prompts": len(prompts), "mismatches": len(gaps) - len(near), "near_ties": near, "stats": stats,
+            "prompts": len(requests), "mismatches": len(gaps) - len(near), "near_ties": near, "stats": stats,
         }  # fmt: skip
     return results
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target")
     parser.add_argument("--draft")
-    parser.add_argument("--prompts", nargs="*", default=[None], help=".jsonl files with a prompt column")
+    parser.add_argument("--prompts", nargs="*", default=[], help=".jsonl files with a prompt column")
     parser.add_argument("--count", type=int, default=500, help="prompts of each file")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8])

@@ -3,9 +3,9 @@ Compare greedy outputs with the target's own over requests made at random, on sm
 
 Every request draws an architecture, a batch, prompts that repeat themselves in part, processors, an end of text, and a
 draft: the target blurred or shifted, or another model. Rounds are what the default settings make of them: chains and
-trees of the draft's and the lookup's tokens. Near ties are told apart as in `equality.py`.
+trees of the draft's and the lookup's tokens. Near ties are told apart as in `equality`.
 
-    python benchmarks/fuzz.py --cases 1000 --output benchmarks/results/fuzz.json
+    python -m benchmarks.fuzz --cases 1000 --output benchmarks/results/fuzz.json
 """
 
 import argparse
@@ -15,13 +15,14 @@ from collections import Counter
 from typing import Any
 
 import torch
-from common import write_result
-from equality import NEAR_TIE, differences
 from rich.progress import track
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 import hf_osd
 from hf_osd.serving.measured import MeasuredSpeculator
+
+from .common import write_result
+from .equality import NEAR_TIE, differences
 
 VOCAB = 97
 SHARED = {"vocab_size": VOCAB, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}

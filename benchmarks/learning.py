@@ -1,8 +1,8 @@
 """
 Replay recorded answers of a target through learning recipes; each request is scored before it is learned from.
 
-    python benchmarks/learning.py --recordings recordings --output results              # the embedded pair
-    python benchmarks/learning.py --target T --draft D --prompts spider=spider.jsonl --prompts gsm8k=gsm8k.jsonl \
+    python -m benchmarks.learning --recordings recordings --output results              # the embedded pair
+    python -m benchmarks.learning --target T --draft D --prompts spider=spider.jsonl --prompts gsm8k=gsm8k.jsonl \
         --recordings recordings --output results --preset full --streams spider gsm8k shift return
 
 docs/laboratory.md says what the figures are.
@@ -19,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PAIR, load_pair, read_prompts
-from laboratory import fingerprints, plots, report
-from laboratory.goals import Run
-from laboratory.recipes import RECIPES, USUAL, Recipe, choose, load_recipes
-from laboratory.recording import RecordingSettings, prompt_tokens, recorded
-from laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
-from laboratory.streams import PRESETS, Sizes, Stream, make
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
-from hf_osd.errors import MissingDependencyError
+from hf_osd.errors import HfOsdError
+from hf_osd.evaluation.models import EMBEDDED_PAIR, Pair, load_pair
+from hf_osd.evaluation.output import require_matplotlib
+from hf_osd.evaluation.prompts import Prompt, load_prompts
 from hf_osd.records import Observation
+
+from .laboratory import fingerprints, plots, report
+from .laboratory.goals import Run
+from .laboratory.recipes import RECIPES, USUAL, Recipe, choose, load_recipes
+from .laboratory.recording import RecordingSettings, prompt_tokens, recorded
+from .laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
+from .laboratory.streams import PRESETS, Sizes, Stream, make
 
 _ENOUGH = 1_000_000  # prompts: all of them
 
@@ -67,15 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Record what is missing, run what is missing, report."""
     options = parse(arguments)
     try:
-        plots.require_matplotlib()
+        require_matplotlib()
         recipes = choose(load_recipes(options.recipes_file), options.recipes)
         prompts = _prompts(options.prompts)
         streams = _streams(options, {name: len(found) for name, found in prompts.items()})
-    except (ValueError, OSError, MissingDependencyError) as error:
+    except (ValueError, OSError, HfOsdError) as error:
         sys.exit(str(error))
     torch.set_num_threads(1 if options.jobs == 1 else min(options.jobs, os.cpu_count() or 1))
     transformers_logging.disable_progress_bar()
-    pair = target, draft, _ = load_pair(options.target, options.draft)
+    pair = load_pair(options.target, options.draft, "cpu", "float32")
+    target, draft = pair.target, pair.draft
     recordings, files = _record(options, prompts, _needed(streams), pair)
     tasks = make_tasks(streams, recipes, recordings, draft, options.output / "runs")
     results = run_all(tasks, _runner(options, draft, recordings, files), _tell, options.any_library)
@@ -84,13 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _write(report.document({**about, "temperature": options.temperature}, measured), options.output)
 
 
-def _prompts(named: Sequence[str]) -> dict[str, list[str]]:
+def _prompts(named: Sequence[str]) -> dict[str, list[Prompt]]:
     if not named:
-        return {"stdlib": read_prompts(None, _ENOUGH)}
+        return {"stdlib": load_prompts(None, _ENOUGH)}
     pairs = [one.partition("=") for one in named]
     if wrong := [name for name, _, path in pairs if not name or not path]:
         raise ValueError(f"--prompts takes NAME=FILE, got {wrong[0]}")
-    return {name: read_prompts(path, _ENOUGH) for name, _, path in pairs}
+    return {name: load_prompts(path, _ENOUGH) for name, _, path in pairs}
 
 
 def _streams(options: argparse.Namespace, available: dict[str, int]) -> list[Stream]:
@@ -113,22 +117,21 @@ def _needed(streams: Sequence[Stream]) -> dict[str, int]:
 
 
 def _record(
-    options: argparse.Namespace, prompts: dict[str, list[str]], needed: dict[str, int], pair: tuple[Any, Any, Any]
+    options: argparse.Namespace, prompts: dict[str, list[Prompt]], needed: dict[str, int], pair: Pair
 ) -> tuple[dict[str, list[Observation]], dict[str, Path]]:
     """Return the recordings of each domain, and their files."""
-    target, draft, tokenizer = pair
     settings = _settings(options)
-    folder = options.recordings / settings.fingerprint(target)
+    folder = options.recordings / settings.fingerprint(pair.target)
     files = {domain: folder / f"{domain}.parquet" for domain in needed}
     recordings = {}
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         for domain, count in needed.items():
-            tokens = prompt_tokens(tokenizer, prompts[domain][:count], settings, (target, draft))
+            tokens = prompt_tokens(pair, prompts[domain][:count], settings)
             line = progress.add_task(f"recording {domain}", total=count)
             tell = partial(_advance, progress, line)
-            recordings[domain] = recorded(files[domain], tokens, target, settings, tell)
+            recordings[domain] = recorded(files[domain], tokens, pair.target, settings, tell)
     return recordings, files
 
 
@@ -140,7 +143,7 @@ def _runner(options: argparse.Namespace, draft: Any, recordings: Any, files: dic
     def run(tasks: Sequence[Task]) -> Iterator[Task]:
         if options.jobs == 1:
             return run_here(tasks, draft, recordings)
-        source = options.draft or str(PAIR / "draft")
+        source = options.draft or str(EMBEDDED_PAIR / "draft")
         return run_in_processes(tasks, source, files, min(options.jobs, len(tasks)))
 
     return run

@@ -1,10 +1,10 @@
 """
 Serve streams of prompts live, one after another, and watch the draft follow them; every output is checked.
 
-The laboratory (learning.py) replays recorded answers; this confirms its figures on requests that are served, where
+The laboratory (learning) replays recorded answers; this confirms its figures on requests that are served, where
 acceptance is what the target said of drafted tokens while decoding.
 
-    python benchmarks/live.py --prompts spider.jsonl --prompts python.jsonl --requests 200 \
+    python -m benchmarks.live --prompts spider.jsonl --prompts python.jsonl --requests 200 \
         --output benchmarks/results/live.json
 """
 
@@ -14,10 +14,14 @@ import time
 from typing import Any
 
 import torch
-from common import encode, load_pair, read_prompts, write_result
 from rich.progress import track
 
 import hf_osd
+from hf_osd.evaluation.contenders import Assisted, Generate, Sample
+from hf_osd.evaluation.encoding import Inputs
+from hf_osd.evaluation.models import Pair, generate_options, load_pair
+
+from .common import load_requests, write_result
 
 ALGORITHM_1 = {"positions": "rejected", "replay_size": 8, "steps_per_update": 1, "gate": False}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,29 +36,25 @@ WINDOW = 50
 
 
 def serve(
-    target: Any, draft: Any, stream: list[dict[str, Any]], expected: list[torch.Tensor], settings: dict[str, Any]
+    pair: Pair, stream: list[Inputs], expected: list[torch.Tensor], options: dict[str, Any], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Serve the streams once; each request is counted before the draft learns from it."""
-    spent, different, started = [], 0, time.perf_counter()
+    samples, different, started = [], 0, time.perf_counter()
     config = hf_osd.OnlineConfig(**ALWAYS, **settings)
-    with hf_osd.OnlineAssistant(copy.deepcopy(draft), target, config) as assistant:
-        before = assistant.stats()
+    with hf_osd.OnlineAssistant(copy.deepcopy(pair.draft), pair.target, config) as assistant:
+        ours = Assisted("ours", pair.target, assistant)
         for inputs, answer in zip(track(stream, description="serving", transient=True), expected, strict=True):
-            output = hf_osd.generate(target, **inputs, online_assistant=assistant)
+            output, sample = ours.answer(inputs, **options)
             different += not torch.equal(output, answer)
-            after = assistant.stats()
-            spent.append(after - before)
-            before = after
+            samples.append(sample)
         decisions = [update.decision for update in assistant.journal.updates]
+        windows = [Sample.total(samples[start : start + WINDOW]) for start in range(0, len(samples), WINDOW)]
         return {
-            "acceptance_by_window": [
-                round(sum(one.accepted_tokens for one in window) / max(sum(one.draft_tokens for one in window), 1), 3)
-                for window in (spent[start : start + WINDOW] for start in range(0, len(spent), WINDOW))
-            ],
+            "acceptance_by_window": [round(one.acceptance or 0.0, 3) for one in windows],
             "outputs_that_differ": different,
             "decisions": {name: decisions.count(name) for name in sorted(set(decisions))},
             "changes_of_traffic": [drift.request for drift in assistant.journal.drifts],
-            "learn_seconds": round(after.learn_seconds, 1),
+            "learn_seconds": round(assistant.stats().learn_seconds, 1),
             "seconds": round(time.perf_counter() - started, 1),
         }
 
@@ -72,12 +72,12 @@ def main() -> None:
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    target, draft, tokenizer = load_pair(options.target, options.draft)
-    settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-    prompts = [text for path in options.prompts or [None] for text in read_prompts(path, options.requests)]
-    stream = [encode(tokenizer, [prompt]) | settings for prompt in prompts]
-    expected = [target.generate(**inputs) for inputs in track(stream, description="plain", transient=True)]
-    recipes = {name: serve(target, draft, stream, expected, RECIPES[name]) for name in options.recipes}
+    pair = load_pair(options.target, options.draft, "cpu", "float32")
+    settings = generate_options(pair, options.max_new_tokens)
+    stream = load_requests(pair, options.prompts, options.requests, options.max_new_tokens)
+    plain = Generate("plain", pair.target)
+    expected = [plain.answer(one, **settings)[0] for one in track(stream, description="plain", transient=True)]
+    recipes = {name: serve(pair, stream, expected, settings, RECIPES[name]) for name in options.recipes}
     write_result({"window": WINDOW, "recipes": recipes}, options.output)
 
 

@@ -5,79 +5,81 @@ Every request goes to every contender, and who goes first changes with each. Lea
 and the request that waits for it pays. A draft that has learned nothing stands for the lookup alone: it is never worth
 a proposal.
 
-    python benchmarks/real.py --target HuggingFaceTB/SmolLM2-135M-Instruct --assistant hf_osd/demo/smollm2 \
+    python -m benchmarks.real --target HuggingFaceTB/SmolLM2-135M-Instruct --assistant hf_osd/demo/smollm2 \
         --prompts gsm8k.jsonl --prompts spider.jsonl --prompts python.jsonl --requests 200 --output real.json
 """
 
 import argparse
 import copy
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from common import read_prompts, write_result
-from rich.progress import track
+from rich.progress import Progress
 
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.bench.contenders import Assisted, Contender, Generate, Sample
-from hf_osd.demo.models import Pair, encode_prompts, generate_options, load_pair, stock_helper
 from hf_osd.drafts.features import FeatureDraft
+from hf_osd.evaluation.contenders import Assisted, Contender, Generate, stock
+from hf_osd.evaluation.models import Pair, generate_options, load_pair
+from hf_osd.evaluation.race import Race, Round, run_race, total
+
+from .common import load_requests, write_result
 
 PLAIN, STOCK, LOOKUP, STATIC, ONLINE = "plain", "transformers lookup", "lookup alone", "static", "online"
 OVER = ((ONLINE, PLAIN), (ONLINE, STATIC), (ONLINE, LOOKUP), (STATIC, PLAIN), (LOOKUP, PLAIN), (STOCK, PLAIN))
 
 
-def contenders(pair: Pair, online: dict[str, Any]) -> list[Contender]:
+def contenders(pair: Pair, online: dict[str, Any], stack: ExitStack) -> list[Contender]:
     """Make the contenders; each has a draft of its own."""
     fixed = OnlineConfig(learn=False)
     static, learner = copy.deepcopy(pair.draft), copy.deepcopy(pair.draft)
-    cold = FeatureDraft.of(pair.target)
+    ours = {
+        LOOKUP: (FeatureDraft.of(pair.target), fixed),
+        STATIC: (static, fixed),
+        ONLINE: (learner, OnlineConfig.for_draft(learner, **online)),
+    }
     return [
         Generate(PLAIN, pair.target),
-        Generate(STOCK, pair.target, settings=stock_helper(pair.draft)),
-        Assisted(LOOKUP, pair.target, OnlineAssistant(cold, pair.target, fixed)),
-        Assisted(STATIC, pair.target, OnlineAssistant(static, pair.target, fixed)),
-        Assisted(
-            ONLINE, pair.target, OnlineAssistant(learner, pair.target, OnlineConfig.for_draft(learner, **online))
+        stock(STOCK, pair),
+        *(
+            Assisted(name, pair.target, stack.enter_context(OnlineAssistant(draft, pair.target, config)))
+            for name, (draft, config) in ours.items()
         ),
     ]
 
 
 def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Serve one stream."""
-    prompts = read_prompts(path, options.requests + 1)
-    requests = encode_prompts(pair, prompts, options.max_new_tokens)
+    """Serve one stream; ours answer every request, transformers one of so many."""
+    *requests, warm_up = load_requests(pair, [path], options.requests + 1, options.max_new_tokens)
     settings = generate_options(pair, options.max_new_tokens)
-    racers = contenders(pair, options.online)
-    for racer in racers:  # first calls pay for allocations that later ones do not
-        racer.answer(requests[-1], **settings)
-    rounds, different = [], dict.fromkeys((racer.name for racer in racers), 0)
-    for index, request in enumerate(track(requests[:-1], description=Path(path).stem, transient=True)):
-        turn = index % len(racers)
-        taking_part = [
-            racer for racer in (*racers[turn:], *racers[:turn]) if index % options.every == 0 or ours(racer)
-        ]
-        answers = {racer.name: racer.answer(request, **settings) for racer in taking_part}
-        rounds.append({name: sample for name, (_, sample) in answers.items()})
-        for name, (tokens, _) in answers.items() if PLAIN in answers else ():
-            different[name] += not torch.equal(tokens, answers[PLAIN][0])
-    online = racers[-1]
-    assert isinstance(online, Assisted)
-    return figures(rounds, online.assistant) | {"outputs_that_differ_from_plain": different}
+    with ExitStack() as stack, Progress(transient=True) as progress:
+        racers, task = contenders(pair, options.online, stack), progress.add_task(Path(path).stem, total=len(requests))
+        race = run_race(
+            racers,
+            requests,
+            settings,
+            lambda race: progress.advance(task),
+            warm_up=warm_up,
+            takes_part=lambda racer, index: index % options.every == 0 or isinstance(racer, Assisted),
+        )
+        return figures(race, racers[-1].assistant) | {"outputs_that_differ_from_plain": different(race)}
 
 
-def ours(racer: Contender) -> bool:
-    """Whether a contender is served by an assistant, which has to see every request."""
-    return isinstance(racer, Assisted)
+def different(race: Race) -> dict[str, int]:
+    """Count the outputs of each contender that are not those of `generate`."""
+    return {name: sum(one.contender == name for one in race.differences) for name in race.rounds[0]}
 
 
-def figures(rounds: list[dict[str, Sample]], online: OnlineAssistant) -> dict[str, Any]:
+def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
     """Say what a stream took and gave."""
+    rounds = race.rounds
     last, stats = rounds[-(len(rounds) // 4) :], online.stats()
     judged = online.journal.requests
     quarter = max(len(judged) // 4, 1)
+    static, learner = total(rounds, STATIC), total(rounds, ONLINE)
     return {
         "requests": len(rounds),
         "last_quarter": {f"{one} over {other}": ratio(last, one, other) for one, other in OVER},
@@ -85,12 +87,14 @@ def figures(rounds: list[dict[str, Sample]], online: OnlineAssistant) -> dict[st
             f"{one} over {other}": ratio(last, one, other, learning=False) for one, other in OVER
         },
         "whole_run": {f"{one} over {other}": ratio(rounds, one, other) for one, other in OVER},
-        "tokens_per_second_last_quarter": {name: round(1 / per_token(last, name), 1) for name in rounds[0]},
+        "tokens_per_second_last_quarter": {
+            name: round(total(last, name).tokens_per_second_with_learning, 1) for name in rounds[0]
+        },
         "acceptance_first_and_last_quarter": [
             round(fmean(one.acceptance for one in part), 3) for part in (judged[:quarter], judged[-quarter:])
         ],
-        "static_acceptance_of_drafted": acceptance(rounds, STATIC),
-        "online_acceptance_of_drafted": acceptance(rounds, ONLINE),
+        "static_acceptance_of_drafted": round(static.acceptance or 0.0, 3),
+        "online_acceptance_of_drafted": round(learner.acceptance or 0.0, 3),
         "learning_over_serving": round(stats.learn_seconds / stats.decode_seconds, 3),
         "learn_seconds": round(stats.learn_seconds, 1),
         "saved_seconds": round(stats.saved_seconds, 1),
@@ -103,23 +107,11 @@ def figures(rounds: list[dict[str, Sample]], online: OnlineAssistant) -> dict[st
     }
 
 
-def per_token(rounds: list[dict[str, Sample]], name: str, *, learning: bool = True) -> float:
-    """Return seconds a token, with the waiting for updates."""
-    samples = [one[name] for one in rounds if name in one]
-    seconds = sum(one.seconds + (one.learning_seconds if learning else 0.0) for one in samples)
-    return seconds / sum(one.tokens for one in samples)
-
-
-def ratio(rounds: list[dict[str, Sample]], one: str, other: str, *, learning: bool = True) -> float:
-    """Return how many times as fast one contender is as another."""
+def ratio(rounds: list[Round], one: str, other: str, *, learning: bool = True) -> float:
+    """Return how many times as fast one contender is as another, on requests that both answered."""
     both = [samples for samples in rounds if one in samples and other in samples]
-    return round(per_token(both, other, learning=learning) / per_token(both, one, learning=learning), 3)
-
-
-def acceptance(rounds: list[dict[str, Sample]], name: str) -> float:
-    """Return the share of a draft's judged tokens that the target took."""
-    drafted = sum(one[name].drafted for one in rounds)
-    return round(sum(one[name].accepted for one in rounds) / max(drafted, 1), 3)
+    speed = "tokens_per_second_with_learning" if learning else "tokens_per_second"
+    return round(getattr(total(both, one), speed) / getattr(total(both, other), speed), 3)
 
 
 def means(streams: dict[str, dict[str, Any]], part: str) -> dict[str, float]:

@@ -3,8 +3,8 @@ Fill the tables of docs/laboratory.md and README.md from the results that the be
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what NAME is.
 
-    python benchmarks/tables.py          # write
-    python benchmarks/tables.py --check  # fail where a table and its results differ
+    python -m benchmarks.tables          # write
+    python -m benchmarks.tables --check  # fail where a table and its results differ
 """
 
 import argparse

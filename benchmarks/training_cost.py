@@ -7,7 +7,7 @@ the imports nor the libraries' own buffers count. What is trained, its gradients
 from the parameters. Times are of all variants in one process, which take turns; medians. The requests are random
 tokens: the cost does not depend on what they say.
 
-    python benchmarks/training_cost.py --shape 512x6 --output benchmarks/results/training_cost.json
+    python -m benchmarks.training_cost --shape 512x6 --output benchmarks/results/training_cost.json
 """
 
 import argparse
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import write_result
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_osd import OnlineConfig
 from hf_osd.learning import OnlineLearner
 from hf_osd.learning.student import Student
 from hf_osd.records import Observation
+
+from .common import write_result
 
 TEACHER, VOCABULARY = 32, 32_000
 LORA: dict[str, Any] = {}  # the defaults of a mapping
@@ -136,7 +137,7 @@ def measure_memory(options: argparse.Namespace, name: str) -> dict[str, float]:
 
 def in_another_process(name: str) -> dict[str, float]:
     """Return what `measure_memory` finds."""
-    command = [sys.executable, *sys.argv, "--memory-of", name]
+    command = [sys.executable, "-m", "benchmarks.training_cost", *sys.argv[1:], "--memory-of", name]
     found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return found
 

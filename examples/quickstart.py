@@ -5,8 +5,9 @@ Serve a few requests and watch the draft learn from them. Runs offline, on the e
 """
 
 import hf_osd
-from hf_osd.demo.models import EMBEDDED_PAIR, encode_prompts, load_pair
-from hf_osd.demo.prompts import load_prompts
+from hf_osd.evaluation.encoding import encode_prompts
+from hf_osd.evaluation.models import EMBEDDED_PAIR, load_pair
+from hf_osd.evaluation.prompts import load_prompts
 
 ROUNDS, REQUESTS = 4, 8
 

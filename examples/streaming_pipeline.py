@@ -7,7 +7,7 @@ Use a learning draft where code already calls transformers: in a pipeline, and w
 from transformers import TextStreamer, pipeline
 
 import hf_osd
-from hf_osd.demo.models import load_pair
+from hf_osd.evaluation.models import load_pair
 
 PROMPT = "Please generate code based on the following doc:\nReturn True if the path exists, and False otherwise."
 

@@ -3,7 +3,7 @@ Train the pair of models that `hf-osd demo` ships with: about an hour on two CPU
 
 The target (10M parameters) reads documented functions of Python's standard library (PSF licence), taken from the
 Python that runs this script, and gsm8k (MIT licence). The draft (1M parameters) reads gsm8k only: it is generic, and
-has never seen the demo's domain. Docstrings that `hf_osd.demo.prompts.is_held_out` keeps back reach neither.
+has never seen the demo's domain. Docstrings that `hf_osd.evaluation.prompts.is_held_out` keeps back reach neither.
 
     python examples/train_demo_pair.py --gsm8k openai/gsm8k --output hf_osd/demo/pair
 """
@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_osd.demo.prompts import INSTRUCTION, is_held_out, stdlib_functions
+from hf_osd.evaluation.prompts import INSTRUCTION, is_held_out, stdlib_functions
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}"

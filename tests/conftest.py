@@ -1,5 +1,6 @@
 """Fixtures of more than one file."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import hypothesis
 import pytest
 from stored import age, copier
 from transformers.utils.logging import enable_propagation
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for what only developers run, which is not installed
+if not (ROOT / "benchmarks").is_dir():  # a source distribution has the tests, and not the benchmarks
+    collect_ignore_glob = [f"test_{name}*.py" for name in ("laboratory", "suites", "support", "tables")]
 
 # The same examples in every run: a run that fails can be repeated, and no other one fails by chance.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)

@@ -14,14 +14,14 @@ import torch
 from rich.console import Console
 from test_demo_runner import make_model, make_tokenizer
 
+from benchmarks.suites.architecture import llama_config, random_model
+from benchmarks.suites.models import ModelOptions
+from benchmarks.suites.training import load_rows
 from hf_osd.bench import command as bench_command
-from hf_osd.bench.architecture import llama_config, random_model
 from hf_osd.bench.command import BenchCommand, run_replot, try_compiling
-from hf_osd.bench.models import ModelOptions
 from hf_osd.bench.plots import write_plot
-from hf_osd.bench.streams import load_prompt_streams
-from hf_osd.bench.training import load_rows
 from hf_osd.errors import ConfigError, InputError, PromptSourceError
+from hf_osd.evaluation.streams import load_prompt_streams
 
 TIMES = {"ms_per_token": 1.0, "total_seconds": 1.0, "engine_efficiency": 0.9, "acceptance": 0.5}
 ABOUT = {
@@ -100,7 +100,7 @@ def test_a_pair_that_cannot_be_made_is_refused_before_it_is_trained(
     """Would catch a dtype that is only looked at when the training has ended, and a division by zero rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
-    monkeypatch.setattr("hf_osd.bench.models.train", fail(AssertionError("too late")))
+    monkeypatch.setattr("benchmarks.suites.models.train", fail(AssertionError("too late")))
     made = {"models": "scripted", "target": None, "assistant": None, "target_shape": "32x1", "draft_shape": "16x1"}
     with pytest.raises((ConfigError, PromptSourceError), match=message):
         BenchCommand(**options | made | wrong).run(Console(file=io.StringIO()))
@@ -181,7 +181,7 @@ def test_names_that_no_terminal_can_print_are_written_out(tmp_path: Path) -> Non
 
 def test_names_of_folders_alone_are_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch an error about an empty name where two sources have none, such as `.` and `/`."""
-    monkeypatch.setattr("hf_osd.bench.streams.load_prompts", lambda source, count: [source])
+    monkeypatch.setattr("hf_osd.evaluation.streams.load_prompts", lambda source, count: [source])
     assert len(load_prompt_streams([".", "/", ".."], 1)) == 3
 
 

@@ -154,7 +154,7 @@ def test_the_exit_code_says_whether_outputs_were_the_targets_own(
 
 def test_a_missing_plotting_package_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch minutes of measurements being lost to an import error at their end."""
-    monkeypatch.setattr("hf_osd.demo.plot.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_osd.evaluation.output.find_spec", lambda name: None)
     result = runner.invoke(app, ["demo"])
     assert result.exit_code == 2
     assert "pip install 'hf-osd[demo]'" in result.output

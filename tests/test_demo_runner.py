@@ -16,13 +16,15 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_osd.config import OnlineConfig
 from hf_osd.demo import command as demo_command
-from hf_osd.demo import models as demo_models
 from hf_osd.demo.command import DemoCommand
-from hf_osd.demo.models import Pair, encode_prompts, load_pair
-from hf_osd.demo.results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, DemoResult, Measure
-from hf_osd.demo.runner import DemoSettings, find_differences, run_demo
+from hf_osd.demo.results import CONTENDERS, ONLINE, PLAIN, STATIC
+from hf_osd.demo.runner import run_demo
 from hf_osd.errors import ConfigError, InputError, UnsupportedModelError
+from hf_osd.evaluation import models as evaluation_models
+from hf_osd.evaluation.encoding import encode_prompts
+from hf_osd.evaluation.models import Pair, load_pair
 from hf_osd.learning.selector import Selector
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -79,15 +81,6 @@ def folders(pair: Pair, tmp_path: Path) -> dict[str, str]:
     }
 
 
-class Log:
-    """An observer that counts."""
-
-    rounds = 0
-
-    def on_round(self, result: DemoResult) -> None:
-        self.rounds += 1
-
-
 def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict[str, str], tmp_path: Path) -> None:
     """Would catch any break between options and files, and prompts that reach the disk."""
     screen, output = io.StringIO(), tmp_path / "runs"
@@ -102,7 +95,7 @@ def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict
     assert SECRET not in path.read_text()
     figures = json.loads(path.read_text())
     assert figures["mismatches"] == 0
-    assert figures["about"]["dtype"] == "float32"
+    assert figures["about"]["models"]["dtype"] == "float32"
     assert figures["about"]["options"]["update_every"] == 2
     assert torch.__version__.startswith(figures["about"]["versions"]["torch"])
     assert [set(row) for row in figures["requests"]] == [set(CONTENDERS)] * 3
@@ -124,70 +117,21 @@ def test_contenders_do_not_see_what_the_online_draft_learns(pair: Pair, monkeypa
     # A random pair has little to gain.
     monkeypatch.setattr(Selector, "add", whole_leads)
     before = {name: weight.clone() for name, weight in pair.draft.state_dict().items()}
-    log = Log()
-    settings = DemoSettings(requests=7, max_new_tokens=8, update_every=1)
-    result = run_demo(pair, list("abcdefgh"), settings, log)
-    assert log.rounds == len(result.rounds) == 7
-    assert sum(one.measures[ONLINE].updates for one in result.rounds) >= 1
+    seen: list[int] = []
+    race = run_demo(
+        pair, list("abcdefgh"), OnlineConfig(update_every=1), lambda race: seen.append(len(race.rounds)),
+        requests=7, max_new_tokens=8,
+    )  # fmt: skip
+    assert seen == [*range(1, 8)]
+    assert sum(one[ONLINE].updates for one in race.rounds) >= 1
     assert all(torch.equal(weight, before[name]) for name, weight in pair.draft.state_dict().items())
 
 
 def test_the_budget_ends_the_run_cleanly_after_a_whole_round(pair: Pair) -> None:
     """Would catch a slow machine overrunning the promise of five minutes, or a half-measured request."""
-    settings = DemoSettings(requests=4, max_new_tokens=4, budget_seconds=1e-6)
-    result = run_demo(pair, ["a", "b", "c", "d"], settings, Log())
-    assert result.stopped_early
-    assert [set(one.measures) for one in result.rounds] == [set(CONTENDERS)]
-
-
-def test_sampled_outputs_are_not_compared(pair: Pair) -> None:
-    """Would catch sampled runs failing because two samples differ, as they should."""
-    result = run_demo(pair, ["a", "b"], DemoSettings(requests=2, max_new_tokens=8, sample=True), Log())
-    assert result.differences == []
-
-
-class Recorded:
-    """A contender that notes its turns."""
-
-    def __init__(self, name: str, turns: list[tuple[str, int]]) -> None:
-        self.name, self.turns = name, turns
-
-    def answer(self, inputs: Any, **options: Any) -> tuple[torch.Tensor, Measure]:
-        self.turns.append((self.name, torch.initial_seed()))
-        return torch.tensor([5, 6]), Measure(tokens=2, seconds=0.1)
-
-
-def test_who_goes_first_rotates_and_all_start_from_the_same_seed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a fixed order, in which one contender always finds the caches warm, and uneven seeds."""
-    turns: list[tuple[str, int]] = []
-
-    class Opened:
-        def __enter__(self) -> list[Recorded]:
-            return [Recorded(name, turns) for name in CONTENDERS]
-
-        def __exit__(self, *error: object) -> None: ...
-
-    monkeypatch.setattr("hf_osd.demo.runner.open_contenders", lambda *arguments: Opened())
-    run_demo(pair, ["a"] * 5, DemoSettings(requests=4, max_new_tokens=2, seed=7), Log())
-    counted = turns[len(CONTENDERS) :]  # the first round warms up
-    assert [name for name, _ in counted[::4]] == list(CONTENDERS)
-    assert [seed for _, seed in counted] == [7] * 4 + [8] * 4 + [9] * 4 + [10] * 4
-
-
-def test_a_wrong_token_is_a_mismatch_and_a_tie_is_called_one(pair: Pair) -> None:
-    """Would catch a check that passes everything, or that calls two equal logits a bug."""
-    (request,) = encode_prompts(pair, ["hello"], 4)
-    reference = torch.tensor([9, 8, 7])
-    outputs = {PLAIN: reference, STOCK: reference.clone(), STATIC: torch.tensor([9, 8, 6]), ONLINE: reference[:2]}
-    static, online = find_differences(pair.target, request, outputs, index=5)
-    assert (static.contender, static.position, static.request) == (STATIC, 2, 5)
-    assert (online.contender, online.position) == (ONLINE, 2)
-    ids = torch.cat([request["input_ids"], reference[None, :2]], dim=1)
-    best, second = pair.target(ids).logits[0, -1].topk(2).values.tolist()
-    assert static.gap == pytest.approx(best - second)
-    assert not static.near_tie
-    pair.target.lm_head.weight.data.zero_()
-    assert all(item.near_tie for item in find_differences(pair.target, request, outputs, index=5))
+    race = run_demo(pair, ["a", "b", "c", "d"], OnlineConfig(), requests=4, max_new_tokens=4, deadline=0.0)
+    assert race.stopped_early
+    assert [[*one] for one in race.rounds] == [[*CONTENDERS]]
 
 
 def test_prompts_use_the_chat_template_and_must_fit(pair: Pair) -> None:
@@ -207,12 +151,12 @@ def test_prompts_use_the_chat_template_and_must_fit(pair: Pair) -> None:
 def test_settings_name_what_is_wrong(name: str) -> None:
     """Would catch a setting of zero that divides by zero, or loops, minutes later."""
     with pytest.raises(ConfigError, match=f"{name} must be .* got 0"):
-        DemoSettings(**{name: 0})
+        DemoCommand(**{name: 0})
 
 
 def test_a_missing_embedded_pair_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch an installation without its models failing in the depths of transformers."""
-    monkeypatch.setattr(demo_models, "EMBEDDED_PAIR", tmp_path)
+    monkeypatch.setattr(evaluation_models, "EMBEDDED_PAIR", tmp_path)
     with pytest.raises(UnsupportedModelError, match="cannot load"):
         load_pair(None, None, device="cpu")
 
@@ -274,19 +218,6 @@ def test_every_option_is_checked_when_it_is_set(name: str, value: Any) -> None:
     """Would catch an option that is added without a rule, and one that fails after the models were loaded."""
     with pytest.raises(ConfigError, match=f"^{name} must be .*, got "):
         DemoCommand(**{name: value})
-
-
-@pytest.mark.parametrize("name", [field.name for field in fields(DemoSettings)])
-def test_every_setting_of_a_run_is_checked_when_it_is_set(name: str) -> None:
-    """Would catch a setting that is added without a rule."""
-    with pytest.raises(ConfigError, match=f"^{name} must be .*, got <object object"):
-        DemoSettings(**{name: object()})
-
-
-def test_the_largest_seed_goes_on_at_the_smallest(pair: Pair) -> None:
-    """Would catch an overflow at the second request: each has a seed of its own."""
-    settings = DemoSettings(requests=2, max_new_tokens=2, sample=True, seed=2**64 - 1)
-    assert len(run_demo(pair, ["a", "b", "c"], settings, Log()).rounds) == 2
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(folders: dict[str, str], tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from hf_osd.demo import command, smollm2
 from hf_osd.demo.command import DemoCommand
-from hf_osd.demo.models import _place
 from hf_osd.demo.smollm2 import _in_cache, _in_package
+from hf_osd.evaluation.models import _place
 
 
 @pytest.fixture

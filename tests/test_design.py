@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import hf_osd
 from hf_osd.cli.app import app
-from hf_osd.demo.environment import quiet
 from hf_osd.design.blueprints import Blueprint
 from hf_osd.design.candidates import Candidate, promising
 from hf_osd.design.command import DesignCommand
@@ -28,6 +27,7 @@ from hf_osd.design.gathering import gather
 from hf_osd.design.recipe import Recipe
 from hf_osd.design.vocabulary import most_used
 from hf_osd.errors import ConfigError, InputError, PromptSourceError, UnsupportedModelError
+from hf_osd.evaluation.machine import quiet
 
 NAMES = {"1-layer", "2-layer", "1-layer-24-wide", "1-layer-tokens", "2-layer-tokens"}
 RECIPE = Recipe(steps=30, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=300, evaluations=3)

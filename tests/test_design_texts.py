@@ -5,10 +5,10 @@ import json
 import pytest
 from toys import END, word_tokenizer
 
-from hf_osd.demo.prompts import is_held_out
 from hf_osd.design.requests import encode_texts, template_head, template_tokens
 from hf_osd.design.texts import Text, load_texts
 from hf_osd.errors import PromptSourceError
+from hf_osd.evaluation.prompts import is_held_out
 
 
 def write_rows(path, *rows):

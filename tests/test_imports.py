@@ -13,11 +13,12 @@ ONLY_TRL_IMPORTER = "learning.trainer"
 
 # A module may import from its own component and from those of a lower number. Equal numbers keep apart.
 LAYERS = {
-    "cli": 13,
-    "verify": 12,  # shares the benchmark's contenders
-    "bench": 11,  # shares the demo's models, prompts and check of outputs
-    "design": 11,  # likewise
-    "demo": 10,
+    "cli": 12,
+    "bench": 11,  # views of one evaluation
+    "demo": 11,
+    "design": 11,
+    "verify": 11,
+    "evaluation": 10,
     "hub": 10,
     "generation": 9,
     "decoding": 8,
@@ -131,8 +132,9 @@ def test_imports_point_down() -> None:
         ("extra.py", "import torch", "extra: component 'extra' has no layer"),
         ("learning/trainer.py", "import trl", None),
         ("assistant.py", "from .serving.engine import decode\nfrom .learning import replay", None),
-        ("demo/runner.py", "from ..generation import generate\nfrom .results import Round", None),
-        ("demo/runner.py", "from ..bench import race", "demo.runner imports bench.race"),
+        ("demo/runner.py", "from ..evaluation.race import Race\nfrom .results import Round", None),
+        ("demo/runner.py", "from ..bench import serving", "demo.runner imports bench.serving"),
+        ("evaluation/race.py", "from ..demo import results", "evaluation.race imports demo.results"),
     ],
 )
 def test_the_check_finds_what_it_is_there_for(tmp_path: Path, module: str, line: str, expected: str | None) -> None:
@@ -152,10 +154,12 @@ def test_the_check_finds_what_it_is_there_for(tmp_path: Path, module: str, line:
         "learning/replay.py": "",
         "learning/trainer.py": "",
         "bench/__init__.py": "",
-        "bench/race.py": "",
+        "bench/serving.py": "",
         "demo/__init__.py": "",
         "demo/results.py": "",
         "demo/runner.py": "",
+        "evaluation/__init__.py": "",
+        "evaluation/race.py": "",
     }
     for name, text in (sources | {module: line}).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,21 +14,15 @@ from fakes import VOCAB, tiny_model
 from stored import FIELDS
 from transformers import PreTrainedModel
 
+from benchmarks import learning
+from benchmarks.laboratory import goals, runs, streams
+from benchmarks.laboratory.recipes import Recipe
+from benchmarks.laboratory.recording import RecordingSettings, read, recorded, write
+from benchmarks.laboratory.replay import replay, score
+from benchmarks.laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
 from hf_osd.learning.losses import student_outcomes, teacher_outcomes
+from hf_osd.learning.scoring import Scorer
 from hf_osd.records import Observation
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():  # a source distribution has the tests, and not the benchmarks
-    pytest.skip("needs benchmarks/", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
-
-import learning  # noqa: E402
-from laboratory import goals, runs, streams  # noqa: E402
-from laboratory.recipes import Recipe  # noqa: E402
-from laboratory.recording import RecordingSettings, read, recorded, write  # noqa: E402
-from laboratory.replay import replay  # noqa: E402
-from laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes  # noqa: E402
-from laboratory.scoring import score  # noqa: E402
 
 SETTINGS = RecordingSettings(max_new_tokens=10, top_k_teacher=8, batch_size=3)
 FAST = {"gate": False, "update_every": 4, "batch_size": 2, "steps_per_update": 2, "learning_rate": 1e-2}
@@ -147,20 +141,17 @@ def test_a_score_is_that_of_one_forward_a_token(
         assert result.overlap == pytest.approx(shared, abs=1e-4)
 
 
-def test_runs_are_counted_as_rounds_would_accept(target: PreTrainedModel) -> None:
-    """Would catch agreements that count behind a disagreement, and rounds longer than their draft."""
-    from laboratory.scoring import run_lengths
-
-    draw = random.Random(0)
-    for length in (1, 3, 12):
-        agreed = [draw.random() < 0.7 for _ in range(length)]
-        expected = 0
-        for start in range(length):
-            for i in range(start, min(start + 5, length)):
-                if not agreed[i]:
-                    break
-                expected += 1
-        assert run_lengths(torch.tensor(agreed), 5) == expected
+def test_greedy_answers_are_scored_as_the_learner_scores_them(
+    draft: PreTrainedModel, recordings: dict[str, list[Observation]]
+) -> None:
+    """Would catch a laboratory whose figures are not what the learner decides by."""
+    requests = recordings["a"]
+    scorer = Scorer(draft, max_length=512, batch_size=3)
+    for request, found in zip(requests, scorer.scores({"live": {}}, requests), strict=True):
+        result, learners = score(draft, request)[0], found["live"]
+        assert learners.positions == result.positions
+        assert learners.acceptance == pytest.approx(result.agreed / result.positions)
+        assert learners.accepted == pytest.approx(result.run / result.positions)
 
 
 # Replays.

@@ -1,19 +1,12 @@
 """What the laboratory makes of scores: curves of acceptance, and the figures of the goals."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():  # a source distribution has the tests, and not the benchmarks
-    pytest.skip("needs benchmarks/", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
-
-from laboratory import goals, streams  # noqa: E402
-from laboratory.curves import Curve, change_on_return, share_to_reach, worst_window  # noqa: E402
-from laboratory.recipes import Recipe  # noqa: E402
+from benchmarks.laboratory import goals, streams
+from benchmarks.laboratory.curves import Curve, change_on_return, share_to_reach, worst_window
+from benchmarks.laboratory.recipes import Recipe
 
 
 def test_rates_are_of_tokens_and_not_of_requests() -> None:

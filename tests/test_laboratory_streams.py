@@ -1,17 +1,11 @@
 """What the laboratory runs: streams of requests, and recipes for what learns from them."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-if not BENCHMARKS.is_dir():  # a source distribution has the tests, and not the benchmarks
-    pytest.skip("needs benchmarks/", allow_module_level=True)
-sys.path.insert(0, str(BENCHMARKS))
-
-from laboratory import streams  # noqa: E402
-from laboratory.recipes import choose, load_recipes  # noqa: E402
+from benchmarks.laboratory import streams
+from benchmarks.laboratory.recipes import choose, load_recipes
 
 SIZES = streams.Sizes(alone=8, segment=4, gradual=40, mix=30, visit=4, back=3)
 

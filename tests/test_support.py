@@ -11,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+import hf_osd
+from benchmarks.families import checks, results, support
+from benchmarks.families.building import Missing, configure, llama, prompts, small_draft
+from benchmarks.families.cases import as_target
+from benchmarks.families.models import GROUPS, ROWS, Row
+from benchmarks.families.running import run_apart, run_row
+
 ROOT = Path(__file__).parents[1]
-if not (ROOT / "benchmarks").is_dir():  # a source distribution has the tests, and not the benchmarks
-    pytest.skip("needs benchmarks/", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
-
-import hf_osd  # noqa: E402
-from benchmarks.families import checks, results, support  # noqa: E402
-from benchmarks.families.building import Missing, configure, llama, prompts, small_draft  # noqa: E402
-from benchmarks.families.cases import as_target  # noqa: E402
-from benchmarks.families.models import GROUPS, ROWS, Row  # noqa: E402
-from benchmarks.families.running import run_apart, run_row  # noqa: E402
-
 FOUND = results.read()
 
 # One of each way to be served, each less than a second.

@@ -1,14 +1,10 @@
 """Tables in the documentation, filled from results."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import tables
+from benchmarks import tables
 
 
 def test_the_documentation_has_the_figures_of_the_results() -> None:

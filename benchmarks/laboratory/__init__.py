@@ -1,1 +1,1 @@
-"""Replays recorded answers of a target through learning recipes; `benchmarks/learning.py` is its command."""
+"""Replays recorded answers of a target through learning recipes; `python -m benchmarks.learning` is its command."""

@@ -18,7 +18,7 @@ _LABORATORY = Path(__file__).parent
 _SOURCES = (
     *sorted((_LIBRARY / "learning").glob("*.py")),
     *(_LIBRARY / f"{name}.py" for name in ("config", "records")),
-    *(_LABORATORY / f"{name}.py" for name in ("replay", "scoring")),
+    _LABORATORY / "replay.py",
 )
 _SAMPLED = 64  # weights of a parameter that go into the hash as they are; the rest is summed
 

@@ -1,11 +1,8 @@
 """Acceptance by request, drawn from a document alone: one panel a stream, one line a recipe."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from hf_osd.errors import MissingDependencyError
 
 from .recipes import BASELINE, OFFLINE, STATIC
 
@@ -19,17 +16,6 @@ _STYLES: dict[str, dict[str, Any]] = {
     BASELINE: {"color": "tab:orange"},
     "defaults": {"color": "tab:green", "linewidth": 2.0},
 }
-
-
-def require_matplotlib() -> None:
-    """
-    Check before a run of minutes, not after it, that its plot can be drawn.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'hf-osd[demo]'")
 
 
 def write_plot(found: Mapping[str, Any], path: Path) -> None:

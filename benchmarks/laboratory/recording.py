@@ -8,14 +8,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from hf_osd.evaluation.encoding import as_inputs, context_of, end_tokens, join, token_ids, until_end
+from hf_osd.evaluation.models import Pair, greedy_options
+from hf_osd.evaluation.prompts import Prompt
 from hf_osd.records import Observation, sparse_teacher
 
 from . import fingerprints
@@ -59,25 +61,12 @@ class RecordingSettings:
         return fingerprints.of_values([settings, fingerprints.of_model(target)])
 
 
-def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], settings: RecordingSettings, models: Sequence[Any]
-) -> list[torch.Tensor]:
-    """Return each prompt as a user's turn (as it is, where there is no chat template), its end where it is long."""
-    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    limit = min([settings.max_prompt_tokens, *(size - settings.max_new_tokens for size in contexts if size)])
+def prompt_tokens(pair: Pair, prompts: Sequence[Prompt], settings: RecordingSettings) -> list[torch.Tensor]:
+    """Return each prompt as the target gets it when it is served, `(prompt,)`; its end where it is long."""
+    limit = min(settings.max_prompt_tokens, context_of(pair) - settings.max_new_tokens)
     if limit < 1:
         raise SystemExit(f"--max-new-tokens {settings.max_new_tokens} leaves no room for a prompt")
-    chat = tokenizer.chat_template is not None
-    texts = [_as_turn(tokenizer, prompt) if chat else prompt for prompt in prompts]
-    return [
-        torch.tensor(tokenizer(text, add_special_tokens=not chat)["input_ids"][-limit:], dtype=torch.long)
-        for text in texts
-    ]
-
-
-def _as_turn(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    turns = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return [token_ids(pair.tokenizer, prompt)[0, -limit:].long() for prompt in prompts]
 
 
 def recorded(
@@ -136,33 +125,20 @@ def answer(target: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: R
 def _answer_batch(
     target: PreTrainedModel, prompts: Sequence[torch.Tensor], settings: RecordingSettings
 ) -> list[Observation]:
-    input_ids, mask = _left_padded(prompts)
-    sampling: dict[str, Any] = {"do_sample": False}
+    ends = end_tokens(target)
+    pad = ends[0] if ends else 0
+    inputs = join([as_inputs(prompt) for prompt in prompts], pad)
+    options = greedy_options(pad, settings.max_new_tokens)
     if settings.temperature > 0.0:
-        sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
-    ends = _ends(target)
-    text = target.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=ends[0] if ends else 0,
-        **sampling,
-    )
-    outputs = text[:, input_ids.shape[1] :]
-    logits = _logits(target, text, torch.cat((mask, torch.ones_like(outputs)), dim=1), outputs.shape[1])
+        options |= {"do_sample": True, "temperature": settings.temperature, "top_k": 0, "top_p": 1.0}
+    text = target.generate(**inputs, **options)
+    outputs = text[:, inputs["input_ids"].shape[1] :]
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(outputs)), dim=1)
+    logits = _logits(target, text, mask, outputs.shape[1])
     return [
-        _observation(prompt, output[: _length(output, ends)], row, settings.top_k_teacher)
+        _observation(prompt, until_end(output, ends), row, settings.top_k_teacher)
         for prompt, output, row in zip(prompts, outputs, logits, strict=True)
     ]
-
-
-def _left_padded(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    input_ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, -len(prompt) :] = prompt
-        mask[row, -len(prompt) :] = 1
-    return input_ids, mask
 
 
 def _logits(target: PreTrainedModel, text: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -173,17 +149,6 @@ def _logits(target: PreTrainedModel, text: torch.Tensor, mask: torch.Tensor, cou
     )
     logits: torch.Tensor = outputs.logits
     return logits
-
-
-def _ends(target: PreTrainedModel) -> list[int]:
-    ends = target.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _length(output: torch.Tensor, ends: list[int]) -> int:
-    """Tokens up to the first end of text, which belongs to the answer."""
-    places = torch.isin(output, torch.tensor(ends, dtype=torch.long)).nonzero()
-    return int(places[0]) + 1 if len(places) else len(output)
 
 
 def _observation(prompt: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, k: int) -> Observation:

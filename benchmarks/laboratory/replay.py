@@ -5,19 +5,65 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
+from hf_osd.learning.losses import overlap
 from hf_osd.learning.online import OnlineLearner
+from hf_osd.learning.scoring import accepted_run
 from hf_osd.records import Observation
 from hf_osd.serving.weights import LiveWeights
 
 from .recipes import Recipe
-from .scoring import Score, score
 
 _COUNTERS = ("updates", "failures", "steps", "positions", "last_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """
+    One request in numbers, each summed over the positions of its output.
+
+    Attributes:
+        positions (`int`): Tokens of the output.
+        agreed (`int`): How many of them are the draft's first choice after the tokens before them.
+        overlap (`float`): Probability that a token sampled from the draft is accepted: the sum of min(p, q).
+        run (`int`): Tokens that a round of [`~hf_osd.learning.scoring.PROPOSAL_LENGTH`] greedily drafted ones, started
+            there, has accepted.
+    """
+
+    positions: int
+    agreed: int
+    overlap: float
+    run: int
+
+
+@torch.no_grad()
+def score(draft: PreTrainedModel, request: Observation) -> tuple[Score, Observation]:
+    """
+    Compare the draft's choices with a recorded answer, every position after the tokens that really came before.
+
+    The measures are those of the learner's own [`~hf_osd.learning.scoring.Scorer`], which keeps no choices.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): The live draft.
+        request (`Observation`): A recorded request.
+
+    Returns:
+        `tuple[Score, Observation]`: The score, and the request as serving would record it where it drafts everywhere.
+    """
+    count = len(request.output_ids)
+    inputs = torch.cat((request.prompt_ids, request.output_ids))[None, :-1]
+    logits = draft(input_ids=inputs, logits_to_keep=count, use_cache=False).logits[0].float()  # (output, vocab)
+    choices = logits.argmax(-1)
+    agreed = choices == request.output_ids
+    shared = overlap(logits, request.teacher_ids, request.teacher_log_probs, request.teacher_tail)
+    result = Score(count, int(agreed.sum()), float(shared.sum()), int(accepted_run(agreed[None].float()).sum()))
+    return result, replace(request, draft_ids=choices, accepted=agreed)
 
 
 def replay(draft: PreTrainedModel, requests: Sequence[Observation], recipe: Recipe) -> dict[str, Any]:

@@ -1,18 +1,16 @@
 """What came out, as JSON and as Markdown."""
 
-import platform
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
+
+from hf_osd.evaluation.machine import versions
+from hf_osd.evaluation.output import command_line
+from hf_osd.learning.scoring import PROPOSAL_LENGTH
 
 from .curves import WINDOW
 from .goals import GOALS, Run, best_baseline, figures, met
-from .scoring import DRAFT_LENGTH
 from .streams import Stream
 
-_PACKAGES = ("torch", "transformers", "trl")
 _HEADINGS = {
     "share_to_reach_algorithm_1": "share to reach Alg. 1",
     "final_above_algorithm_1": "final - Alg. 1",
@@ -24,10 +22,10 @@ _HEADINGS = {
 def document(settings: Mapping[str, Any], measured: Iterable[tuple[Stream, Sequence[Run]]]) -> dict[str, Any]:
     """Return everything that was found, ready for JSON: rates by window of requests, quarters, segments, goals."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "command": command_line(),
+        "versions": versions(),
         "window": WINDOW,
-        "draft_length": DRAFT_LENGTH,
+        "draft_length": PROPOSAL_LENGTH,
         **settings,
         "goals": {name: " ".join(map(str, goal)) for name, goal in GOALS.items()},
         "streams": {stream.name: _stream(stream, runs) for stream, runs in measured},

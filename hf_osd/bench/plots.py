@@ -4,48 +4,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import shown
-from ..demo.output import writing
-from ..errors import InputError
-from .engine import GENERATE, OURS, PLAIN, STOCK
-from .results import read_results
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = ("0.45", "tab:blue", "tab:cyan", "tab:purple", "tab:orange", "tab:green", "tab:red")
-_STAGE_COLOURS = ("tab:orange", "tab:blue", "tab:purple", "tab:green", "0.6")
+
+Draw = Callable[["Figure", dict[str, Any]], None]
+"""Draws the figures of a suite."""
 
 
-def replot(folder: Path) -> list[Path]:
-    """
-    Draw every result in a folder, each beside its JSON.
-
-    Returns:
-        `list[Path]`: The PNGs.
-
-    Raises:
-        InputError: There is no result in the folder, or one that cannot be drawn.
-        ConfigError: The folder cannot be written to.
-    """
-    return [_replot(path, document) for path, document in read_results(folder)]
-
-
-def _replot(path: Path, document: dict[str, Any]) -> Path:
-    with writing(path.parent):
-        try:
-            return write_plot(document, path.with_suffix(".png"))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not figures of hf-osd bench {path.stem} ({shown(error)})") from error
-
-
-def write_plot(document: dict[str, Any], path: Path) -> Path:
+def write_plot(document: dict[str, Any], draw: Draw, path: Path) -> Path:
     """Draw one result as a PNG; the machine, the models and the dtype are in its title."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     figure = Figure(layout="constrained")
-    _DRAW[document["suite"]](figure, document["figures"])
+    draw(figure, document["figures"])
     figure.suptitle(_title(document["about"]), fontsize="small", parse_math=False)
     figure.savefig(path, dpi=150)
     return path
@@ -58,88 +32,32 @@ def _title(about: dict[str, Any]) -> str:
     return f"{models['kind']} pair, {target} and {draft} parameters, {models['dtype']}, on {where}"
 
 
-def _draw_serving(figure: "Figure", figures: dict[str, Any]) -> None:
+def draw_serving(figure: "Figure", figures: dict[str, Any]) -> None:
+    """Draw the milliseconds of a token, and beside them the efficiency of the engine where it was measured."""
     streams = figures["streams"]
     bars = max(len(stream["contenders"]) for stream in streams.values())
-    figure.set_size_inches(11, 1.2 + max(2.4, 0.3 * bars) * len(streams))
-    for row, (name, stream) in zip(figure.subplots(len(streams), 2, squeeze=False), streams.items(), strict=True):
-        found = stream["contenders"]
-        _bars(row[0], {key: one["ms_per_token"] for key, one in found.items()}, f"{name}: ms per token (median)")
-        shares = {key: one["engine_efficiency"] for key, one in found.items() if one["engine_efficiency"] is not None}
-        _bars(row[1], shares, "engine efficiency: raw forwards / wall time")
-        row[1].axvline(1.0, color="0.3", linewidth=0.8)
+    shares = {name: _efficiencies(stream["contenders"]) for name, stream in streams.items()}
+    columns = 2 if any(shares.values()) else 1
+    figure.set_size_inches(5.5 * columns, 1.2 + max(2.4, 0.3 * bars) * len(streams))
+    rows = figure.subplots(len(streams), columns, squeeze=False)
+    for row, (name, stream) in zip(rows, streams.items(), strict=True):
+        times = {key: one["ms_per_token"] for key, one in stream["contenders"].items()}
+        draw_bars(row[0], times, f"{name}: ms per token (median)")
+        if columns == 2:
+            draw_bars(row[1], shares[name], "engine efficiency: raw forwards / wall time")
+            row[1].axvline(1.0, color="0.3", linewidth=0.8)
 
 
-def _bars(axes: "Axes", values: dict[str, float], title: str) -> None:
+def _efficiencies(found: dict[str, Any]) -> dict[str, float]:
+    values = {key: one.get("engine_efficiency") for key, one in found.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def draw_bars(axes: "Axes", values: dict[str, float], title: str) -> None:
+    """Draw a bar for each value, the first at the top."""
     bars = axes.barh([*values], [*values.values()], color=[_COLOURS[i % len(_COLOURS)] for i in range(len(values))])
     axes.bar_label(bars, fmt="%.2f", padding=2, fontsize="x-small")
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.tick_params(labelsize="x-small")
     axes.set_title(title, fontsize="small", parse_math=False)  # the name of a file may hold a dollar
-
-
-def _draw_engine(figure: "Figure", figures: dict[str, Any]) -> None:
-    figure.set_size_inches(11, 7)
-    for column, (axis, points) in zip(figure.subplots(2, 3).T, figures["axes"].items(), strict=True):
-        places = [str(point[axis]) for point in points]
-        _draw_efficiency(column[0], places, points)
-        _draw_rounds(column[1], places, points)
-        for axes in column:
-            axes.set_xlabel(axis.replace("_", " "), fontsize="small")
-            axes.tick_params(labelsize="x-small")
-            if axis == "batch":  # the same everywhere
-                axes.legend(fontsize="x-small")
-
-
-def _draw_efficiency(axes: "Axes", places: list[str], points: list[dict[str, Any]]) -> None:
-    axes.set_title("engine efficiency", fontsize="small")
-    for name, colour in zip(
-        (GENERATE, STOCK, PLAIN, OURS), ("0.45", "tab:blue", "tab:olive", "tab:orange"), strict=True
-    ):
-        pairs = [
-            (place, point["contenders"][name]["engine_efficiency"])
-            for place, point in zip(places, points, strict=True)
-            if name in point["contenders"]
-        ]
-        axes.plot([place for place, _ in pairs], [value for _, value in pairs], "o-", label=name, color=colour)
-    axes.axhline(1.0, color="0.3", linewidth=0.8)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-
-
-def _draw_rounds(axes: "Axes", places: list[str], points: list[dict[str, Any]]) -> None:
-    axes.set_title("a round of hf_osd, ms", fontsize="small")
-    bottom = [0.0] * len(points)
-    for stage, colour in zip(points[0]["round_ms"], _STAGE_COLOURS, strict=True):
-        heights = [max(point["round_ms"][stage], 0.0) for point in points]
-        axes.bar(places, heights, bottom=bottom, label=stage, color=colour)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-
-
-def _draw_lengths(figure: "Figure", figures: dict[str, Any]) -> None:
-    streams = figures["streams"]
-    figure.set_size_inches(9, 0.6 + 3 * len(streams))
-    for (axes,), (name, stream) in zip(figure.subplots(len(streams), 1, squeeze=False), streams.items(), strict=True):
-        found = stream["contenders"]
-        times = {f"fixed {key}" if key.isdigit() else key: one["ms_per_token"] for key, one in found.items()}
-        _bars(axes, times, f"{name}: ms per token (median), hf_osd with a static draft")
-
-
-def _draw_promise(figure: "Figure", figures: dict[str, Any]) -> None:
-    figure.set_size_inches(9, 4)
-    axes = figure.subplots()
-    found = figures["cases"]
-    _bars(axes, {name: case["ratio"] for name, case in found.items()}, "time over hf_osd's plain decoding")
-    axes.plot([case["control"] for case in found.values()], range(len(found)), "k|", label="plain decoding again")
-    axes.axvline(figures["limit"], color="tab:red", linewidth=0.8, label=f"the promise: {figures['limit']}")
-    axes.axvline(1.0, color="0.3", linewidth=0.8)
-    axes.legend(frameon=False, fontsize="x-small")
-
-
-_DRAW: dict[str, Callable[["Figure", dict[str, Any]], None]] = {
-    "serving": _draw_serving,
-    "engine": _draw_engine,
-    "lengths": _draw_lengths,
-    "promise": _draw_promise,
-}

@@ -1,69 +1,76 @@
 """Suite `serving`: every way to decode, on every stream, with the same weights and outputs that are checked equal."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ..demo.results import PLAIN
-from . import peers
-from .contenders import CompiledGenerate, Contender, Generate
-from .figures import ratios, report, speedups, summarise
-from .peers import Maker, Peers
+from ..evaluation.contenders import Contender, Generate
+from ..evaluation.models import STOCK_LOOKUP, stock_helper
+from ..evaluation.streams import Stream, in_batches
+from .compiled import CompiledGenerate
+from .figures import ratios, speedups, summarise
 from .session import Session
-from .streams import Stream, in_batches
 
+PLAIN = "plain"
 ASSISTED = "transformers assisted, defaults"
 LOOKUP = "transformers prompt lookup"
 COMPILED = "plain, static cache and compile"
 STATIC = "hf_osd, static draft"
-DRAFT_ALONE = "hf_osd, static draft, no lookup"
 ONLINE = "hf_osd, online draft"
 
-_LOOKUP_TOKENS = 10  # what transformers' own documentation proposes
 _SWEPT_LENGTHS = (1, 2, 3, 4, 6, 8)
 _SWEPT_REQUESTS = 6
+
+Maker = Callable[[int], Contender]
+"""Makes the contender that proposes at most so many tokens in each round."""
 
 
 def run(session: Session) -> dict[str, Any]:
     """
     Measure every stream.
 
-    In batches, transformers' assisted generation and prompt lookup take no part: they serve one row.
+    In batches, transformers' assisted generation and prompt lookup take no part: they serve one row. Nor does its
+    assisted generation with a draft that reads the target's states, which transformers cannot give it.
 
     Returns:
         `dict[str, Any]`: By stream: the figures of each contender, speedups by medians over plain decoding and over
         both kinds of transformers' assisted generation, ratios of total time, the sweep that found the best fixed
-        length, and the check of the outputs. With peers, `peers` has their sweeps, and who was left out and why.
+        length, and the check of the outputs.
     """
-    return {"streams": {stream.name: _measure(session, stream) for stream in session.streams}}
+    return {"streams": {stream.name: measure(session, in_rows(session, stream)) for stream in session.streams}}
 
 
-def _measure(session: Session, stream: Stream) -> dict[str, Any]:
-    if session.batch > 1:
-        stream = in_batches(stream, session.batch, session.options["pad_token_id"])
-    assisted = sweep_assisted(session, stream) if session.batch == 1 else {}
+def in_rows(session: Session, stream: Stream) -> Stream:
+    """Return the stream in batches, where the session serves these."""
+    return stream if session.batch == 1 else in_batches(stream, session.batch, session.options["pad_token_id"])
+
+
+def measure(
+    session: Session, stream: Stream, guests: Callable[[ExitStack], Sequence[Contender]] = lambda stack: ()
+) -> dict[str, Any]:
+    """Measure one stream; `guests` sets up contenders beside the usual ones, until the stack closes."""
     with ExitStack() as stack:
-        found = _open_peers(session, stream, stack)
-        swept = {name: sweep(session, stream, name, make, peers.LENGTHS) for name, make in found.makers.items()}
+        swept = sweep_assisted(session, stream) if session.batch == 1 and _takes_draft(session) else {}
         contenders = [
-            *_own_contenders(session, stream, stack),
-            *(found.makers[name](_fastest(times)) for name, times in swept.items()),
+            Generate(PLAIN, session.pair.target),
+            *(_stock_contenders(session, swept) if session.batch == 1 else ()),
+            *_own_contenders(session, stack),
+            *guests(stack),
+            *_compiled(session, stream),
         ]
-        if assisted:
-            contenders[1:1] = _stock_contenders(session, _fastest(assisted))
-        title = f"serving {stream.name}"
-        race = session.race(contenders, stream.requests, title, warm_up=stream.warm_up, floor=session.floor)
-    figures = report(race)
-    over = (PLAIN, ASSISTED, fixed_name(_fastest(assisted))) if assisted else (PLAIN,)
-    figures |= {
-        "speedup_over": {name: speedups(figures["contenders"], name) for name in over},
-        "total_time_over_plain": ratios(race, PLAIN),
-        "assisted_ms_per_token_by_fixed_length": assisted,
+        _, figures = session.measure(contenders, stream.requests, f"serving {stream.name}", warm_up=stream.warm_up)
+    found, over = figures["contenders"], (PLAIN, ASSISTED, fixed_name(fastest(swept))) if swept else (PLAIN,)
+    return figures | {
+        "speedup_over": {name: speedups(found, name) for name in over},
+        "total_time_over_plain": ratios(found, PLAIN),
+        "assisted_ms_per_token_by_fixed_length": swept,
     }
-    if session.peers:
-        figures["peers"] = {"ms_per_token_by_length": swept, "left_out": found.left_out}
-    return figures
+
+
+def _takes_draft(session: Session) -> bool:
+    """Say whether transformers can take the draft."""
+    return "assistant_model" in stock_helper(session.pair.draft)
 
 
 def fixed_name(length: int) -> str:
@@ -112,35 +119,35 @@ def sweep(session: Session, stream: Stream, name: str, make: Maker, lengths: Seq
     return {length: summarise(race, one.name)["ms_per_token"] for length, one in contenders.items()}
 
 
-def _fastest(times: dict[int, float]) -> int:
+def fastest(times: dict[int, float]) -> int:
+    """Return the length that took least."""
     return min(times, key=lambda length: times[length])
 
 
-def _open_peers(session: Session, stream: Stream, stack: ExitStack) -> Peers:
-    if not session.peers:
-        return Peers()
-    return peers.open_peers(session.pair, stream.warm_up, session.options, stack, session.eagle3)
-
-
-def _stock_contenders(session: Session, best_length: int) -> list[Contender]:
+def _stock_contenders(session: Session, swept: dict[int, float]) -> list[Contender]:
     """Return what transformers has for one row."""
     pair = session.pair
+    lookup = Generate(LOOKUP, pair.target, settings={"prompt_lookup_num_tokens": STOCK_LOOKUP})
+    if not swept:
+        return [lookup]
+    best = fastest(swept)
     return [
         Generate(ASSISTED, pair.target, pair.draft),
-        Generate(fixed_name(best_length), pair.target, pair.draft, fixed_settings(best_length)),
-        Generate(LOOKUP, pair.target, settings={"prompt_lookup_num_tokens": _LOOKUP_TOKENS}),
+        Generate(fixed_name(best), pair.target, pair.draft, fixed_settings(best)),
+        lookup,
     ]
 
 
-def _own_contenders(session: Session, stream: Stream, stack: ExitStack) -> list[Contender]:
-    """Set up plain decoding and ours over one target; only the one that learns needs a draft of its own."""
-    pair = session.pair
-    contenders: list[Contender] = [Generate(PLAIN, pair.target), session.assisted(stack, STATIC, session.static())]
-    if session.peers:  # some of them draft without a lookup
-        contenders.append(session.assisted(stack, DRAFT_ALONE, session.static(prompt_lookup=False)))
-    if session.script is None:  # a scripted draft has nothing to learn
-        contenders.append(session.assisted(stack, ONLINE, session.online(), copy.deepcopy(pair.draft)))
-    if session.compiles:
-        longest = max(one["input_ids"].shape[1] for one in (*stream.requests, stream.warm_up))
-        contenders.append(CompiledGenerate(COMPILED, pair.target, longest + session.max_new_tokens))
-    return contenders
+def _own_contenders(session: Session, stack: ExitStack) -> list[Contender]:
+    """Set up ours over one target; only the one that learns needs a draft of its own."""
+    static: list[Contender] = [session.assisted(stack, STATIC, session.static())]
+    if not session.learns:
+        return static
+    return [*static, session.assisted(stack, ONLINE, session.online(), copy.deepcopy(session.pair.draft))]
+
+
+def _compiled(session: Session, stream: Stream) -> list[Contender]:
+    if not session.compiles:
+        return []
+    longest = max(one["input_ids"].shape[1] for one in (*stream.requests, stream.warm_up))
+    return [CompiledGenerate(COMPILED, session.pair.target, longest + session.max_new_tokens)]

@@ -72,45 +72,6 @@ _Budget = Annotated[
 _Output = Annotated[Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for the JSON and the plot.")]
 _Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw a PNG (needs matplotlib).")]
 
-_Suites = Annotated[
-    list[str] | None,
-    typer.Argument(help="Any of serving, engine, lengths, promise; all of them if left out.", show_default=False),
-]
-_Models = Annotated[
-    str,
-    typer.Option(
-        help="given: --target and --assistant, or the embedded pair. trained: a pair trained here first. scripted: "
-        "random weights and a draft that is accepted at a chosen rate, for the cost of the engine at true scale."
-    ),
-]
-_TargetShape = Annotated[
-    str | None,
-    typer.Option(
-        help="HIDDENxLAYERS of the Llama to train or to script; 2048x16 and 4096x32 if left out.", show_default=False
-    ),
-]
-_DraftShape = Annotated[
-    str | None, typer.Option(help="The same for its draft; 1024x3 and 2048x4 if left out.", show_default=False)
-]
-_Vocabulary = Annotated[
-    int | None, typer.Option(min=8, help="Tokens of the scripted pair; 128256 if left out.", show_default=False)
-]
-_Acceptance = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="How likely a scripted proposal is the target's own token.")
-]
-_TrainPrompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A .jsonl file of prompt and response to train on; repeat for more. Documented functions of the standard "
-        "library if left out.",
-        show_default=False,
-    ),
-]
-_DraftTrainPrompts = Annotated[
-    list[str] | None,
-    typer.Option(help="The same for the draft; what the target learns if left out.", show_default=False),
-]
-_TrainSeconds = Annotated[float, typer.Option(min=0.001, help="Time to train both models.")]
 _Streams = Annotated[
     list[str] | None,
     typer.Option(
@@ -128,22 +89,7 @@ _Compiled = Annotated[
         show_default=False,
     ),
 ]
-_Batch = Annotated[int, typer.Option(min=1, help="Prompts of each request in serving.")]
-_Peers = Annotated[
-    bool, typer.Option("--peers", help="Let economize and flashspec serve too (extra peers); in serving alone.")
-]
-_Eagle3 = Annotated[
-    Path | None,
-    typer.Option(
-        parser=_folder,
-        metavar="FOLDER",
-        help="With --peers: an EAGLE-3 head that economize has trained for the target.",
-        show_default=False,
-    ),
-]
-_BenchOutput = Annotated[
-    Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for a JSON and a plot of each suite.")
-]
+_Batch = Annotated[int, typer.Option(min=1, help="Prompts of each request.")]
 _VerifiedTarget = Annotated[
     str | None,
     typer.Argument(help="Hub id or folder of the target; the embedded pair if left out.", show_default=False),
@@ -174,15 +120,6 @@ _DesignOutput = Annotated[
 ]
 _JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.", show_default=False)
-]
-_Replot = Annotated[
-    Path | None,
-    typer.Option(
-        parser=_folder,
-        metavar="FOLDER",
-        help="Measure nothing: draw the plots of a folder of results again.",
-        show_default=False,
-    ),
 ]
 
 
@@ -243,47 +180,30 @@ def demo(
 
 @app.command()
 def bench(
-    suites: _Suites = None,
-    models: _Models = "given",
     target: _Target = None,
     assistant: _Assistant = None,
-    target_shape: _TargetShape = None,
-    draft_shape: _DraftShape = None,
-    vocabulary: _Vocabulary = None,
-    acceptance: _Acceptance = 0.8,
-    train_prompts: _TrainPrompts = None,
-    draft_train_prompts: _DraftTrainPrompts = None,
-    train_seconds: _TrainSeconds = 180.0,
     prompts: _Streams = None,
     requests: _StreamRequests = 32,
     max_new_tokens: _MaxNewTokens = 64,
     compiled: _Compiled = None,
     batch: _Batch = 1,
-    peers: _Peers = False,
-    eagle3: _Eagle3 = None,
     seed: _Seed = 0,
     device: _Device = "auto",
     dtype: _Dtype = "auto",
     threads: _Threads = None,
-    output: _BenchOutput = Path("runs/bench"),
+    output: _Output = Path("runs/bench"),
     plot: _Plot = True,
-    replot: _Replot = None,
 ) -> None:
     """
-    Measure serving, the engine, draft lengths and the promise never to be slower than plain decoding.
+    Measure every way to decode on your models and prompts: plain, transformers' assisted and lookup, and hf_osd's.
 
     Exits with 1 if any output is not the target's own, and with 2 if the run cannot start.
     """
     options: dict[str, Any] = dict(locals())
-    folder = options.pop("replot")
-    repeated = ("suites", "train_prompts", "draft_train_prompts", "prompts")
-    options |= {name: tuple(options[name] or ()) for name in repeated}
+    options["prompts"] = tuple(options["prompts"] or ())
     with _errors():
-        from ..bench.command import BenchCommand, run_replot
+        from ..bench.command import BenchCommand
 
-        if folder is not None:
-            run_replot(folder)
-            raise typer.Exit
         lossless = BenchCommand(**options).run()
     raise typer.Exit(code=0 if lossless else 1)
 

@@ -1,30 +1,35 @@
 """The demo from options to files: load, run, print, write."""
 
-import shlex
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from ..config import FLAG, check_fields
+from ..config import FLAG, OnlineConfig, check_fields, integer, optional
+from ..evaluation.machine import quiet, use_threads
+from ..evaluation.models import Pair, describe, load_pair
+from ..evaluation.options import NAME, OPTIONS, SECONDS
+from ..evaluation.output import about, require_matplotlib, try_output, write_json, writing
+from ..evaluation.prompts import load_prompts
+from ..evaluation.race import Race
 from . import smollm2
 from .display import open_display
-from .environment import quiet
-from .models import Pair, load_pair
-from .options import NAME, OPTIONS
-from .output import try_output, writing
-from .plot import require_matplotlib, write_plot
-from .prompts import load_prompts
-from .report import print_report, run_paths, write_json
-from .results import DemoResult
-from .runner import DemoSettings, run_demo
+from .plot import write_plot
+from .report import print_report, run_paths, to_json
+from .results import mismatches
+from .runner import run_demo
 
 _BUDGET = 300.0  # seconds of a run without options; with loading and reporting, it stays below six minutes
-_EMBEDDED_THREADS = 1  # more of them only wait for one another in a model of this size
+_RULES = {
+    **OPTIONS,
+    "prompts": NAME,
+    "embedded": FLAG,
+    "sample": FLAG,
+    "draft_length": integer(1, 1024),
+    "budget_seconds": optional(SECONDS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +65,8 @@ class DemoCommand:
     plot: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(self, OPTIONS | {"prompts": NAME, "embedded": FLAG})
-        self._settings()  # checks the rest
+        check_fields(self, _RULES)
+        OnlineConfig(**self._online)  # checks the rest
 
     def run(self, console: Console | None = None) -> bool:
         """
@@ -81,21 +86,30 @@ class DemoCommand:
         if self.plot:
             require_matplotlib()
         try_output(self.output)
-        _set_threads(self.threads or (_EMBEDDED_THREADS if target is None else None))
+        use_threads(self.threads, is_embedded=target is None)
         with quiet(), console.status("Loading prompts and models ..."):
             prompts = load_prompts(self.prompts, self.requests + 1)
             pair = load_pair(target, assistant, self.device, self.dtype)
         requests = min(self.requests, len(prompts))
         console.print(self._headline(pair, requests), soft_wrap=True)
         with quiet(), open_display(console, requests) as display:
-            result = run_demo(pair, prompts, self._settings(), display, started)
+            race = run_demo(
+                pair,
+                prompts,
+                OnlineConfig.for_draft(pair.draft, **self._online),
+                display.on_round,
+                requests=self.requests,
+                max_new_tokens=self.max_new_tokens,
+                sample=self.sample,
+                deadline=started + self._budget,
+            )
         try:
-            written = self._write(result, pair)
+            written = self._write(race, pair)
         finally:  # the figures are worth more than their files, and the files more than a terminal that has gone
-            print_report(console, result, sample=self.sample)
+            print_report(console, race, sample=self.sample)
         for line in written:
             console.print(line, soft_wrap=True, markup=False)
-        return not result.mismatches
+        return not mismatches(race)
 
     def _names(self, console: Console) -> tuple[str | None, str | None]:
         """What to load; without options the real model where this machine has it, else the embedded pair."""
@@ -116,17 +130,15 @@ class DemoCommand:
     def _is_given(self) -> bool:
         return self.target is not None or self.assistant is not None
 
-    def _settings(self) -> DemoSettings:
-        budget = self.budget_seconds
-        return DemoSettings(
-            requests=self.requests,
-            max_new_tokens=self.max_new_tokens,
-            draft_length=self.draft_length,
-            update_every=self.update_every,
-            sample=self.sample,
-            seed=self.seed,
-            budget_seconds=_BUDGET if budget is None and not self._is_given else budget,
-        )
+    @property
+    def _online(self) -> dict[str, Any]:
+        return {"draft_length": self.draft_length, "update_every": self.update_every, "seed": self.seed}
+
+    @property
+    def _budget(self) -> float:
+        if self.budget_seconds is not None:
+            return self.budget_seconds
+        return float("inf") if self._is_given else _BUDGET
 
     def _headline(self, pair: Pair, requests: int) -> str:
         target, draft = (f"{model.num_parameters() / 1e6:,.1f}M" for model in (pair.target, pair.draft))
@@ -135,26 +147,11 @@ class DemoCommand:
             f"{self.max_new_tokens} tokens, an update every {self.update_every}"
         )
 
-    def _write(self, result: DemoResult, pair: Pair) -> list[str]:
+    def _write(self, race: Race, pair: Pair) -> list[str]:
         with writing(self.output):
             json_path, png_path = run_paths(self.output)
-            write_json(result, self._about(pair), json_path)
+            write_json(json_path, to_json(race, about(self, pair.target.device) | {"models": describe(pair)}))
             if not self.plot:
                 return [f"Figures: {json_path}"]
-            write_plot(result, png_path)
+            write_plot(race, png_path)
             return [f"Figures: {json_path}", f"Plot:    {png_path}"]
-
-    def _about(self, pair: Pair) -> dict[str, Any]:
-        return {
-            "command": shlex.join(["hf-osd", *sys.argv[1:]]),
-            "options": asdict(self) | {"output": str(self.output)},
-            "parameters": {"target": pair.target.num_parameters(), "draft": pair.draft.num_parameters()},
-            "device": str(pair.target.device),
-            "dtype": str(pair.target.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)

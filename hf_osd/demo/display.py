@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .results import CONTENDERS, ONLINE, PLAIN, STATIC, WINDOW, Aggregate, DemoResult, aggregate, moving
+from ..evaluation.contenders import Sample
+from ..evaluation.race import Race, total
+from .results import CONTENDERS, ONLINE, PLAIN, STATIC, WINDOW, mismatches, moving
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60  # characters of a sparkline
@@ -20,8 +22,8 @@ _WIDTH = 60  # characters of a sparkline
 class Display(AbstractContextManager["Display"], Protocol):
     """An observer that is open for the length of a run."""
 
-    def on_round(self, result: DemoResult) -> None:
-        """Show that `result` has one more round."""
+    def on_round(self, race: Race) -> None:
+        """Show that `race` has one more round."""
         ...
 
 
@@ -44,11 +46,11 @@ class LineDisplay:
         self._requests = requests
         self._every = max(1, requests // 10)
 
-    def on_round(self, result: DemoResult) -> None:
+    def on_round(self, race: Race) -> None:
         """Print a line if it is time for one."""
-        done = len(result.rounds)
+        done = len(race.rounds)
         if done % self._every == 0 or done == self._requests:
-            self._console.print(f"{done}/{self._requests} requests | {_line(result)}", highlight=False, soft_wrap=True)
+            self._console.print(f"{done}/{self._requests} requests | {_line(race)}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         return self
@@ -73,12 +75,12 @@ class LiveDisplay:
             TextColumn("requests"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
         )
         self._task = self._progress.add_task("requests", total=requests)
-        self._live = Live(self._draw(DemoResult()), console=console, refresh_per_second=4)
+        self._live = Live(self._draw(Race()), console=console, refresh_per_second=4)
 
-    def on_round(self, result: DemoResult) -> None:
+    def on_round(self, race: Race) -> None:
         """Redraw."""
-        self._progress.update(self._task, completed=len(result.rounds))
-        self._live.update(self._draw(result))
+        self._progress.update(self._task, completed=len(race.rounds))
+        self._live.update(self._draw(race))
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -90,24 +92,24 @@ class LiveDisplay:
         """Leave the last state on the screen."""
         self._live.__exit__(kind, value, trace)
 
-    def _draw(self, result: DemoResult) -> RenderableType:
-        if not result.rounds:
+    def _draw(self, race: Race) -> RenderableType:
+        if not race.rounds:
             return Panel(Group(self._progress, Text("warming up ...", style="dim")), title="hf_osd demo")
-        parts = [self._progress, _acceptance_lines(result), _speed_table(result), Text(_footer(result), style="dim")]
+        parts = [self._progress, _acceptance_lines(race), _speed_table(race), Text(_footer(race), style="dim")]
         return Panel(Group(*parts), title="hf_osd demo")
 
 
-def _line(result: DemoResult) -> str:
-    recent = {name: aggregate(result.rounds[-WINDOW:], name) for name in CONTENDERS}
+def _line(race: Race) -> str:
+    recent = {name: total(race.rounds[-WINDOW:], name) for name in CONTENDERS}
     speeds = ", ".join(f"{name} {recent[name].tokens_per_second:.0f}" for name in CONTENDERS)
     static, online = (percent(recent[name].acceptance) for name in (STATIC, ONLINE))
-    return f"acceptance {static} static, {online} online | tokens/s: {speeds} | {_footer(result)}"
+    return f"acceptance {static} static, {online} online | tokens/s: {speeds} | {_footer(race)}"
 
 
-def _acceptance_lines(result: DemoResult) -> RenderableType:
+def _acceptance_lines(race: Race) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     for name, style in ((STATIC, "yellow"), (ONLINE, "green")):
-        curve = moving(result.rounds, name, WINDOW)
+        curve = moving(race.rounds, name)
         grid.add_row(
             f"acceptance, {name}",
             Text(sparkline([one.acceptance or 0.0 for one in curve]), style=style),
@@ -116,26 +118,26 @@ def _acceptance_lines(result: DemoResult) -> RenderableType:
     return grid
 
 
-def _speed_table(result: DemoResult) -> RenderableType:
+def _speed_table(race: Race) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column(f"last {WINDOW} requests")
     for title in ("tokens/s", "speed-up"):
         table.add_column(title, justify="right")
-    recent = {name: aggregate(result.rounds[-WINDOW:], name) for name in CONTENDERS}
+    recent = {name: total(race.rounds[-WINDOW:], name) for name in CONTENDERS}
     for name in CONTENDERS:
         table.add_row(name, f"{recent[name].tokens_per_second:.0f}", _speed_up(recent[name], recent[PLAIN]))
     return table
 
 
-def _footer(result: DemoResult) -> str:
-    whole = aggregate(result.rounds, ONLINE)
+def _footer(race: Race) -> str:
+    whole = total(race.rounds, ONLINE)
     return (
         f"updates: {whole.updates} ({whole.learning_seconds:.1f} s of learning, not in tokens/s), "
-        f"mismatches: {len(result.mismatches)}"
+        f"mismatches: {mismatches(race)}"
     )
 
 
-def _speed_up(one: Aggregate, plain: Aggregate) -> str:
+def _speed_up(one: Sample, plain: Sample) -> str:
     return f"{one.tokens_per_second / plain.tokens_per_second:.2f}x" if plain.tokens_per_second else "-"
 
 

@@ -1,11 +1,10 @@
 """The run as a picture: acceptance and speed over the requests."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MissingDependencyError
-from .results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, WINDOW, DemoResult, moving
+from ..evaluation.race import Race
+from .results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, WINDOW, moving
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,25 +12,14 @@ if TYPE_CHECKING:
 _COLOURS = {PLAIN: "0.45", STOCK: "tab:blue", STATIC: "tab:orange", ONLINE: "tab:green"}
 
 
-def require_matplotlib() -> None:
-    """
-    Check before a run of minutes, not after it, that its plot can be drawn.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'hf-osd[demo]', or pass --no-plot")
-
-
-def write_plot(result: DemoResult, path: Path) -> None:
+def write_plot(race: Race, path: Path) -> None:
     """Draw acceptance (static and online) and speed (all contenders) as moving averages, and write a PNG."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw_acceptance(left, result)
-    _draw_speed(right, result)
+    _draw_acceptance(left, race)
+    _draw_speed(right, race)
     for axes in (left, right):
         axes.set_xlabel(f"requests (moving average over {WINDOW})")
         axes.set_ylim(bottom=0)
@@ -40,17 +28,17 @@ def write_plot(result: DemoResult, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_acceptance(axes: "Axes", result: DemoResult) -> None:
+def _draw_acceptance(axes: "Axes", race: Race) -> None:
     axes.set_title("Drafted tokens accepted")
     for name in (STATIC, ONLINE):
-        shares = [one.acceptance or 0.0 for one in moving(result.rounds, name, WINDOW)]
+        shares = [one.acceptance or 0.0 for one in moving(race.rounds, name)]
         axes.plot(range(1, len(shares) + 1), shares, label=name, color=_COLOURS[name])
 
 
-def _draw_speed(axes: "Axes", result: DemoResult) -> None:
+def _draw_speed(axes: "Axes", race: Race) -> None:
     axes.set_title("Tokens per second")
     for name in CONTENDERS:
-        curve = moving(result.rounds, name, WINDOW)
+        curve = moving(race.rounds, name)
         label = f"{name}, serving" if name == ONLINE else name
         requests = range(1, len(curve) + 1)
         axes.plot(requests, [one.tokens_per_second for one in curve], label=label, color=_COLOURS[name])

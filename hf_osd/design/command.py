@@ -1,20 +1,17 @@
 """`hf-osd design`, from options to a folder."""
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from ..config import check_fields, integer, number
-from ..demo.environment import quiet
-from ..demo.models import load_pair
-from ..demo.options import NAMES, OPTIONS
-from ..demo.plot import require_matplotlib
 from ..drafts.features import FeatureDraft
+from ..evaluation.machine import quiet, use_threads
+from ..evaluation.models import load_pair
+from ..evaluation.options import NAMES, OPTIONS
+from ..evaluation.output import command_line, require_matplotlib
 from .designing import design_draft
 from .processes import is_first
 from .recipe import Recipe
@@ -75,8 +72,7 @@ class DesignCommand:
         console = console or Console()
         if self.plot:
             require_matplotlib()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        use_threads(self.threads)
         with quiet():
             pair = load_pair(self.target, FeatureDraft.of, self.device, self.dtype)
             design = design_draft(
@@ -88,7 +84,7 @@ class DesignCommand:
                 recipe=self._recipe(),
                 plot=self.plot,
                 console=console,
-                command=shlex.join(["hf-osd", *sys.argv[1:]]),
+                command=command_line(),
             )
         if is_first():
             console.print(f"Draft: {self.output}", soft_wrap=True, markup=False, highlight=False)

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..demo.output import try_output, writing
 from ..drafts.features import FeatureDraft, default_state_layers
 from ..drafts.starting import start
 from ..drafts.states import layers_of
+from ..evaluation.contenders import Sample
+from ..evaluation.encoding import end_tokens
+from ..evaluation.output import try_output, writing
 from .blueprints import Blueprint, blueprints, make_draft, settled
 from .candidates import Candidate, promising, weigh
 from .costs import target_costs
@@ -25,9 +27,8 @@ from .recording import record
 from .requests import Request, template_tokens
 from .results import Design
 from .shards import Recording
-from .speed import PLAIN, Speed, measure_speeds
+from .speed import PLAIN, measure_speeds
 from .vocabulary import most_used
-from .writing import end_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,12 +128,12 @@ class _Designer:
             histories[one.name] = self._distil(one, draft, learned, held_out, self._recipe.shared(len(worth_it)))
             drafts[one.name] = draft
         speeds = shared(self._measure(drafts, material.held_out) if is_first() else None)
-        chosen = max(drafts, key=lambda name: speeds[name].rate)
+        chosen = max(drafts, key=lambda name: speeds[name].tokens_per_second)
         made = (drafts[chosen], chosen, candidates, histories, speeds, costs)
         design = Design(*made, data=material.about, recipe=self._recipe, command=command)
         self._display.say(
-            f"{chosen}: {speeds[chosen].rate:.1f} tokens per second on held-out prompts, plain decoding "
-            f"{speeds[PLAIN].rate:.1f}: {design.speedup:.2f} times"
+            f"{chosen}: {speeds[chosen].tokens_per_second:.1f} tokens per second on held-out prompts, plain decoding "
+            f"{speeds[PLAIN].tokens_per_second:.1f}: {design.speedup:.2f} times"
         )
         return design
 
@@ -197,7 +198,7 @@ class _Designer:
         """Return the folder of a distillation, which is another one for other texts."""
         return self._work / f"{candidate.name}-{learned.name}"
 
-    def _measure(self, drafts: dict[str, FeatureDraft], held_out: Sequence[Request]) -> dict[str, Speed]:
+    def _measure(self, drafts: dict[str, FeatureDraft], held_out: Sequence[Request]) -> dict[str, Sample]:
         prompts = [request.prompt_ids for request in held_out[:_TIMED]]
         prompts = prompts if len(prompts) > 1 else prompts * 2  # one to warm up
         with self._display.progress("timing", len(prompts)) as tell:

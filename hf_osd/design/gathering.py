@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.machine import digest
 from ..errors import InputError
+from ..evaluation.encoding import end_tokens
 from ..learning.identity import sample
 from ..learning.reading import longest_request
 from .requests import Request, encode_texts
 from .texts import Text, in_turn, load_texts
-from .writing import end_tokens, write_prompts
+from .writing import write_prompts
 
 ANSWER_TOKENS = 96
 """Most tokens of an answer that the target writes: later ones are of the same kind."""

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config import reason_of
-from ..demo.models import token_ids
 from ..errors import InputError
+from ..evaluation.encoding import token_ids
 from .texts import Text
 
 _RECENT = 9  # latest prompts that one is compared with: one more than the sources that may take turns

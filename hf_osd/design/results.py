@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..demo.environment import machine, versions
 from ..drafts.features import FeatureDraft
 from ..drafts.frontier import Candidate as Point
 from ..drafts.frontier import write_frontier
 from ..drafts.profiles import Profile
+from ..evaluation.contenders import Sample
+from ..evaluation.machine import machine, versions
 from .candidates import Candidate
 from .card import write_card
 from .costs import context_for
 from .history import Evaluation
 from .recipe import Recipe
-from .speed import NEW_TOKENS, PLAIN, Speed
+from .speed import NEW_TOKENS, PLAIN
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Design:
         chosen (`str`): Its name: the fastest of those that were distilled.
         candidates (`list[Candidate]`): What was weighed, the most promising one first.
         histories (`dict[str, list[Evaluation]]`): Of those that were distilled, by name.
-        speeds (`dict[str, Speed]`): Of these, and of `"plain"` decoding, on held-out prompts.
+        speeds (`dict[str, Sample]`): Of these, and of `"plain"` decoding, on held-out prompts.
         costs (`Profile`): Of the target's passes.
         data (`Mapping[str, Any]`): What it was made of, in figures.
         recipe ([`~hf_osd.design.recipe.Recipe`]): How each was distilled.
@@ -43,7 +44,7 @@ class Design:
     chosen: str
     candidates: list[Candidate]
     histories: dict[str, list[Evaluation]]
-    speeds: dict[str, Speed]
+    speeds: dict[str, Sample]
     costs: Profile
     data: Mapping[str, Any]
     recipe: Recipe
@@ -52,8 +53,8 @@ class Design:
     @property
     def speedup(self) -> float:
         """Tokens per second of the draft over those of plain decoding."""
-        plain = self.speeds[PLAIN].rate
-        return self.speeds[self.chosen].rate / plain if plain else 0.0
+        plain = self.speeds[PLAIN].tokens_per_second
+        return self.speeds[self.chosen].tokens_per_second / plain if plain else 0.0
 
     def facts(self, target: PreTrainedModel) -> dict[str, Any]:
         """Return all of it as plain data, with the machine and the versions."""
@@ -74,7 +75,7 @@ class Design:
             "pass_seconds": self.costs.seconds(1, context_for(target), 1),
             "candidates": [{"name": one.name, **asdict(one)} for one in self.candidates],
             "histories": {name: [one.to_dict() for one in history] for name, history in self.histories.items()},
-            "tokens_per_second": {name: speed.rate for name, speed in self.speeds.items()},
+            "tokens_per_second": {name: speed.tokens_per_second for name, speed in self.speeds.items()},
             "new_tokens": NEW_TOKENS,
             "machine": machine(target.device) | {"threads": torch.get_num_threads()},
             "versions": versions(),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import reason_of, shown
-from ..demo.prompts import (
+from ..errors import PromptSourceError
+from ..evaluation.prompts import (
     CHAT_COLUMN,
     INSTRUCTION,
     Prompt,
@@ -17,8 +18,7 @@ from ..demo.prompts import (
     stdlib_functions,
     to_prompt,
 )
-from ..demo.rows import read_rows
-from ..errors import PromptSourceError
+from ..evaluation.rows import read_rows
 
 ANSWER_COLUMN = "response"
 _PIECE = 1_500  # characters of a piece of a document, at most: some 400 tokens
@@ -44,10 +44,10 @@ def load_texts(sources: Sequence[str], limit: int) -> list[Text]:
 
     Args:
         sources (`Sequence[str]`):
-            `.jsonl`, `.json` and `.txt` files and `datasets` ids as [`~hf_osd.demo.rows.read_rows`] takes them, whose
-            rows hold a prompt and maybe an answer under `response`, or a chat under `messages`; and `.md` files, which
-            are read as documents. Without any, the documented functions of the running Python's standard library, but
-            for those that `hf-osd demo` asks for.
+            `.jsonl`, `.json` and `.txt` files and `datasets` ids as [`~hf_osd.evaluation.rows.read_rows`] takes them,
+            whose rows hold a prompt and maybe an answer under `response`, or a chat under `messages`; and `.md` files,
+            which are read as documents. Without any, the documented functions of the running Python's standard
+            library, but for those that `hf-osd demo` asks for.
         limit (`int`): How many texts to return at most.
 
     Raises:

@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
+from ..evaluation.encoding import as_inputs, end_tokens, join, until_end
+from ..evaluation.models import greedy_options
 from .requests import template_head
 from .texts import Text
 
@@ -38,7 +40,7 @@ def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_
     answers: dict[int, torch.Tensor] = {}
     for start in range(0, len(order), _ROWS):
         indices = order[start : start + _ROWS]
-        written = _continue(target, [prompts[index] for index in indices], max_new_tokens, do_sample=False)
+        written = _continue(target, [prompts[index] for index in indices], max_new_tokens)
         answers |= dict(zip(indices, written, strict=True))
     return [answers[index] for index in range(len(prompts))]
 
@@ -100,28 +102,11 @@ def _texts(tokenizer: Any, openings: Sequence[torch.Tensor], written: Sequence[t
 
 
 def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[torch.Tensor]:
-    ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
     ends = end_tokens(target)
+    pad = ends[0] if ends else 0
+    inputs = join([as_inputs(prompt) for prompt in prompts], pad)
     text = target.generate(
-        input_ids=ids.to(target.device),
-        attention_mask=mask.to(target.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=ends[0] if ends else 0,
-        **{"temperature": None, "top_k": None, "top_p": None, **options},  # a checkpoint's own settings warn
+        **{name: tensor.to(target.device) for name, tensor in inputs.items()},
+        **{**greedy_options(pad, max_new_tokens), **options},
     )
-    return [_until_end(row, ends) for row in text[:, ids.shape[1] :].cpu()]
-
-
-def end_tokens(target: PreTrainedModel) -> list[int]:
-    """Return the tokens at which the target ends a text."""
-    ends = target.generation_config.eos_token_id if target.generation_config else None
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
-def _until_end(written: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Cut behind the first end of text, which belongs to the text; `(answer,)`."""
-    places = torch.isin(written, torch.tensor(ends, dtype=torch.long)).nonzero()
-    return written[: int(places[0]) + 1] if len(places) else written
+    return [until_end(row, ends) for row in text[:, inputs["input_ids"].shape[1] :].cpu()]

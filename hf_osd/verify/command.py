@@ -1,24 +1,20 @@
 """`hf-osd verify`, from options to a table and a file."""
 
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from ..config import check_fields, optional
-from ..demo.environment import machine, quiet, versions
-from ..demo.models import encode_prompts, load_pair, resolve_device
-from ..demo.options import NAME, NAMES, OPTIONS
-from ..demo.output import try_output, writing
-from ..demo.prompts import Prompt, load_prompts
 from ..errors import ConfigError
+from ..evaluation.encoding import encode_prompts
+from ..evaluation.machine import quiet, use_threads
+from ..evaluation.models import load_pair, resolve_device
+from ..evaluation.options import NAME, NAMES, OPTIONS
+from ..evaluation.output import about, try_output, write_json, writing
+from ..evaluation.prompts import Prompt, load_prompts
 from .report import print_verification
 from .results import Verification
 from .runner import BATCH, verify
@@ -30,7 +26,6 @@ _RULES = {
     "dtypes": NAMES,
     "output": optional(OPTIONS["output"]),
 }
-_EMBEDDED_THREADS = 1  # CPU threads for the embedded pair, whose operations are too small for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +74,7 @@ class VerifyCommand:
         console = console or Console()
         if self.output is not None:
             _try_file(self.output)
-        threads = self.threads or (_EMBEDDED_THREADS if self.target is None else None)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(self.threads, is_embedded=self.target is None)
         with quiet():
             prompts = load_prompts(self.prompts, self.requests)
             runs = [self._run_dtype(dtype, prompts, console) for dtype in self.dtypes]
@@ -105,17 +98,9 @@ class VerifyCommand:
         return found
 
     def _write(self, path: Path, runs: Sequence[Verification]) -> None:
-        about: dict[str, Any] = {
-            "command": shlex.join(["hf-osd", *sys.argv[1:]]),
-            "options": asdict(self) | {"output": str(path)},
-            "threads": torch.get_num_threads(),
-            "machine": machine(resolve_device(self.device)),
-            "versions": versions(),
-        }
-        text = json.dumps({"about": about, "runs": [found.to_dict() for found in runs]}, indent=1)
+        device = resolve_device(self.device)
         with writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_json(path, {"about": about(self, device), "runs": [found.to_dict() for found in runs]})
 
 
 def _try_file(path: Path) -> None:

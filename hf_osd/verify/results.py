@@ -3,29 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """
-    An output that is not that of plain `generate`.
-
-    Attributes:
-        request (`int`): Index of the prompt.
-        position (`int`): First position of the output that differs.
-        gap (`float`, *optional*):
-            How far the token there lies below the best one, in the scores that plain `generate` chose from. `None`
-            where there is no such distance: an output that is too long or too short, a token that is forbidden.
-        step (`float`): Two units in the last place of the best score, in the target's dtype.
-        is_batch (`bool`):
-            Whether `generate` of the same batch writes the same up to there. Beside rounding, that may be a logits
-            processor that takes padding for text.
-    """
-
-    request: int
-    position: int
-    gap: float | None
-    step: float
-    is_batch: bool = False
+from ..evaluation.exactness import Difference
 
 
 @dataclass(slots=True)
@@ -72,19 +50,9 @@ class Verification:
     tokens: int = 0
     rounding: float = 0.0
 
-    def explains(self, difference: Difference) -> bool:
-        """
-        Say whether rounding explains a difference, or the batch does.
-
-        Rounding does where the gap is no larger than what the target itself shows as rounding, or than two units in
-        the last place: one for each of the two logits.
-        """
-        near = difference.gap is not None and difference.gap <= max(self.rounding, difference.step)
-        return near or difference.is_batch
-
     def unexplained(self, outcome: Outcome) -> list[Difference]:
-        """Return the differences of an outcome that rounding does not explain."""
-        return [one for one in outcome.differences if not self.explains(one)]
+        """Return the differences of an outcome that neither rounding explains nor the batch."""
+        return [one for one in outcome.differences if not one.is_explained(self.rounding)]
 
     @property
     def is_lossless(self) -> bool:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from ..assistant import OnlineAssistant
-from ..bench.contenders import Assisted, Contender, Generate
-from ..bench.streams import join
 from ..config import OnlineConfig
-from ..demo.models import Inputs, Pair, generate_options, stock_helper
-from .answers import Answer, plain_answers, until_end
-from .comparison import find_difference, measure_rounding
-from .results import Difference, Outcome, Verification
+from ..evaluation.contenders import Assisted, Contender, stock
+from ..evaluation.encoding import Inputs, end_tokens, join, until_end
+from ..evaluation.exactness import Answer, Difference, find_difference, measure_rounding, plain_answers
+from ..evaluation.models import Pair, generate_options, stock_helper
+from .results import Outcome, Verification
 
 BATCH = 4
 GENERATE = f"generate, batches of {BATCH}"
@@ -40,7 +39,7 @@ def verify(
 
     Args:
         pair (`Pair`): The models.
-        requests (`Sequence[Inputs]`): Prompts, as [`~hf_osd.demo.models.encode_prompts`] returns them.
+        requests (`Sequence[Inputs]`): Prompts, as [`~hf_osd.evaluation.encoding.encode_prompts`] returns them.
         max_new_tokens (`int`, defaults to 64): Longest answer.
         observer (`Callable[[], None]`, *optional*): Called after every four prompts.
 
@@ -85,11 +84,9 @@ def _open_decoders(pair: Pair, stack: ExitStack) -> dict[str, _Decoder]:
     """Make the ways to decode. Each of hf_osd's has its own assistant, since lookups remember outputs."""
     target, draft, config = pair.target, pair.draft, OnlineConfig(learn=False)
     alone, batched = (stack.enter_context(OnlineAssistant(draft, target, config)) for _ in range(2))
-    helper = stock_helper(draft)
-    takes_draft = "assistant_model" in helper
-    stock = Generate(ASSISTED, target, draft) if takes_draft else Generate(LOOKUP, target, settings=helper)
+    stocks = ASSISTED if "assistant_model" in stock_helper(draft) else LOOKUP
     return {
-        stock.name: _Decoder(stock),
+        stocks: _Decoder(stock(stocks, pair)),
         OURS: _Decoder(Assisted(OURS, target, alone), assistant=alone),
         OURS_IN_BATCHES: _Decoder(Assisted(OURS_IN_BATCHES, target, batched), in_batches=True, assistant=batched),
     }
@@ -110,8 +107,8 @@ def _decode_group(
     for name, rows in outputs.items():
         same = batch if name == GENERATE or decoders[name].in_batches else None
         found.outcomes[name].differences += _compare(target, found.requests, answers, rows, same)
-    changes = (measure_rounding(target, *one) for one in zip(group, answers, batch, strict=True))
-    found.rounding = max(found.rounding, *changes)
+    for prompt, answer, other in zip(group, answers, batch, strict=True):
+        found.rounding = max(found.rounding, measure_rounding(target, prompt["input_ids"][0], answer, other))
     found.requests += len(group)
     found.tokens += sum(len(answer.tokens) for answer in answers)
 
@@ -120,9 +117,9 @@ def _compare(
     target: Any, first: int, answers: Sequence[Answer], rows: Sequence[torch.Tensor], batch: Sequence[Answer] | None
 ) -> list[Difference]:
     """Compare the outputs of a group; `batch` has those of `generate` where they were written in a batch."""
-    found = []
+    found, ends = [], end_tokens(target)
     for row, (answer, tokens) in enumerate(zip(answers, rows, strict=True)):
-        tokens = until_end(tokens.to(answer.tokens.device), target)
+        tokens = until_end(tokens.to(answer.tokens.device), ends)
         in_batch = None if batch is None else batch[row].tokens
         found.append(find_difference(first + row, answer, tokens, target.dtype, in_batch))
     return [one for one in found if one is not None]
