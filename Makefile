@@ -17,7 +17,7 @@ REAL := $(VENV)/.smollm2
 help:
 	@echo "make demo    watch a draft learn from live requests, next to plain and to static decoding"
 	@echo "make test    run the tests          make check   lint, formatting and types"
-	@echo "make bench   the benchmark          make format  apply the formatting"
+	@echo "make bench   the developers' suites make format  apply the formatting"
 	@echo "make test-matrix  the tests with the oldest and the newest versions that are supported"
 
 demo: $(STAMP) $(REAL)
@@ -56,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/hf-osd bench $(ARGS)
+	$(BIN)/python -m benchmarks.suites $(ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest dist .mypy_cache .pytest_cache .ruff_cache

@@ -47,9 +47,8 @@ def test_help_lists_the_benchmark_and_its_options() -> None:
     assert "bench" in runner.invoke(app, ["--help"]).output
     text = runner.invoke(app, ["bench", "--help"]).output
     for field in fields(BenchCommand):
-        name = "suites" if field.name == "suites" else f"--{field.name.replace('_', '-')}"
-        assert name in text.lower()
-    for option in ("--no-plot", "--no-compiled", "--replot"):
+        assert f"--{field.name.replace('_', '-')}" in text.lower()
+    for option in ("--no-plot", "--no-compiled"):
         assert option in text
 
 
@@ -67,7 +66,7 @@ def test_the_command_line_loads_without_what_the_demo_needs() -> None:
     """Would catch an import that makes `hf-osd --help` take seconds."""
     code = "import sys, hf_osd.cli; print(*sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"hf_osd.bench", "hf_osd.demo", "datasets", "matplotlib", "trl"} & set(modules)
+    assert not {"hf_osd.bench", "hf_osd.demo", "hf_osd.evaluation", "datasets", "matplotlib", "trl"} & set(modules)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +99,9 @@ def test_bad_options_are_refused_with_a_reason(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "suites are serving, engine, lengths, promise, got 'speed'"),
-        (["promise", "--models", "scripted"], "models='scripted' says nothing about promise"),
-        (["--models", "scripted", "--target-shape", "big"], "a model's shape is HIDDENxLAYERS"),
         (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
-        (["--replot", "."], "no results of hf-osd bench"),
-        (["--acceptance", "2"], "acceptance"),
+        (["--assistant", "somewhere"], "an assistant needs its target"),
+        (["--batch", "0"], "batch"),
     ],
 )
 def test_bad_options_of_the_benchmark_are_refused_with_a_reason(
@@ -126,13 +122,13 @@ def test_the_benchmark_exits_with_what_it_found(monkeypatch: pytest.MonkeyPatch,
     seen: dict[str, Any] = {}
 
     def run(self: BenchCommand) -> bool:
-        seen.update(suites=self.suites, prompts=self.prompts, compiled=self.compiled)
+        seen.update(prompts=self.prompts, compiled=self.compiled)
         return lossless
 
     monkeypatch.setattr(BenchCommand, "run", run)
-    result = runner.invoke(app, ["bench", "serving", "lengths", "--prompts", "a", "--prompts", "b", "--no-compiled"])
+    result = runner.invoke(app, ["bench", "--prompts", "a", "--prompts", "b", "--no-compiled"])
     assert result.exit_code == code
-    assert seen == {"suites": ("serving", "lengths"), "prompts": ("a", "b"), "compiled": False}
+    assert seen == {"prompts": ("a", "b"), "compiled": False}
 
 
 @pytest.mark.parametrize(("lossless", "code"), [(True, 0), (False, 1)])
@@ -161,13 +157,12 @@ def test_a_missing_plotting_package_is_named_before_the_run(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("command", ["demo", "bench"])
-@pytest.mark.parametrize("option", ["--output", "--replot"])
 @pytest.mark.parametrize("name", ["", "  "])
-def test_an_empty_folder_is_not_the_current_one(command: str, option: str, name: str) -> None:
+def test_an_empty_folder_is_not_the_current_one(command: str, name: str) -> None:
     """Would catch `--output "$UNSET"`, which would write wherever the shell happens to be."""
-    result = runner.invoke(app, [command, option, name])
+    result = runner.invoke(app, [command, "--output", name])
     assert result.exit_code == 2
-    assert "a folder's name is not empty" in result.output or (command, option) == ("demo", "--replot")
+    assert "a folder's name is not empty" in result.output
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_the_draft_has_learned(made):
     history = design.histories[design.chosen]
     assert max(one.quality.agreement for one in history) > 0.3
     assert set(design.speeds) == {"plain", *design.histories}
-    assert all(speed.rate > 0 for speed in design.speeds.values())
+    assert all(speed.tokens_per_second > 0 for speed in design.speeds.values())
 
 
 def test_the_card_says_how_it_was_made(made):

@@ -1,4 +1,4 @@
-"""The laboratory of `benchmarks/learning.py` from recordings to reports: answers, scores, replays, and runs."""
+"""The laboratory, `python -m benchmarks.learning`, from recordings to reports: answers, scores, replays, and runs."""
 
 import copy
 import dataclasses
@@ -233,7 +233,7 @@ def test_the_command_records_replays_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Would catch anything between the parts: options, the embedded pair, the reports; and a rerun that runs."""
-    monkeypatch.setattr(sys, "argv", ["benchmarks/learning.py", "--alone", "9"])
+    monkeypatch.setattr(sys, "argv", ["learning", "--alone", "9"])
     prompts = [json.dumps({"prompt": f"Return {number} times the sum.", "other": 1}) for number in range(12)]
     (tmp_path / "sums.jsonl").write_text("\n".join(prompts))
     options = ["--recordings", str(tmp_path / "recordings"), "--output", str(tmp_path), "--alone", "9"]

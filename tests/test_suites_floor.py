@@ -6,12 +6,10 @@ from fakes import prompts, tiny_model
 from transformers import DynamicCache
 
 import hf_osd
-from benchmarks.suites.floor import Floor, RawModel
+from benchmarks.suites.floor import Floor, RawModel, Watched
+from benchmarks.suites.session import efficiency
 from benchmarks.suites.shapes import CallRecorder, FeedRecorder, Shape
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.bench.figures import summarise
-from hf_osd.evaluation.contenders import Sample
-from hf_osd.evaluation.race import Race
 
 
 def test_every_forward_of_plain_decoding_is_noted() -> None:
@@ -125,15 +123,9 @@ def test_what_cannot_be_replayed_has_no_floor() -> None:
 def test_efficiency_is_the_floor_of_each_request_by_its_own_time() -> None:
     """Would catch the ratio upside down, or the floor of one request divided by the time of another."""
     times = ((2.0, 1.0), (10.0, 2.0), (30.0, 30.0), (7.0, None))
-    race = Race({
-        "a": [Sample(tokens=10, seconds=seconds, floor=floor) for seconds, floor in times],
-        "b": [Sample(tokens=10, seconds=1.0)],
-    })  # fmt: skip
-    assert summarise(race, "a")["engine_efficiency"] == 0.5  # of 0.5, 0.2 and 1.0
-    assert summarise(race, "a")["floor_by_request"] == [1.0, 2.0, 30.0, None]
-    assert summarise(race, "b")["engine_efficiency"] is None
-    assert summarise(race, "b")["floor_by_request"] == []
-    assert summarise(race, "a")["ms_per_token"] == 850.0
+    found = efficiency([Watched(tokens=10, seconds=seconds, floor=floor) for seconds, floor in times])
+    assert found == {"engine_efficiency": 0.5, "floor_by_request": [1.0, 2.0, 30.0, None]}  # of 0.5, 0.2 and 1.0
+    assert efficiency([Watched(tokens=10, seconds=1.0)]) == {"engine_efficiency": None, "floor_by_request": []}
 
 
 def test_the_recorder_reads_ids_given_by_position() -> None:

@@ -13,17 +13,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_bench_suites import silent
 from test_demo_runner import make_model, make_tokenizer
+from test_suites import silent
 
+from benchmarks.suites import command, peers, serving, tables
+from benchmarks.suites.command import SuitesCommand
 from benchmarks.suites.floor import Floor
+from benchmarks.suites.session import Session
 from hf_osd import ConfigError
-from hf_osd.bench import command, peers, serving
-from hf_osd.bench.command import BenchCommand
-from hf_osd.bench.session import Session
-from hf_osd.bench.tables import print_result
-from hf_osd.demo.results import PLAIN
-from hf_osd.errors import InputError
+from hf_osd.bench.serving import ONLINE, PLAIN, STATIC
 from hf_osd.evaluation.contenders import Generate
 from hf_osd.evaluation.models import Pair
 from hf_osd.evaluation.streams import in_batches, make_stream
@@ -129,7 +127,7 @@ def test_peers_take_part_in_serving(session: Session, attached: list[Attached]) 
     ]  # fmt: skip
     assert all([*times] == [*peers.LENGTHS] for times in swept.values())
     best = [peers.named(name, min(times, key=times.get)) for name, times in swept.items()]
-    assert [*found][4:] == [serving.STATIC, serving.DRAFT_ALONE, serving.ONLINE, *best]
+    assert [*found][4:] == [STATIC, ONLINE, serving.DRAFT_ALONE, *best]
     assert {one["tokens"] for one in found.values()} == {found[PLAIN]["tokens"]}
     assert stream["outputs"]["mismatches"] == []
     assert [one.detached for one in attached] == [1, 1, 1]
@@ -182,7 +180,8 @@ def test_in_batches_only_those_are_compared_that_serve_them(session: Session, at
     assert [*stream["speedup_over"]] == [PLAIN]
     assert stream["outputs"] == {"requests": 2, "near_ties": 0, "mismatches": []}
     screen = io.StringIO()
-    print_result(Console(file=screen, width=200), "serving", figures)
+    for table in tables.TABLES["serving"](figures):
+        Console(file=screen, width=200).print(table)
     assert "over plain" in screen.getvalue()
     assert "over assisted" not in screen.getvalue()
     assert "flashspec, lookup is left out: flashspec serves one row" in screen.getvalue()
@@ -225,7 +224,7 @@ def test_what_is_not_installed_is_named_once(
     screen = io.StringIO()
     monkeypatch.setattr(command, "load_prompt_streams", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        BenchCommand(peers=True, output=tmp_path, plot=False).run(Console(file=screen, width=160))
+        SuitesCommand(peers=True, output=tmp_path, plot=False).run(Console(file=screen, width=160))
     assert screen.getvalue().count("is not installed") == 2
 
 
@@ -240,18 +239,7 @@ def test_what_is_not_installed_is_named_once(
 def test_options_that_mean_nothing_are_refused(wrong: dict[str, Any], message: str) -> None:
     """Would catch a trained head that never takes part."""
     with pytest.raises(ConfigError, match=message):
-        BenchCommand(**wrong)
-
-
-def test_no_prompt_comes_twice(session: Session) -> None:
-    """Would catch a lookup that remembers the answer of an earlier row, and rows that warm up and count."""
-    stream = make_stream(session.pair, "letters", ["a", "b", "a", "c", "b", "d", "e", "a"], 8, count=3)
-    rows = [stream.warm_up, *stream.requests, *stream.spare]
-    assert len({tuple(one["input_ids"][0].tolist()) for one in rows}) == len(rows) == 5
-    batched = in_batches(stream, 2, 0)
-    assert [len(one["input_ids"]) for one in (*batched.requests, batched.warm_up)] == [2, 2]
-    with pytest.raises(InputError, match="'letters' has 5 different prompts that fit, and batches of 3 need 6"):
-        in_batches(stream, 3, 0)
+        SuitesCommand(**wrong)
 
 
 @pytest.fixture(params=peers.PACKAGES)

@@ -74,13 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         lossless = SuitesCommand(**options).run()
     except HfOsdError as error:
-        raise SystemExit(_refusal(error)) from error
+        print(f"Error: {error}")
+        raise SystemExit(2) from error
     raise SystemExit(0 if lossless else 1)
-
-
-def _refusal(error: HfOsdError) -> int:
-    print(f"Error: {error}")
-    return 2
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ class BenchCommand:
                 batch=self.batch,
             )
             figures = serving.run(session)
-        self.report(console, Suite("serving", tables.serving, draw_serving), figures, pair, describe(pair))
+        models = {"kind": "embedded" if self.target is None else "given", **describe(pair)}
+        self.report(console, Suite("serving", tables.serving, draw_serving), figures, pair, models)
         return not has_mismatch(figures)
 
     def prepare(self, *, is_embedded: bool) -> None:

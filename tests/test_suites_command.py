@@ -1,43 +1,30 @@
-"""The benchmark between its options and its files: what is refused before the work, and what is kept after it."""
+"""The suites between their options and their files: what is refused before the work, and what is kept after it."""
 
 import errno
 import io
 import json
-import math
 import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_bench
 import torch
 from rich.console import Console
-from test_demo_runner import make_model, make_tokenizer
+from test_bench import ABOUT, ODD, TIMES, fail
 
+from benchmarks.suites import command
+from benchmarks.suites.__main__ import main
 from benchmarks.suites.architecture import llama_config, random_model
+from benchmarks.suites.command import SuitesCommand, run_replot
 from benchmarks.suites.models import ModelOptions
+from benchmarks.suites.results import read_results
 from benchmarks.suites.training import load_rows
 from hf_osd.bench import command as bench_command
-from hf_osd.bench.command import BenchCommand, run_replot, try_compiling
-from hf_osd.bench.plots import write_plot
-from hf_osd.errors import ConfigError, InputError, PromptSourceError
-from hf_osd.evaluation.streams import load_prompt_streams
+from hf_osd.errors import ConfigError, HfOsdError, InputError, PromptSourceError
 
-TIMES = {"ms_per_token": 1.0, "total_seconds": 1.0, "engine_efficiency": 0.9, "acceptance": 0.5}
-ABOUT = {
-    "models": {"kind": "given", "parameters": {"target": 1, "draft": 1}, "dtype": "float32"},
-    "machine": {"processor": "a $\\frac"},
-    "threads": 1,
-}
-
-ODD = {"object": object(), "nan": math.nan, "bytes": b"x", "empty": "", "number": [3], "empty text": [""]}
-
-
-def fail(error: BaseException) -> Any:
-    def failing(*arguments: Any, **options: Any) -> None:
-        raise error
-
-    return failing
+options = test_bench.options  # a fixture
 
 
 def lengths_of(name: str) -> dict[str, Any]:
@@ -47,25 +34,12 @@ def lengths_of(name: str) -> dict[str, Any]:
     return {"streams": {name: stream}}
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> dict[str, Any]:
-    """A tiny pair, a file of prompts and a folder, as options."""
-    for name, model in (("target", make_model(2, seed=1)), ("draft", make_model(1, seed=2))):
-        model.save_pretrained(tmp_path / name)
-        make_tokenizer().save_pretrained(tmp_path / name)
-    (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
-    return {
-        "target": str(tmp_path / "target"), "assistant": str(tmp_path / "draft"), "prompts": [str(tmp_path / "p.txt")],
-        "requests": 2, "max_new_tokens": 4, "device": "cpu", "output": tmp_path / "out", "plot": False,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [field.name for field in fields(BenchCommand)])
+@pytest.mark.parametrize("name", [field.name for field in fields(SuitesCommand)])
 @pytest.mark.parametrize("value", [*ODD.values()], ids=[*ODD])
 def test_every_option_is_checked_when_it_is_set(name: str, value: Any) -> None:
     """Would catch an option that is added without a rule, and one that fails after a pair was trained for hours."""
     with pytest.raises(ConfigError, match=f"^{name} must be .*, got "):
-        BenchCommand(**{name: value})
+        SuitesCommand(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -103,7 +77,7 @@ def test_a_pair_that_cannot_be_made_is_refused_before_it_is_trained(
     monkeypatch.setattr("benchmarks.suites.models.train", fail(AssertionError("too late")))
     made = {"models": "scripted", "target": None, "assistant": None, "target_shape": "32x1", "draft_shape": "16x1"}
     with pytest.raises((ConfigError, PromptSourceError), match=message):
-        BenchCommand(**options | made | wrong).run(Console(file=io.StringIO()))
+        SuitesCommand(**options | made | wrong).run(Console(file=io.StringIO()))
     assert not options["output"].exists()
 
 
@@ -128,61 +102,44 @@ def test_a_file_to_train_on_is_read_like_one_of_prompts(tmp_path: Path, content:
     assert load_rows([str(path)]) == [("a\u2028b", "c\u0085d")]
 
 
-def test_without_a_compiler_nothing_is_measured(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a run that measures all contenders but the last, which needs a compiler."""
-    monkeypatch.setattr(torch, "compile", lambda function: fail(RuntimeError("No working\nC++ compiler found")))
-    monkeypatch.setattr(bench_command, "open_models", fail(AssertionError("too late")))
-    with pytest.raises(ConfigError, match="nothing can be compiled here: No working C\\+\\+ compiler found"):
-        BenchCommand(**options, compiled=True).run(Console(file=io.StringIO()))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    try_compiling("cpu")
-
-
 def test_what_cannot_be_written_is_printed_for_every_suite(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Would catch a full disk that takes the figures with it, or the suites after the first."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(bench_command, "write_result", fail(full))
+    monkeypatch.setattr(bench_command, "write_json", fail(full))
     ran: list[str] = []
-    monkeypatch.setitem(bench_command._RUN, "engine", lambda session: ran.append("engine") or {"axes": {}})
-    monkeypatch.setitem(bench_command._RUN, "lengths", lambda session: ran.append("lengths") or lengths_of("[/b]"))
+    monkeypatch.setitem(command._RUN, "engine", lambda session: ran.append("engine") or {"axes": {}})
+    monkeypatch.setitem(command._RUN, "lengths", lambda session: ran.append("lengths") or lengths_of("[/b]"))
     screen = io.StringIO()
     with pytest.raises(ConfigError, match=r"cannot write to .*out' \(No space left on device\)"):
-        BenchCommand(**options, suites=["lengths", "engine"]).run(Console(file=screen, width=160))
+        SuitesCommand(**options, suites=["lengths", "engine"]).run(Console(file=screen, width=160))
     assert ran == ["engine", "lengths"]
     assert "draft lengths: [/b]" in screen.getvalue()
 
 
-def test_the_output_is_tried_before_anything_is_loaded(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Would catch a pair that is trained for hours, and whose figures have no place to go."""
-    options["output"].write_text("x")
-    monkeypatch.setattr(bench_command, "load_prompt_streams", fail(AssertionError("too late")))
-    with pytest.raises(ConfigError, match="cannot write to"):
-        BenchCommand(**options).run(Console(file=io.StringIO()))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"suites": ["speed"]}, "suites are serving, engine, lengths, promise, got 'speed'"),
+        ({"requests": 0}, r"requests must be in \[1, .*, got 0"),
+        ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, .*, got 0"),
+        ({"suites": ["promise"], "models": "scripted"}, "models='scripted' says nothing about promise"),
+        ({"models": "trained", "target": "x"}, "target='x' means nothing with models='trained'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(wrong: dict[str, Any], message: str) -> None:
+    """Would catch minutes of measurements before an error that could have come first."""
+    with pytest.raises(HfOsdError, match=message):
+        SuitesCommand(**wrong)
 
 
-@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
-@pytest.mark.parametrize("name", ["$\\frac{", "[/b]", "日本", "a$b$c"])
-def test_names_of_files_are_drawn_as_they_are(tmp_path: Path, name: str) -> None:
-    """Would catch a dollar in a file's name that is taken for mathematics, at the end of a run."""
-    document = {"suite": "lengths", "about": ABOUT, "figures": lengths_of(name)}
-    assert write_plot(document, tmp_path / "lengths.png").stat().st_size > 0
-
-
-def test_names_that_no_terminal_can_print_are_written_out(tmp_path: Path) -> None:
-    """Would catch a name of bytes that are no UTF-8, which neither matplotlib nor a JSON file takes."""
-    path = tmp_path / os.fsdecode(b"p\xff.txt")
-    path.write_text("hello\n")
-    assert [*load_prompt_streams([str(path)], 1)] == ["p\\udcff"]
-
-
-def test_names_of_folders_alone_are_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch an error about an empty name where two sources have none, such as `.` and `/`."""
-    monkeypatch.setattr("hf_osd.evaluation.streams.load_prompts", lambda source, count: [source])
-    assert len(load_prompt_streams([".", "/", ".."], 1)) == 3
+@pytest.mark.parametrize("text", ["", "[]", '{"suite": "engine"}', '{"suite": "engine", "figures": 1, "about": 2}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str) -> None:
+    """Would catch a traceback out of matplotlib for a file of something else."""
+    (tmp_path / "serving.json").write_text(text)
+    with pytest.raises(InputError, match=r"serving\.json: not a result of the suite"):
+        read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +149,7 @@ def test_names_of_folders_alone_are_no_reason_to_fail(tmp_path: Path, monkeypatc
 def test_a_result_that_cannot_be_drawn_is_named(tmp_path: Path, figures: Any) -> None:
     """Would catch a traceback out of matplotlib for a file that was edited by hand."""
     (tmp_path / "serving.json").write_text(json.dumps({"suite": "serving", "about": ABOUT, "figures": figures}))
-    with pytest.raises(InputError, match=r"serving\.json: not figures of hf-osd bench serving \("):
+    with pytest.raises(InputError, match=r"serving\.json: not figures of the suite serving \("):
         run_replot(tmp_path, Console(file=io.StringIO()))
 
 
@@ -200,5 +157,47 @@ def test_a_result_that_cannot_be_drawn_is_named(tmp_path: Path, figures: Any) ->
 def test_a_result_that_cannot_be_parsed_is_named(tmp_path: Path, text: str) -> None:
     """Would catch a RecursionError for a file of brackets."""
     (tmp_path / "serving.json").write_text(text)
-    with pytest.raises(InputError, match=r"serving\.json: not a result of hf-osd bench \("):
+    with pytest.raises(InputError, match=r"serving\.json: not a result of the suites \("):
         run_replot(tmp_path, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "suites are serving, engine, lengths, promise, got 'speed'"),
+        (["promise", "--models", "scripted"], "models='scripted' says nothing about promise"),
+        (["--models", "scripted", "--target-shape", "big"], "a model's shape is HIDDENxLAYERS"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl: cannot be read"),
+        (["--replot", "."], "no results of the suites"),
+        (["--acceptance", "2"], "acceptance"),
+    ],
+)
+def test_the_command_line_refuses_with_a_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    """Would catch a traceback in the developer's face, or files of a run that never was."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("lossless", "code"), [(True, 0), (False, 1)])
+def test_the_command_line_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, lossless: bool, code: int) -> None:
+    """Would catch an option that gets lost or has another type, and a mismatch that a script cannot see."""
+    seen: list[SuitesCommand] = []
+    monkeypatch.setattr(SuitesCommand, "run", lambda self: seen.append(self) or lossless)
+    words = "serving lengths --prompts a --prompts b --no-compiled --batch 2 --threads 1 --no-plot --train-seconds 2"
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == code
+    (found,) = seen
+    assert (found.suites, found.prompts, found.compiled) == (("serving", "lengths"), ("a", "b"), False)
+    assert (found.batch, found.threads, found.plot, found.train_seconds) == (2, 1, False, 2.0)
+    assert found.output == Path("runs/bench")
