@@ -16,7 +16,8 @@ from hf_osd.evaluation.prompts import load_prompts
 
 def load_requests(pair: Pair, sources: Sequence[str] | None, count: int, max_new_tokens: int) -> list[Inputs]:
     """Return so many prompts of each source in tokens; docstrings of the standard library where there is no source."""
-    prompts = [prompt for source in sources or [None] for prompt in load_prompts(source, count)]
+    chosen: Sequence[str | None] = sources or [None]
+    prompts = [prompt for source in chosen for prompt in load_prompts(source, count)]
     return encode_prompts(pair, prompts, max_new_tokens)
 
 

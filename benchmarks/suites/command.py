@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hf_osd.bench.command import BenchCommand, Suite, make_console
+from hf_osd.bench.command import Suite, make_console
 from hf_osd.bench.figures import has_mismatch
 from hf_osd.bench.session import Steps, open_steps
 from hf_osd.config import FLAG, check_fields, optional, shown
@@ -39,7 +39,7 @@ _RULES = {"suites": NAMES, "peers": FLAG, "eagle3": optional(OPTIONS["output"])}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuitesCommand(ModelOptions, BenchCommand):
+class SuitesCommand(ModelOptions):
     """
     Options of `python -m benchmarks.suites`; its help explains each, and [`ModelOptions`] those of the models.
 
@@ -52,8 +52,7 @@ class SuitesCommand(ModelOptions, BenchCommand):
     eagle3: Path | None = None
 
     def __post_init__(self) -> None:
-        BenchCommand.__post_init__(self)
-        ModelOptions.__post_init__(self)
+        super().__post_init__()
         check_fields(self, _RULES)
         for suite in self.suites:
             if suite not in SUITES:

@@ -15,7 +15,7 @@ from hf_osd.evaluation.encoding import Inputs, context_of
 from hf_osd.evaluation.models import Pair
 from hf_osd.serving.stopwatch import STAGES
 
-from .floor import Watched
+from .floor import Watched, watched
 from .session import Session
 
 GENERATE = "transformers plain"
@@ -91,7 +91,7 @@ def measure(session: Session, point: Point) -> dict[str, Any]:
     return {
         **asdict(point),
         **figures,
-        "round_ms": round_breakdown(race.samples(OURS if point.draft_length else PLAIN)),
+        "round_ms": round_breakdown(watched(race, OURS if point.draft_length else PLAIN)),
         "plain_over_generate": ratios(figures["contenders"], GENERATE)[PLAIN],
     }
 

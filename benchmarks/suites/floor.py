@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from hf_osd._compat import attention_implementation, cache_argument
 from hf_osd.evaluation.contenders import Contender, Sample, timed
 from hf_osd.evaluation.encoding import Inputs
+from hf_osd.evaluation.race import Race
 from hf_osd.serving.choice import attention_span, holds_ragged_cache
 from hf_osd.serving.decoder import context_length
 
@@ -105,6 +106,11 @@ class Watched(Sample):
     def efficiency(self) -> float | None:
         """Share of the time that the forwards alone would have taken."""
         return None if self.floor is None else self.floor / self.seconds
+
+
+def watched(race: Race, name: str) -> list[Watched]:
+    """Return the samples of a contender in a race that was watched."""
+    return [one for one in race.samples(name) if isinstance(one, Watched)]
 
 
 class Watch:

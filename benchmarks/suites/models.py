@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_osd.bench.command import BenchCommand
 from hf_osd.bench.session import Steps
 from hf_osd.config import check_fields, choice, integer, number, optional
 from hf_osd.errors import ConfigError
 from hf_osd.evaluation.models import EMBEDDED_PAIR, Pair, describe, load_pair, resolve_device, resolve_dtype
-from hf_osd.evaluation.options import NAME, NAMES, OPTIONS, SECONDS, SEEDS
+from hf_osd.evaluation.options import NAME, NAMES, SECONDS, SEEDS
 
 from .architecture import llama_config, random_model, read_shape
 from .scripted import Script
@@ -23,8 +24,6 @@ _SHAPES = {"trained": ("2048x16", "1024x3"), "scripted": ("4096x32", "2048x4")}
 _SCRIPTED_VOCABULARY = 128_256  # Llama 3's
 _RULES = {
     "models": choice(*get_args(Kind)),
-    "target": NAME,
-    "assistant": NAME,
     "target_shape": NAME,
     "draft_shape": NAME,
     "vocabulary": optional(integer(8, 2**24)),
@@ -32,42 +31,22 @@ _RULES = {
     "train_prompts": NAMES,
     "draft_train_prompts": NAMES,
     "train_seconds": SECONDS,
-    "device": OPTIONS["device"],
-    "dtype": OPTIONS["dtype"],
-    "seed": OPTIONS["seed"],
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(BenchCommand):
     """
-    Which models to measure.
+    Which models to measure; the help of `python -m benchmarks.suites` explains each option.
 
-    Args:
-        models (`str`, defaults to `"given"`): `"given"`: `target` and `assistant`, or the embedded pair. `"trained"`:
-            a pair trained by the benchmark itself. `"scripted"`: random weights, and a draft whose forward is paid but
-            whose proposals are accepted at `acceptance`.
-        target, assistant (`str`, *optional*): Hub ids or folders, for `"given"`.
-        target_shape, draft_shape (`str`, *optional*): Hidden size and layers, for the other two. Default to 0.9B and
-            50M parameters for `"trained"`, 8.0B and 0.5B for `"scripted"`.
-        vocabulary (`int`, *optional*): Tokens of the scripted pair; 128,256 by default.
-        acceptance (`float`, defaults to 0.8): How likely a scripted proposal is the target's own token.
-        train_prompts (`Sequence[str]`, *optional*): `.jsonl` files of prompts and responses that `"trained"` learns;
-            documented functions of the standard library by default.
-        draft_train_prompts (`Sequence[str]`, *optional*): The same for the draft, so that it may know less; what the
-            target learns by default.
-        train_seconds (`float`, defaults to 180): Time of training both.
-        device, dtype (`str`, defaults to `"auto"`): As `hf-osd demo` takes them; trained and scripted pairs are bf16
-            on a GPU and float32 on a CPU.
-        seed (`int`, defaults to 0): Seed of weights, of the order of training and of the script.
+    Trained and scripted pairs are bf16 on a GPU and float32 on a CPU where `dtype` is `"auto"`. `seed` is that of
+    weights, of the order of training and of the script too.
 
     Raises:
         ConfigError: A value is out of its range or contradicts another one.
     """
 
     models: Kind = "given"
-    target: str | None = None
-    assistant: str | None = None
     target_shape: str | None = None
     draft_shape: str | None = None
     vocabulary: int | None = None
@@ -75,11 +54,9 @@ class ModelOptions:
     train_prompts: Sequence[str] = ()
     draft_train_prompts: Sequence[str] = ()
     train_seconds: float = 180.0
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fields(self, _RULES)
         if self.models == "given":
             self._refuse("given", "target_shape", "draft_shape", "vocabulary", "train_prompts", "draft_train_prompts")

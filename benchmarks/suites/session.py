@@ -14,7 +14,7 @@ from hf_osd.evaluation.encoding import Inputs
 from hf_osd.evaluation.race import Race
 from hf_osd.evaluation.streams import Stream
 
-from .floor import Floor, Watch, Watched
+from .floor import Floor, Watch, Watched, watched
 from .scripted import Script
 
 
@@ -66,7 +66,7 @@ class Session(session.Session):
         race = self.race(contenders, requests, title, warm_up=warm_up, answer=watch)
         figures = report(race)
         for name, found in figures["contenders"].items():
-            found |= efficiency(race.samples(name))
+            found |= efficiency(watched(race, name))
         return race, figures
 
     def _prepare(self, request: Inputs) -> None:

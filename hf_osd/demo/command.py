@@ -92,12 +92,12 @@ class DemoCommand:
             pair = load_pair(target, assistant, self.device, self.dtype)
         requests = min(self.requests, len(prompts))
         console.print(self._headline(pair, requests), soft_wrap=True)
-        with quiet(), open_display(console, requests) as display:
+        with quiet(), open_display(console, requests) as on_round:
             race = run_demo(
                 pair,
                 prompts,
                 OnlineConfig.for_draft(pair.draft, **self._online),
-                display.on_round,
+                on_round,
                 requests=self.requests,
                 max_new_tokens=self.max_new_tokens,
                 sample=self.sample,

@@ -1,8 +1,8 @@
 """The run on the terminal: a live panel where there is one, plain lines where the output goes elsewhere."""
 
-from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,84 +19,43 @@ _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60  # characters of a sparkline
 
 
-class Display(AbstractContextManager["Display"], Protocol):
-    """An observer that is open for the length of a run."""
-
-    def on_round(self, race: Race) -> None:
-        """Show that `race` has one more round."""
-        ...
-
-
-def open_display(console: Console, requests: int) -> Display:
-    """Return the display that suits the console: live on a terminal, lines elsewhere."""
-    return LiveDisplay(console, requests) if console.is_terminal else LineDisplay(console, requests)
+@contextmanager
+def open_display(console: Console, requests: int) -> Iterator[Callable[[Race], None]]:
+    """Yield what shows that a race has one more round: a live panel on a terminal, lines elsewhere."""
+    if console.is_terminal:
+        with _live(console, requests) as on_round:
+            yield on_round
+    else:
+        yield partial(_print_line, console, requests)
 
 
-class LineDisplay:
-    """
-    One line every few requests.
-
-    Args:
-        console (`Console`): Where to print.
-        requests (`int`): Requests of the whole run.
-    """
-
-    def __init__(self, console: Console, requests: int) -> None:
-        self._console = console
-        self._requests = requests
-        self._every = max(1, requests // 10)
-
-    def on_round(self, race: Race) -> None:
-        """Print a line if it is time for one."""
-        done = len(race.rounds)
-        if done % self._every == 0 or done == self._requests:
-            self._console.print(f"{done}/{self._requests} requests | {_line(race)}", highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave nothing behind."""
+def _print_line(console: Console, requests: int, race: Race) -> None:
+    """Print a line every few requests."""
+    done = len(race.rounds)
+    if done % max(1, requests // 10) == 0 or done == requests:
+        console.print(f"{done}/{requests} requests | {_line(race)}", highlight=False, soft_wrap=True)
 
 
-class LiveDisplay:
-    """
-    A panel that is redrawn in place: progress, acceptance over time, and the speed of each contender.
+@contextmanager
+def _live(console: Console, requests: int) -> Iterator[Callable[[Race], None]]:
+    """Redraw a panel in place: progress, acceptance over time, and the speed of each contender."""
+    columns = (TextColumn("requests"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns)
+    task = progress.add_task("requests", total=requests)
+    with Live(_panel(progress, Race()), console=console, refresh_per_second=4) as live:
 
-    Args:
-        console (`Console`): A terminal.
-        requests (`int`): Requests of the whole run.
-    """
+        def on_round(race: Race) -> None:
+            progress.update(task, completed=len(race.rounds))
+            live.update(_panel(progress, race))
 
-    def __init__(self, console: Console, requests: int) -> None:
-        self._progress = Progress(
-            TextColumn("requests"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn()
-        )
-        self._task = self._progress.add_task("requests", total=requests)
-        self._live = Live(self._draw(Race()), console=console, refresh_per_second=4)
+        yield on_round
 
-    def on_round(self, race: Race) -> None:
-        """Redraw."""
-        self._progress.update(self._task, completed=len(race.rounds))
-        self._live.update(self._draw(race))
 
-    def __enter__(self) -> Self:
-        self._live.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the last state on the screen."""
-        self._live.__exit__(kind, value, trace)
-
-    def _draw(self, race: Race) -> RenderableType:
-        if not race.rounds:
-            return Panel(Group(self._progress, Text("warming up ...", style="dim")), title="hf_osd demo")
-        parts = [self._progress, _acceptance_lines(race), _speed_table(race), Text(_footer(race), style="dim")]
-        return Panel(Group(*parts), title="hf_osd demo")
+def _panel(progress: Progress, race: Race) -> RenderableType:
+    if not race.rounds:
+        return Panel(Group(progress, Text("warming up ...", style="dim")), title="hf_osd demo")
+    parts = (progress, _acceptance_lines(race), _speed_table(race), Text(_footer(race), style="dim"))
+    return Panel(Group(*parts), title="hf_osd demo")
 
 
 def _line(race: Race) -> str:
