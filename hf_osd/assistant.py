@@ -20,13 +20,12 @@ from ._compat import execution_device, is_offloaded
 from .config import OnlineConfig
 from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers, made_draft
 from .drafts.features import FeatureDraft
+from .drafts.sharing import shared_with
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
 from .learning.history import Journal
 from .learning.online import OnlineLearner
 from .learning.resuming import STATE_FOLDER
-from .learning.sharing import shared_with
-from .learning.storage.files import write_file
 from .records import Observation
 from .reporting import write_report
 from .saving import load_config, load_tokenizer, saved_config
@@ -37,6 +36,7 @@ from .serving.states import TargetStates
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
+from .storage.files import write_file
 
 logger = logging.get_logger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from hf_osd.learning.storage import Snapshot, StateDirectory
-from hf_osd.learning.storage.shards import list_shards
 from hf_osd.records import Observation
+from hf_osd.storage import Snapshot, StateDirectory
+from hf_osd.storage.shards import list_shards
 
 FIELDS = tuple(field.name for field in fields(Observation) if field.name != "states")  # which stay in memory
 NEVER = 3600.0  # seconds until a flush that no test waits for
@@ -136,7 +136,7 @@ class Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
-        logging.getLogger("hf_osd.learning.storage").addHandler(self)
+        logging.getLogger("hf_osd.storage").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_osd
 from hf_osd import ClosedError, LearningError, OnlineAssistant, OnlineConfig, StateError
-from hf_osd.learning.storage import read_state
+from hf_osd.storage import read_state
 
 TARGET = tiny_model("llama", dtype=torch.float32)
 # Measured lengths would depend on how busy the machine is, and these models are too fast to be speculated on.

@@ -32,6 +32,7 @@ LAYERS = {
     "learning": 5,
     "stats": 5,
     "drafts": 4,
+    "storage": 4,  # of records, whatever they are for
     "records": 3,
     "config": 2,
     "_compat": 1,

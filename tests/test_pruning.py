@@ -14,9 +14,9 @@ from hf_osd.drafts import width as width_module
 from hf_osd.drafts.depth import Depth, choose_layers
 from hf_osd.drafts.likeness import likeness
 from hf_osd.drafts.pruning import borrow, prune
+from hf_osd.drafts.sharing import shared_with
 from hf_osd.drafts.states import layers_of
 from hf_osd.errors import InputError, MissingDependencyError, UnsupportedModelError
-from hf_osd.learning.sharing import shared_with
 
 KINDS = ("llama", "qwen3", "gpt2", "gemma3")
 WITH_WIDTH = KINDS  # their configurations say how wide they are

@@ -16,7 +16,7 @@ from hf_osd.config import OnlineConfig
 from hf_osd.errors import LearningError
 from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.resuming import snapshot_of
-from hf_osd.learning.storage import Snapshot, read_state, write_state
+from hf_osd.storage import Snapshot, read_state, write_state
 
 
 def same_snapshots(one: Snapshot | None, other: Snapshot | None) -> bool:

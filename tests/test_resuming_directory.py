@@ -17,8 +17,8 @@ from traffic import llama, request
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ClosedError, LearningError, StateError
 from hf_osd.learning.online import OnlineLearner
-from hf_osd.learning.storage import Snapshot, read_state
 from hf_osd.records import Observation
+from hf_osd.storage import Snapshot, read_state
 
 # A state directory.
 
@@ -270,7 +270,7 @@ def test_closing_while_a_flush_is_in_progress(tmp_path: Path, monkeypatch: pytes
 
 def test_a_close_in_the_training_thread_keeps_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a deadlock where the owner is dropped, and so closed, by the thread that trains for it."""
-    monkeypatch.setattr("hf_osd.learning.storage.directory._PATIENCE", 60.0)
+    monkeypatch.setattr("hf_osd.storage.directory._PATIENCE", 60.0)
     live, learner = made(state_dir=tmp_path, background=True, update_every=4, gate=False)
     publish, closed = live.publish, threading.Event()
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from traffic import llama
 
+from hf_osd.drafts.sharing import shared_with
 from hf_osd.errors import ConfigError
-from hf_osd.learning.sharing import shared_with
 from hf_osd.learning.student import Student
 
 

@@ -12,9 +12,9 @@ from traffic import llama
 from transformers import LlamaForCausalLM
 from wired import learner_of, requests
 
+from hf_osd.drafts.sharing import shared_with
 from hf_osd.errors import LearningError
 from hf_osd.learning.online import OnlineLearner
-from hf_osd.learning.sharing import shared_with
 from hf_osd.serving.weights import LiveWeights
 
 

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import FIELDS, NEVER, Learner, count_of, nothing, numbers, observation, replay_of, snapshot
 
-from hf_osd.learning.storage import Snapshot, StateDirectory, read_state, write_state
-from hf_osd.learning.storage.replay_log import ReplayLog
-from hf_osd.learning.storage.rows import from_table, to_row, to_table
-from hf_osd.learning.storage.shards import list_shards, read_observations
 from hf_osd.records import Observation
+from hf_osd.storage import Snapshot, StateDirectory, read_state, write_state
+from hf_osd.storage.replay_log import ReplayLog
+from hf_osd.storage.rows import from_table, to_row, to_table
+from hf_osd.storage.shards import list_shards, read_observations
 
 
 @st.composite

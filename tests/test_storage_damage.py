@@ -19,8 +19,8 @@ from stored import (
 )
 
 from hf_osd.errors import StateError
-from hf_osd.learning.storage import StateDirectory, read_state, snapshots, write_state
-from hf_osd.learning.storage.shards import list_shards
+from hf_osd.storage import StateDirectory, read_state, snapshots, write_state
+from hf_osd.storage.shards import list_shards
 
 
 def test_a_deleted_directory_comes_back(copied: Callable[[], Path]) -> None:

@@ -14,12 +14,12 @@ import pytest
 from stored import NEVER, Learner, Warnings, count_of, nothing, numbers, observation, snapshot
 
 from hf_osd.errors import ConfigError, HfOsdError, StateError
-from hf_osd.learning.storage import StateDirectory, files, lock, read_state, snapshots, write_state
-from hf_osd.learning.storage import directory as directory_module
-from hf_osd.learning.storage.replay_log import ReplayLog
-from hf_osd.learning.storage.rows import to_row
-from hf_osd.learning.storage.shards import list_shards, read_observations
-from hf_osd.learning.storage.store import Store
+from hf_osd.storage import StateDirectory, files, lock, read_state, snapshots, write_state
+from hf_osd.storage import directory as directory_module
+from hf_osd.storage.replay_log import ReplayLog
+from hf_osd.storage.rows import to_row
+from hf_osd.storage.shards import list_shards, read_observations
+from hf_osd.storage.store import Store
 
 SYSTEM_CALLS = ("open", "write", "fsync", "mkdir", "replace", "rename", "unlink", "rmdir", "chmod", "fdopen")
 
@@ -182,7 +182,7 @@ def test_the_system_refuses_to_write(tmp_path: Path) -> None:
 
     import torch
 
-    from hf_osd.learning.storage import Snapshot
+    from hf_osd.storage import Snapshot
 
     large = Snapshot({"weights": {"w": torch.zeros(100_000)}}, {"count": 1})
     made = [large]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from stored import NEVER, Learner, count_of, nothing, numbers, observation
 
-from hf_osd.learning.storage import Snapshot, StateDirectory, files, snapshots
+from hf_osd.storage import Snapshot, StateDirectory, files, snapshots
 
 
 class Large(Learner):

@@ -23,8 +23,8 @@ import torch
 from stored import Warnings, numbers, observation
 
 from hf_osd.errors import StateError
-from hf_osd.learning.storage import Snapshot, StateDirectory, files, read_state
-from hf_osd.learning.storage.shards import list_shards
+from hf_osd.storage import Snapshot, StateDirectory, files, read_state
+from hf_osd.storage.shards import list_shards
 
 KILLS, LIVES = 120, 20  # kills in all, and in one directory
 BOUND = 60_000  # bytes of observations, in every second directory

@@ -15,10 +15,10 @@ import pytest
 from stored import NEVER, Learner, Warnings, count_of, nothing, numbers, observation, snapshot
 
 from hf_osd.errors import StateError
-from hf_osd.learning.storage import StateDirectory, read_state, write_state
-from hf_osd.learning.storage.files import TEMPORARY, write_file
-from hf_osd.learning.storage.lock import DirectoryLock
-from hf_osd.learning.storage.store import Store
+from hf_osd.storage import StateDirectory, read_state, write_state
+from hf_osd.storage.files import TEMPORARY, write_file
+from hf_osd.storage.lock import DirectoryLock
+from hf_osd.storage.store import Store
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="links and pipes of POSIX")
 

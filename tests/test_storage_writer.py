@@ -12,10 +12,10 @@ import pytest
 from stored import NEVER, Learner, count_of, nothing, numbers, observation, replay_of, snapshot
 
 from hf_osd.errors import ClosedError, ConfigError, StateError
-from hf_osd.learning.storage import Snapshot, StateDirectory, read_state, write_state
-from hf_osd.learning.storage import directory as directory_module
-from hf_osd.learning.storage.rows import to_row
 from hf_osd.records import Observation
+from hf_osd.storage import Snapshot, StateDirectory, read_state, write_state
+from hf_osd.storage import directory as directory_module
+from hf_osd.storage.rows import to_row
 
 
 def test_the_thread_flushes(tmp_path: Path) -> None:

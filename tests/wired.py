@@ -7,8 +7,8 @@ from traffic import recorded
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
+from hf_osd.drafts.sharing import shared_with
 from hf_osd.learning.online import OnlineLearner
-from hf_osd.learning.sharing import shared_with
 from hf_osd.records import Observation
 from hf_osd.serving.weights import LiveWeights
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..drafts.identity import sample
 from ..drafts.machine import digest
 from ..errors import InputError
 from ..evaluation.encoding import end_tokens
-from ..learning.identity import sample
 from ..learning.reading import longest_request
 from .requests import Request, encode_texts
 from .texts import Text, in_turn, load_texts

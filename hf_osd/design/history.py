@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..learning.storage.files import write_file
+from ..storage.files import write_file
 from .judging import Quality
 from .recipe import Recipe
 

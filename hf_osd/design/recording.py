@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..drafts.identity import sample
 from ..drafts.machine import digest
-from ..learning.identity import sample
 from ..records import Observation
 from .reading import read_texts
 from .requests import Request

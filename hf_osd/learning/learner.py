@@ -17,13 +17,13 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
+from ..drafts.identity import sample
 from ..errors import LearningError
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
 from .features import solve_again
 from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
-from .identity import sample
 from .pace import Pace
 from .reading import teaches
 from .replay import ReplayBuffer

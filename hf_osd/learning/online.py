@@ -12,16 +12,16 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
+from ..drafts.sharing import has_own_weights
 from ..errors import ClosedError, LearningError
 from ..records import Observation
+from ..storage import Snapshot, StateDirectory
 from . import resuming
 from .features import check_settings
 from .history import Counters, Journal
 from .learner import Learner, Publish
 from .reading import usable
 from .scoring import Weights
-from .sharing import has_own_weights
-from .storage import Snapshot, StateDirectory
 from .throttle import Throttle
 from .worker import Worker, import_trainer
 
@@ -55,7 +55,7 @@ class OnlineLearner:
             The live target, which `config.full_teacher` and `config.lmbda` run.
         frozen (`Collection[str]`, *optional*):
             Parameters of the draft that are never trained and never published: those that it shares with the target,
-            of [`~hf_osd.learning.sharing.shared_with`].
+            of [`~hf_osd.drafts.sharing.shared_with`].
         vocab_size (`int`, *optional*):
             Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
 

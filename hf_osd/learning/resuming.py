@@ -13,12 +13,12 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
+from ..drafts.identity import INITIAL, LIVE, Sample, difference, identity_groups, sample
 from ..errors import LearningError, StateError
 from ..records import Observation
+from ..storage import Snapshot, StateDirectory, read_groups, read_state, write_state
 from .history import Counters
-from .identity import INITIAL, LIVE, Sample, difference, identity_groups, sample
 from .reading import teaches
-from .storage import Snapshot, StateDirectory, read_groups, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .._compat import attention_implementation
+from ..drafts.sharing import copy_beside, in_float32, modules_of
 from ..errors import ConfigError, LearningError, MissingDependencyError
-from .sharing import copy_beside, in_float32, modules_of
 
 # What peft raises where an adapter cannot be made, or cannot be merged.
 _REFUSALS = (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -51,7 +51,7 @@ class Student:
         seed (`int`, defaults to 0):
             Seed of the adapter's weights. The global random state is left as it was.
         frozen (`Collection[str]`, *optional*):
-            Parameters of the draft that are not to be trained; see [`~hf_osd.learning.sharing.shared_with`].
+            Parameters of the draft that are not to be trained; see [`~hf_osd.drafts.sharing.shared_with`].
 
     Attributes:
         model (`torch.nn.Module`): What the trainer trains.

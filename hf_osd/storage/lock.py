@@ -12,7 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 
-from ...errors import StateError
+from ..errors import StateError
 from .places import LOCK, check_lock
 
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from ...errors import StateError
-from ...records import Observation
+from ..errors import StateError
+from ..records import Observation
 from .files import clean, make_private
 from .lock import DirectoryLock
 from .places import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ...records import Observation
+from ..records import Observation
 from .files import DamagedError, clean, make_private
 from .rows import Row, to_table
 from .shards import Shard, list_shards, measure, newest_row, read_observations, read_shard, write_shard

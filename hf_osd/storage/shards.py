@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ...records import Observation
+from ..records import Observation
 from .files import DamagedError, write_file
 from .rows import SCHEMA, from_table
 

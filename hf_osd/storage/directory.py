@@ -9,8 +9,8 @@ from collections.abc import Callable
 from inspect import ismethod
 from pathlib import Path
 
-from ...errors import ClosedError, ConfigError, StateError
-from ...records import Observation
+from ..errors import ClosedError, ConfigError, StateError
+from ..records import Observation
 from .rows import Row, to_row
 from .snapshots import Snapshot
 from .store import Store

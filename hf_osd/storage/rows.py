@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ...records import Observation
+from ..records import Observation
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

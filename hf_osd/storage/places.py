@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ...errors import StateError
+from ..errors import StateError
 from .files import TEMPORARY, make_private
 from .shards import NAME as SHARD_NAME
 from .snapshots import NAME as SNAPSHOT_NAME

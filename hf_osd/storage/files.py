@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import StateError
+from ..errors import StateError
 
 TEMPORARY = ".hf_osd-tmp-"  # begins the name of everything that is not finished
 _SEAL = "sha256"

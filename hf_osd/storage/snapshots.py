@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...errors import StateError
+from ..errors import StateError
 from .files import (
     TEMPORARY,
     DamagedError,
