@@ -15,11 +15,11 @@ from hf_osd.design.judging import LONGEST_CHAIN, Quality, judge
 from hf_osd.design.recipe import Recipe
 from hf_osd.design.recording import record
 from hf_osd.design.requests import Request
-from hf_osd.design.training import OfflineCallback, OfflineTrainer
+from hf_osd.design.training import HalvesReader, OfflineCallback, OfflineTrainer
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import ConfigError
+from hf_osd.learning.features import FeatureReader
 from hf_osd.learning.student import Student
-from hf_osd.learning.trainer import OnlineGKDTrainer
 
 RECIPE = Recipe(steps=45, matrix_rate=0.06, vector_rate=0.02, warmup_steps=5, batch_tokens=200, evaluations=3)
 
@@ -111,12 +111,13 @@ def test_loss_of_halves_is_that_of_the_whole(world, tmp_path, monkeypatch):
     for name, halves in (("all", [(torch.arange(6), 1)]), ("cut", [(torch.arange(4), 1), (torch.arange(4, 6), 1)])):
         trainer = trainer_of(Student(cold(target)), learned, tmp_path)
         inputs = trainer.data_collator([learned[text] for text in batch])
-        expected = OnlineGKDTrainer.compute_loss(trainer, trainer.model, inputs)
-        monkeypatch.setattr(trainer, "_halves", lambda rows, halves=halves: halves)
+        monkeypatch.setattr(HalvesReader, "groups", FeatureReader.groups)
+        expected = trainer.compute_loss(trainer.model, inputs)
+        monkeypatch.setattr(HalvesReader, "groups", lambda self, rows, halves=halves: halves)
         found[name] = trainer.compute_loss(trainer.model, inputs)
         torch.testing.assert_close(found[name], expected)
     monkeypatch.undo()
-    rows, steps = zip(*trainer._halves(7), strict=True)
+    rows, steps = zip(*trainer._reader.groups(7), strict=True)
     assert sorted(torch.cat(rows).tolist()) == list(range(7))
     assert [len(some) for some in rows] == [4, 3]
     assert steps == (0, 1)

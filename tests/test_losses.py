@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hf_osd.learning.losses import (
     generalized_jsd,
     overlap,
-    sparse_divergence,
+    sparse_loss,
     student_outcomes,
     teacher_outcomes,
     token_loss,
@@ -59,7 +59,7 @@ def test_divergence_equals_its_definition(beta: float, k: int) -> None:
     """Catches a swapped direction of the KL, a beta on the wrong side, and a tail that is left out."""
     student, teacher = pair(k)
     ids, log_probs, tail = teacher_of(teacher, k)
-    got = sparse_divergence(student, ids, log_probs, tail, beta)
+    got = sparse_loss(student, ids, log_probs, tail, beta=beta)
     p, q = merged(teacher, ids), merged(student, ids)
     want = [reference(a, b, beta) for a, b in zip(p, q, strict=True)]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-12)
@@ -74,7 +74,7 @@ def test_whole_vocabulary_equals_trl(beta: float) -> None:
     student, teacher = pair(0)
     ids, log_probs, tail = teacher_of(teacher, 17)
     dense = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, reduction="none").sum(-1)[0]
-    torch.testing.assert_close(sparse_divergence(student, ids, log_probs, tail, beta), dense, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sparse_loss(student, ids, log_probs, tail, beta=beta), dense, rtol=1e-9, atol=1e-12)
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 16), beta=st.sampled_from(BETAS), scale=st.floats(0.01, 8.0))
@@ -82,7 +82,7 @@ def test_whole_vocabulary_equals_trl(beta: float) -> None:
 def test_divergence_is_a_lower_bound(seed: int, k: int, beta: float, scale: float) -> None:
     """Catches anything that breaks the data-processing inequality: merging outcomes never raises a divergence."""
     student, teacher = (logits * scale for logits in pair(seed))
-    sparse = sparse_divergence(student, *teacher_of(teacher, k), beta)
+    sparse = sparse_loss(student, *teacher_of(teacher, k), beta=beta)
     dense = generalized_jsd(teacher.log_softmax(-1), student.log_softmax(-1), beta)
     assert (sparse >= -1e-9).all()
     # Tails are floored at 1e-8, which can only matter that much.
@@ -109,7 +109,7 @@ def test_gradients(beta: float, k: int) -> None:
     student, teacher = pair(3, n=2, vocab=6)
     sparse = teacher_of(teacher, k)
     student.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda logits: sparse_divergence(logits, *sparse, beta), (student,))
+    assert torch.autograd.gradcheck(lambda logits: sparse_loss(logits, *sparse, beta=beta), (student,))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -126,7 +126,7 @@ def test_extremes_stay_finite(beta: float, case: str) -> None:
     log_probs = teacher.log_softmax(-1)
     tail = log_probs[:, k:].exp().sum(-1)
     student.requires_grad_(True)
-    loss = sparse_divergence(student, ids, log_probs[:, :k], tail, beta).sum()
+    loss = sparse_loss(student, ids, log_probs[:, :k], tail, beta=beta).sum()
     loss.backward()
     assert math.isfinite(loss.item())
     assert student.grad is not None
@@ -137,7 +137,7 @@ def test_tokens_that_the_student_does_not_have() -> None:
     """Catches an index error, or lost mass, where the target's vocabulary is larger than the draft's."""
     student, teacher = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
     ids, log_probs, tail = teacher_of(teacher, 7)
-    got = sparse_divergence(student, ids, log_probs, tail)
+    got = sparse_loss(student, ids, log_probs, tail)
     for row in range(3):
         known = [i for i in ids[row].tolist() if i < 6]
         p = [teacher[row].softmax(-1)[i].item() for i in known]

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ConfigError
-from hf_osd.learning.losses import sparse_divergence
+from hf_osd.learning.losses import sparse_loss
 from hf_osd.learning.pacing import UpdateCallback
 from hf_osd.learning.reading import ObservationCollator
 from hf_osd.learning.trainer import OnlineGKDTrainer, training_arguments
@@ -97,7 +97,7 @@ def loss_one_by_one(draft: PreTrainedModel, observations: list[Observation], pos
     for o in observations:
         with torch.no_grad():
             logits = draft(torch.cat((o.prompt_ids, o.output_ids))[None]).logits[0, len(o.prompt_ids) - 1 : -1]
-        each = sparse_divergence(logits, o.teacher_ids, o.teacher_log_probs, o.teacher_tail)
+        each = sparse_loss(logits, o.teacher_ids, o.teacher_log_probs, o.teacher_tail)
         values.append(each[o.rejected] if positions == "rejected" else each)
     return torch.cat(values).mean().item()
 

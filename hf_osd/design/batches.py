@@ -33,16 +33,28 @@ class Batches:
         order = chance.sample(range(len(self._lengths)), len(self._lengths))
         pool = max(1, _POOL * self._tokens * len(order) // sum(self._lengths))
         pools = (order[start : start + pool] for start in range(0, len(order), pool))
-        batches = [batch for some in pools for batch in self._cut(sorted(some, key=lambda text: self._lengths[text]))]
+        batches = [batch for some in pools for batch in together(some, self._lengths, self._tokens)]
         chance.shuffle(batches)
         return batches
 
-    def _cut(self, ordered: Sequence[int]) -> Iterator[list[int]]:
-        """Cut texts in ascending order of their length into batches."""
-        batch: list[int] = []
-        for text in ordered:
-            if batch and (len(batch) + 1) * self._lengths[text] > self._tokens:
-                yield batch
-                batch = []
-            batch.append(text)
+
+def together(texts: Sequence[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """
+    Cut texts into batches of similar length.
+
+    Args:
+        texts (`Sequence[int]`): Numbers of texts.
+        lengths (`Sequence[int]`): Tokens of each text, by its number.
+        tokens (`int`): Tokens of a batch with its padding, at most, unless a single text has more.
+
+    Returns:
+        `Iterator[list[int]]`: The numbers of each batch's texts, shorter texts first.
+    """
+    batch: list[int] = []
+    for text in sorted(texts, key=lambda number: lengths[number]):
+        if batch and (len(batch) + 1) * lengths[text] > tokens:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
         yield batch

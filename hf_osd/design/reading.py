@@ -1,6 +1,6 @@
 """Records texts: the target's distribution at every position and its states, in one pass over each text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..drafts.states import StateTap
 from ..records import Observation, sparse_teacher
+from .batches import together
 
 _LOGITS_BYTES = 2**28  # bytes of the logits of one pass, at most (256 MiB)
 _LONGEST_PASS = 4096  # tokens of one pass, at most; more are no faster
@@ -36,7 +37,7 @@ def read_texts(
         `list[Observation]`: One of each text, as if nothing had been drafted: `draft_ids` is -1 throughout.
     """
     found: dict[int, Observation] = {}
-    for indices in _passes(texts, _tokens_at_once(target)):
+    for indices in together(range(len(texts)), [len(text) for text in texts], _tokens_at_once(target)):
         logits, states = _run(target, [texts[index] for index in indices], state_layers)
         for row, index in enumerate(indices):
             ids, kept = texts[index], None
@@ -50,19 +51,6 @@ def read_texts(
 def _tokens_at_once(target: PreTrainedModel) -> int:
     one: int = target.config.get_text_config(decoder=True).vocab_size * target.dtype.itemsize
     return min(_LONGEST_PASS, _LOGITS_BYTES // one)
-
-
-def _passes(texts: Sequence[torch.Tensor], tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of texts that are read together: as many as have so many tokens when padded, at least one."""
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    together: list[int] = []
-    for index in order:
-        if together and (len(together) + 1) * len(texts[index]) > tokens:
-            yield together
-            together = []
-        together.append(index)
-    if together:
-        yield together
 
 
 def _run(

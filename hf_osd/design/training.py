@@ -1,18 +1,18 @@
 """The offline trainer: TRL's, on recorded texts, for a number of minutes, evaluated and saved on the way."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import OnlineConfig
-from ..learning.features import OWN_STEPS, STEP_WEIGHT
+from ..learning.features import OWN_STEPS, FeatureReader, reader_of
 from ..learning.trainer import OnlineGKDTrainer
 from ..records import Observation
 from .averaging import Average
@@ -25,7 +25,6 @@ from .shards import Recording
 
 _NEVER = 2**31 - 1
 _LONGEST_TEXT = 2**24
-_SHARED = ("vocabulary", "positions")  # entries of a batch that all rows share
 
 
 class Undisturbed:
@@ -110,12 +109,30 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
+@dataclass(frozen=True, slots=True)
+class HalvesReader(FeatureReader):
+    """
+    Drafts a second token behind each position, from the draft's own states, for a random half of each batch only.
+
+    It costs as much as another pass, and another text teaches more.
+
+    Attributes:
+        chance (`Callable[[], torch.Generator]`): Returns what draws the halves of a batch.
+    """
+
+    chance: Callable[[], torch.Generator] = torch.Generator
+
+    def groups(self, rows: int) -> list[tuple[Any, int]]:
+        """See [`~hf_osd.learning.features.FeatureReader.groups`]."""
+        if rows == 1:
+            return [(slice(1), OWN_STEPS)]
+        order = torch.randperm(rows, generator=self.chance())
+        return [(order[rows // 2 :], 0), (order[: rows // 2], OWN_STEPS)]
+
+
 class OfflineTrainer(OnlineGKDTrainer):
     """
     [`~hf_osd.learning.trainer.OnlineGKDTrainer`] on recorded texts.
-
-    Only for a random half of each batch a second token is drafted, from the draft's own states. It costs as much as
-    another pass, and another text teaches more.
 
     Args:
         model (`PreTrainedModel`): Training copy of the draft, float32.
@@ -149,7 +166,9 @@ class OfflineTrainer(OnlineGKDTrainer):
                 "save_total_limit": 1,
             },
         )
-        super().__init__(model, self._draw, config, callback, bf16=bf16)  # type: ignore[arg-type]
+        plain: Any = reader_of(model)
+        reader = HalvesReader(plain.parameters, plain.known, None, plain.draft, self._chance)
+        super().__init__(model, self._draw, config, callback, bf16=bf16, reader=reader)  # type: ignore[arg-type]
         self.args.max_steps = _NEVER  # the callback says when it is over
 
     def _draw(self, _: int) -> list[Observation]:
@@ -157,33 +176,8 @@ class OfflineTrainer(OnlineGKDTrainer):
         number = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         return [self._recording[text] for text in self._batches[number]]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """See [`~hf_osd.learning.trainer.OnlineGKDTrainer.compute_loss`]."""
-        if "states" not in inputs or return_outputs or len(inputs["input_ids"]) < 2:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        divergences: list[list[torch.Tensor]] = [[] for _ in range(OWN_STEPS + 1)]
-        for rows, own_steps in self._halves(len(inputs["input_ids"])):
-            part = {name: inputs[name] if name in _SHARED else inputs[name][rows] for name in inputs}
-            logits = model(**self._reader.options(part), own_steps=own_steps).logits
-            for step, scores in enumerate(logits if own_steps else logits[None]):
-                divergences[step].append(self._divergence(scores[part["learn_mask"]].float(), part))
-        weights = [STEP_WEIGHT**step for step in range(OWN_STEPS + 1)]
-        means = [torch.cat(found).sum() / max(sum(map(len, found)), 1) for found in divergences]
-        loss = torch.stack(means) @ torch.tensor(weights, device=self.args.device) / sum(weights)
-        self._loss_sum += loss.detach()
-        return loss
-
-    def _halves(self, rows: int) -> list[tuple[torch.Tensor, int]]:
-        """Split the rows: those drafted for once, and those that go on from the draft's own states."""
-        chance = torch.Generator().manual_seed(hash((self._recipe.seed, self.state.global_step)))
-        order = torch.randperm(rows, generator=chance)
-        return [(order[rows // 2 :], 0), (order[: rows // 2], OWN_STEPS)]
+    def _chance(self) -> torch.Generator:
+        return torch.Generator().manual_seed(hash((self._recipe.seed, self.state.global_step)))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimiser with the learning rates of the recipe."""

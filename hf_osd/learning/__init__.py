@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .losses import generalized_jsd, overlap, sparse_divergence
+from .losses import generalized_jsd, overlap, sparse_loss
 from .online import OnlineLearner
 from .replay import ReplayBuffer
 
 if TYPE_CHECKING:
     from .trainer import OnlineGKDTrainer
 
-__all__ = ["OnlineGKDTrainer", "OnlineLearner", "ReplayBuffer", "generalized_jsd", "overlap", "sparse_divergence"]
+__all__ = ["OnlineGKDTrainer", "OnlineLearner", "ReplayBuffer", "generalized_jsd", "overlap", "sparse_loss"]
 
 
 def __getattr__(name: str) -> Any:

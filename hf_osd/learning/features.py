@@ -13,7 +13,7 @@ from ..drafts.starting import ONLINE_POSITIONS, is_due, solve
 from ..drafts.states import StateTap
 from ..errors import ConfigError, LearningError
 from ..records import Observation
-from .reading import ObservationCollator, Reader, base_model
+from .reading import Batch, ObservationCollator, Pass, Reader, base_model, positions_of, rows_of
 
 OWN_STEPS = 1
 """Tokens that the training copy drafts from its own states behind each position, besides the first."""
@@ -60,17 +60,28 @@ class FeatureReader(Reader):
         """See [`~hf_osd.learning.reading.Reader.collator`]."""
         return FeatureCollator(max_length, positions, self.draft)
 
-    def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def options(self, inputs: Batch) -> dict[str, Any]:
         """See [`~hf_osd.learning.reading.Reader.options`]."""
         more = {name: inputs[name] for name in ("states", "vocabulary") if name in inputs}
         return super(FeatureReader, self).options(inputs) | more
 
-    def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
-        """See [`~hf_osd.learning.reading.Reader.steps`]."""
-        count = OWN_STEPS if self.draft.state_layers else 0
-        logits = model(**self.options(inputs), own_steps=count).logits
-        weights = [STEP_WEIGHT**step for step in range(count + 1)]
-        return zip((weight / sum(weights) for weight in weights), logits if count else [logits], strict=True)
+    def groups(self, rows: int) -> list[tuple[Any, int]]:
+        """Return the rows of a batch with how many tokens they go on from the draft's own states, group by group."""
+        return [(slice(rows), OWN_STEPS)]
+
+    def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
+        """See [`~hf_osd.learning.reading.Reader.passes`]; each token drafted from own states is a pass."""
+        if not self.draft.state_layers:
+            yield from super(FeatureReader, self).passes(model, inputs)
+            return
+        groups = [(rows_of(inputs, rows), count) for rows, count in self.groups(len(inputs["learn_mask"]))]
+        steps = range(max(count for _, count in groups) + 1)
+        positions = [sum(positions_of(rows) for rows, count in groups if count >= step) for step in steps]
+        total = sum(STEP_WEIGHT**step for step in steps)
+        for rows, count in groups:
+            logits = model(**self.options(rows), own_steps=count).logits
+            for step, scores in enumerate(logits if count else logits[None]):
+                yield Pass(STEP_WEIGHT**step / total, positions[step], rows, scores)
 
 
 class FeatureCollator(ObservationCollator):
@@ -91,7 +102,7 @@ class FeatureCollator(ObservationCollator):
         super().__init__(max_length, positions)
         self._draft = draft
 
-    def __call__(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
+    def __call__(self, observations: list[Observation]) -> Batch:
         """Pad a batch; see the class."""
         batch = super().__call__(observations)
         batch["vocabulary"] = self._draft.vocabulary.tokens(batch["input_ids"].flatten().tolist())

@@ -134,31 +134,33 @@ def token_loss(teacher: torch.Tensor, student: torch.Tensor, loss: str, beta: fl
     raise ValueError(f"loss must be 'jsd', 'tv', 'lk' or 'lk_hybrid', got {loss!r}")
 
 
-def sparse_divergence(
+def sparse_loss(
     student_logits: torch.Tensor,
     teacher_ids: torch.Tensor,
     teacher_log_probs: torch.Tensor,
     teacher_tail: torch.Tensor,
+    loss: str = "jsd",
     beta: float = 0.0,
 ) -> torch.Tensor:
     """
-    Generalised Jensen-Shannon divergence between a sparse teacher and a student; see [`generalized_jsd`].
+    What a student pays at each position for not being a sparse teacher; see [`token_loss`].
 
     Args:
         student_logits (`torch.FloatTensor` of shape `(n, vocab)`): Logits of the student.
         teacher_ids (`torch.LongTensor` of shape `(n, k)`): Most likely tokens of the teacher.
         teacher_log_probs (`torch.FloatTensor` of shape `(n, k)`): Their log-probabilities.
         teacher_tail (`torch.FloatTensor` of shape `(n,)`): Probability of all other tokens together.
-        beta (`float`, defaults to 0.0): 0 is the forward KL, 1 the reverse KL.
+        loss (`str`, defaults to `"jsd"`): See [`token_loss`].
+        beta (`float`, defaults to 0.0): Of `"jsd"`: 0 is the forward KL, 1 the reverse KL.
 
     Returns:
-        `torch.FloatTensor` of shape `(n,)`: Divergences in nats; never more than those of the full distributions.
+        `torch.FloatTensor` of shape `(n,)`: Losses; divergences are never more than those of the full distributions.
 
     Raises:
-        ValueError: `beta` is outside [0, 1].
+        ValueError: `beta` is outside [0, 1], or there is no such loss.
     """
     teacher = teacher_outcomes(teacher_ids, teacher_log_probs, teacher_tail, student_logits.shape[-1])
-    return generalized_jsd(teacher, student_outcomes(student_logits, teacher_ids), beta)
+    return token_loss(teacher, student_outcomes(student_logits, teacher_ids), loss, beta)
 
 
 def overlap(

@@ -14,6 +14,11 @@ from torch import nn
 
 from ..records import Observation
 
+Batch = dict[str, Any]
+"""Tensors by name; see [`ObservationCollator`]."""
+
+_SHARED = ("positions", "vocabulary")  # of a batch, by all of its rows
+
 
 def usable(observation: Observation) -> Observation | None:
     """
@@ -71,7 +76,7 @@ class ObservationCollator:
         self.positions = positions
         self.known = known
 
-    def __call__(self, observations: list[Observation]) -> dict[str, torch.Tensor]:
+    def __call__(self, observations: list[Observation]) -> Batch:
         """Pad a batch; see the class."""
         inputs = [self._inputs(observation) for observation in observations]
         verified = [min(len(o.output_ids), len(ids)) for o, ids in zip(observations, inputs, strict=True)]
@@ -92,7 +97,7 @@ class ObservationCollator:
         return torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
 
     @staticmethod
-    def _pad_inputs(inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _pad_inputs(inputs: list[torch.Tensor]) -> Batch:
         shape = (len(inputs), max(len(ids) for ids in inputs))
         batch = {
             name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")
@@ -115,6 +120,34 @@ class ObservationCollator:
         # Requests recorded with a larger k fold what is cut off into the tail.
         batch["teacher_tail"][where] = observation.teacher_tail[-count:].float() + log_probs[:, k:].exp().sum(-1)
         batch["learn_mask"][where] = observation.rejected[-count:] if self.positions == "rejected" else True
+
+
+def positions_of(inputs: Batch) -> int:
+    """Return how many positions of a batch, or of the whole of which it is a part, are learned from."""
+    return int(inputs["positions"] if "positions" in inputs else inputs["learn_mask"].sum())
+
+
+def rows_of(batch: Batch, rows: Any) -> Batch:
+    """Return some rows of a batch, by a slice or their numbers; what all rows share stays whole."""
+    return {name: value if name in _SHARED else value[rows] for name, value in batch.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """
+    What a draft says of some rows of a batch.
+
+    Attributes:
+        weight (`float`): Weight in the loss of the mean over its positions.
+        positions (`int`): Positions of that mean, with those of other passes that have a part in it.
+        inputs (`dict[str, torch.Tensor]`): The rows.
+        logits (`torch.FloatTensor` of shape `(rows, verified, vocab)`): Where the recorded target said something.
+    """
+
+    weight: float
+    positions: int
+    inputs: Batch
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +182,7 @@ class Reader:
         """Cut logits of shape `(..., vocab)` to the tokens that the model may propose."""
         return logits[..., : self.proposed]
 
-    def options(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def options(self, inputs: Batch) -> dict[str, Any]:
         """
         Return the arguments of a forward pass over a batch.
 
@@ -170,21 +203,21 @@ class Reader:
         """Return what makes batches of requests for [`options`]; see [`ObservationCollator`]."""
         return ObservationCollator(max_length, positions, self.known)
 
-    def steps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[float, torch.Tensor]]:
+    def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
         """
         Run a draft over a batch, for training.
 
         Args:
             model (`torch.nn.Module`): The draft.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
+            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device; or a part of
+                one, with `positions`, the number of positions of all parts.
 
         Returns:
-            `Iterator[tuple[float, torch.FloatTensor]]`: Logits as those of [`logits`], with their weight in the loss;
-            several where a draft also learns to go on from its own states.
+            `Iterator[Pass]`: One, or several where a draft also learns to go on from its own states.
         """
-        return iter([(1.0, self.logits(model, inputs))])
+        yield Pass(1.0, positions_of(inputs), inputs, self.logits(model, inputs))
 
-    def logits(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         """
         Run a model over a batch.
 
@@ -232,7 +265,7 @@ class BatchParts:
         self._max_rows = max_rows
         self._rows = 1
 
-    def of(self, batch: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    def of(self, batch: Batch) -> Iterator[Batch]:
         """
         Cut a batch of `ObservationCollator`; rows with nothing to learn from may be left out.
 
@@ -245,10 +278,7 @@ class BatchParts:
         """
         start, end = 0, len(batch["learn_mask"])
         while start < end:
-            rows = {
-                name: tensor if name == "vocabulary" else tensor[start : start + self._rows]
-                for name, tensor in batch.items()
-            }
+            rows = rows_of(batch, slice(start, start + self._rows))
             start += self._rows
             if bool(rows["learn_mask"].any()):
                 yield _trimmed(rows)
@@ -261,7 +291,7 @@ class BatchParts:
             self._rows = min(2 * self._rows, self._max_rows)
 
 
-def _trimmed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _trimmed(rows: Batch) -> Batch:
     first_input = int(rows["attention_mask"].any(0).int().argmax())  # of (rows, time)
     first_learned = int(rows["learn_mask"].any(0).int().argmax())  # of (rows, verified)
     begins = {name: first_learned for name in rows if name.startswith(("teacher", "learn"))}

@@ -28,10 +28,10 @@ from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .features import reader_of
-from .losses import student_outcomes, teacher_outcomes, token_loss
+from .losses import sparse_loss, token_loss
 from .on_policy import OnPolicySource
 from .pacing import UpdateCallback, global_seed_untouched
-from .reading import BatchParts, Reader, longest_request
+from .reading import Batch, BatchParts, Reader, longest_request
 
 with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
     warnings.simplefilter("ignore")
@@ -179,6 +179,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             Whether to run the forward pass under bfloat16 autocast.
         vocab_size (`int`, *optional*):
             Tokens of the target, where the draft has more; it proposes no others.
+        reader ([`~hf_osd.learning.reading.Reader`], *optional*):
+            What reads the requests. Defaults to that of such a draft.
 
     Raises:
         ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
@@ -193,10 +195,11 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         target: PreTrainedModel | None = None,
         bf16: bool = False,
         vocab_size: int | None = None,
+        reader: Reader | None = None,
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
         length = longest_request(model, config.max_length)
-        self._reader = reader_of(model, vocab_size)  # TRL replaces `model.forward`
+        self._reader = reader or reader_of(model, vocab_size)  # TRL replaces `model.forward`
         with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer), _adapted_output_allowed(model):
             super().__init__(
                 model=model,
@@ -282,7 +285,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         positions = int(inputs["learn_mask"].sum())
         loss = torch.zeros((), device=self.args.device)
         for part in [inputs] if self._parts is None else self._parts.of(inputs):
-            part = {**part, "positions": positions}
+            if part is not inputs:
+                part["positions"] = positions
             loss += super(GKDTrainer, self).training_step(model, part, num_items_in_batch)  # type: ignore[no-untyped-call]
             seconds = self._session.give_way()
             if self._parts is not None:
@@ -294,7 +298,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, torch.Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
@@ -303,31 +307,27 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
         Args:
             model (`torch.nn.Module`): The student.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], or a part of one together with
-                `positions`, the number of positions of all parts.
-            return_outputs (`bool`, defaults to `False`): Whether to return the logits as well.
+            inputs (`dict[str, torch.Tensor]`): A batch, or a part of one; see
+                [`~hf_osd.learning.reading.Reader.passes`].
+            return_outputs (`bool`, defaults to `False`): Whether to return a tuple, with an empty `dict`.
             num_items_in_batch (`int`, *optional*): Not used: the mean is over the batch.
 
         Returns:
-            `torch.FloatTensor`: Scalar, in nats; with `return_outputs`, a tuple with the logits of shape
-            `(batch, verified, vocab)`.
+            `torch.FloatTensor`: Scalar, in nats.
         """
-        mask = inputs["learn_mask"]
-        loss, first = torch.zeros((), device=mask.device), None
-        for weight, logits in self._reader.steps(model, inputs):
-            divergence = self._divergence(logits[mask].float(), inputs)
-            loss = loss + weight * divergence.sum() / max(inputs.get("positions", divergence.numel()), 1)
-            first = logits if first is None else first
+        loss = torch.zeros((), device=inputs["learn_mask"].device)
+        for one in self._reader.passes(model, inputs):
+            divergence = self._divergence(one.logits[one.inputs["learn_mask"]].float(), one.inputs)
+            loss = loss + one.weight * divergence.sum() / max(one.positions, 1)
         self._loss_sum += loss.detach()
         self._session.give_way()  # before the backward pass
-        return (loss, {"logits": first}) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
-    def _divergence(self, student: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _divergence(self, student: torch.Tensor, inputs: Batch) -> torch.Tensor:
         mask = inputs["learn_mask"]
         if self.target is None:
             ids, log_probs, tail = (inputs[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
-            teacher = teacher_outcomes(ids, log_probs, tail, student.shape[-1])
-            return token_loss(teacher, student_outcomes(student, ids), self._loss, self.beta)
+            return sparse_loss(student, ids, log_probs, tail, self._loss, self.beta)
         dense = self._target_logits(inputs)[mask].to(student.device).float()
         # Padded vocabularies differ in size; the ids that both have are the real ones.
         shared = min(student.shape[-1], dense.shape[-1])
@@ -335,7 +335,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         return token_loss(teacher, student, self._loss, self.beta)
 
     @torch.no_grad()
-    def _target_logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _target_logits(self, inputs: Batch) -> torch.Tensor:
         assert self.target is not None
         device = self.target.device
         inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
