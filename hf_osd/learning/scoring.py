@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..drafts.adapters import carries_adapter, enable_adapter
 from ..records import Observation
 from .features import reader_of
 from .losses import overlap
 from .reading import longest_request
-from .student import carries_adapter, enable_adapter
 
 PROPOSAL_LENGTH = 5  # tokens of a proposal, in the measure of `Score.accepted`; the papers' k
 
