@@ -23,7 +23,7 @@ from .drafts.features import FeatureDraft
 from .drafts.sharing import shared_with
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
-from .learning.history import Journal
+from .journal import Journal
 from .learning.online import OnlineLearner
 from .learning.resuming import STATE_FOLDER
 from .records import Observation

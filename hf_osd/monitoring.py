@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from .errors import ConfigError, MissingDependencyError
-from .learning.history import Decision, Journal
+from .journal import Decision, Journal
 from .reporting import mean_acceptance
 
 if TYPE_CHECKING:

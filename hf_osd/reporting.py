@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 from transformers.utils import logging
 
 from .errors import InputError
-from .learning.history import Decision, Journal, JudgedRequest, UpdateRecord
+from .journal import Decision, Journal, JudgedRequest, UpdateRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,12 +27,13 @@ LAYERS = {
     "monitoring": 8,
     "assistant": 7,
     "saving": 6,
-    "reporting": 6,  # of what learning noted; the assistant offers it
+    "reporting": 6,  # of the journal; the assistant offers it
     "serving": 5,
     "learning": 5,
     "stats": 5,
     "drafts": 4,
     "storage": 4,  # of records, whatever they are for
+    "journal": 3,  # what learning tells reports
     "records": 3,
     "config": 2,
     "_compat": 1,

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import hf_osd
 from hf_osd import ConfigError, MissingDependencyError, OnlineAssistant, OnlineConfig, OnlineStats
-from hf_osd.learning import history as journal_module
-from hf_osd.learning.history import Decision, Drift, Journal, JudgedRequest, UpdateRecord
+from hf_osd import journal as journal_module
+from hf_osd.journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
 from hf_osd.monitoring import register, unregister
 
 

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from hf_osd import InputError, OnlineStats, reporting
-from hf_osd.learning.history import Decision, Drift, Journal, JudgedRequest, UpdateRecord
+from hf_osd.journal import Decision, Drift, Journal, JudgedRequest, UpdateRecord
 from hf_osd.reporting import moving_acceptance, to_json, write_report
 
 STATS = OnlineStats(requests=6, accepted_tokens=3, draft_tokens=4)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from traffic import recorded
 from transformers import PreTrainedModel
 
 from hf_osd.learning.reading import Reader
-from hf_osd.learning.scoring import PROPOSAL_LENGTH, Score, Scorer, acceptance, accepted_run
+from hf_osd.learning.scoring import PROPOSAL_LENGTH, Score, Scorer, acceptance, accepted_run, has_dropped
 from hf_osd.records import Observation
 
 KINDS = (*ARCHITECTURES, "bloom", "neo", "gpt1", "mistral", "gemma3")
@@ -315,3 +316,14 @@ def test_accepted_run_against_brute_force(rates: list[float], padding: int, leng
     found = accepted_run(row, length)
     assert found.shape == row.shape
     assert found[0, padding:].tolist() == pytest.approx(runs(rates, length), abs=1e-12)
+
+
+def test_a_drop_is_one_of_several_requests():
+    """Catches an alarm at one bad request, at noise, or never; 1,000 streams of noise give no false alarm here."""
+    usual = [0.5, 0.6, 0.55, 0.45] * 7
+    assert not has_dropped([*usual, 0.0])
+    assert not has_dropped([*usual, 0.4, 0.4, 0.4, 0.4])
+    assert has_dropped([*usual, 0.1, 0.15, 0.1, 0.1])
+    assert not has_dropped([0.9] * 7 + [0.1] * 4)  # too few to tell what is usual
+    draw = random.Random(0)
+    assert not any(has_dropped([draw.gauss(0.5, 0.15) for _ in range(32)]) for _ in range(1000))

@@ -19,15 +19,15 @@ from transformers.utils import logging
 from ..config import OnlineConfig
 from ..drafts.identity import sample
 from ..errors import LearningError
+from ..journal import Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
 from .features import solve_again
-from .history import DROP_REQUESTS, Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord, has_dropped
 from .pace import Pace
 from .reading import teaches
 from .replay import ReplayBuffer
-from .scoring import Score, Scorer, Weights, token_mean
+from .scoring import DROP_REQUESTS, Score, Scorer, Weights, has_dropped, token_mean
 from .selector import MEMORY, STATIC, Selector
 from .student import Student
 from .throttle import Throttle

@@ -14,11 +14,11 @@ from transformers.utils import logging
 from ..config import OnlineConfig
 from ..drafts.sharing import has_own_weights
 from ..errors import ClosedError, LearningError
+from ..journal import Counters, Journal
 from ..records import Observation
 from ..storage import Snapshot, StateDirectory
 from . import resuming
 from .features import check_settings
-from .history import Counters, Journal
 from .learner import Learner, Publish
 from .reading import usable
 from .scoring import Weights

@@ -15,9 +15,9 @@ from transformers.utils import logging
 from ..config import OnlineConfig
 from ..drafts.identity import INITIAL, LIVE, Sample, difference, identity_groups, sample
 from ..errors import LearningError, StateError
+from ..journal import Counters
 from ..records import Observation
 from ..storage import Snapshot, StateDirectory, read_groups, read_state, write_state
-from .history import Counters
 from .reading import teaches
 
 if TYPE_CHECKING:

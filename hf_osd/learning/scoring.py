@@ -7,6 +7,7 @@ Teacher-forced: the draft reads the recorded output and says what it would have 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from .features import reader_of
 from .losses import overlap
 from .reading import longest_request
 
+DROP_REQUESTS = 4  # latest requests whose acceptance is compared with that of those before
+DROP_ERRORS = 4.5  # standard errors by which it is lower where the traffic has changed
+LEAST_SPREAD = 0.1  # acceptance: standard deviation from request to request, at least
 PROPOSAL_LENGTH = 5  # tokens of a proposal, in the measure of `Score.accepted`; the papers' k
 
 Weights = Mapping[str, torch.Tensor]
@@ -118,6 +122,20 @@ def token_mean(rates: Iterable[tuple[float, int]]) -> float:
     """Return the mean over tokens of what is given by request, with its length; 0 without any."""
     pairs = list(rates)
     return sum(rate * positions for rate, positions in pairs) / max(sum(positions for _, positions in pairs), 1)
+
+
+def has_dropped(rates: Sequence[float]) -> bool:
+    """
+    Return whether the acceptance of the latest requests is so far below that of those before that traffic has changed.
+
+    Args:
+        rates (`Sequence[float]`): Acceptance of requests, oldest first, in [0, 1]; too few say nothing.
+    """
+    now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
+    if len(before) < 2 * DROP_REQUESTS:
+        return False
+    error = max(stdev(before), LEAST_SPREAD) / DROP_REQUESTS**0.5
+    return bool(fmean(before) - fmean(now) > DROP_ERRORS * error)
 
 
 def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

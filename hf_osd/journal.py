@@ -1,18 +1,13 @@
-"""What learning did, request by request and update by update; for reports. Bounded, in memory."""
+"""What learning tells reports: every scored request, update and change of the traffic. Bounded, in memory."""
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
 from typing import Any, Literal
 
 Decision = Literal["published", "held", "rolled back", "restored", "failed"]
 
 _ENTRIES = 10_000  # of each kind, at most; the oldest leave
-DROP_REQUESTS = 4  # latest requests whose acceptance is compared with that of those before
-DROP_ERRORS = 4.5  # standard errors by which it is lower where the traffic has changed
-LEAST_SPREAD = 0.1  # acceptance: standard deviation from request to request, at least
 _LATEST = 64  # scored requests that say what learning is worth now
 
 
@@ -149,17 +144,3 @@ class Journal:
         """Return everything, ready for JSON."""
         kinds: dict[str, list[Any]] = {"requests": self.requests, "updates": self.updates, "drifts": self.drifts}
         return {name: [asdict(entry) for entry in entries] for name, entries in kinds.items()}
-
-
-def has_dropped(rates: Sequence[float]) -> bool:
-    """
-    Return whether the acceptance of the latest requests is so far below that of those before that traffic has changed.
-
-    Args:
-        rates (`Sequence[float]`): Acceptance of requests, oldest first, in [0, 1]; too few say nothing.
-    """
-    now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
-    if len(before) < 2 * DROP_REQUESTS:
-        return False
-    error = max(stdev(before), LEAST_SPREAD) / DROP_REQUESTS**0.5
-    return bool(fmean(before) - fmean(now) > DROP_ERRORS * error)
