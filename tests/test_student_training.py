@@ -26,7 +26,7 @@ class Undisturbed:
 
 def learned(student: Student, arguments: dict[str, Any]) -> float:
     """Three steps with TRL's trainer on random requests; the mean loss."""
-    from hf_osd.learning.pacing import UpdateCallback
+    from hf_osd.learning.session import UpdateCallback
     from hf_osd.learning.trainer import OnlineGKDTrainer
 
     config = OnlineConfig(batch_size=4, training_arguments=arguments)

@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ConfigError
 from hf_osd.learning.losses import sparse_loss
-from hf_osd.learning.pacing import UpdateCallback
 from hf_osd.learning.reading import ObservationCollator
+from hf_osd.learning.session import UpdateCallback
 from hf_osd.learning.trainer import OnlineGKDTrainer, training_arguments
 from hf_osd.records import Observation
 

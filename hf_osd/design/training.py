@@ -28,7 +28,7 @@ _LONGEST_TEXT = 2**24
 
 
 class Undisturbed:
-    """A session that never pauses, since nothing is served; see [`~hf_osd.learning.pacing.UpdateSession`]."""
+    """A session that never pauses, since nothing is served; see [`~hf_osd.learning.session.Session`]."""
 
     def give_way(self) -> float:
         """Go on at once."""
@@ -75,7 +75,6 @@ class OfflineCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate and save when it is time, and stop at the end."""
-        self.trainer.take_positions()
         self._average.update()
         before, self.progress = self.progress, self._agreed(state.global_step)
         marks = self._recipe.evaluations

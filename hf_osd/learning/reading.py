@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..records import Observation
 
@@ -57,7 +58,7 @@ def _is_known(teacher_ids: torch.Tensor, known: int | None) -> torch.Tensor:
 
 class ObservationCollator:
     """
-    Pads requests to one batch, right-aligned, so that the positions to learn from are the last ones of every row.
+    Pads requests to one batch, on the left, so that the positions to learn from are the last ones of every row.
 
     Args:
         max_length (`int`): Tokens of a request, its end, that are kept.
@@ -72,54 +73,33 @@ class ObservationCollator:
     """
 
     def __init__(self, max_length: int, positions: str, known: int | None = None) -> None:
-        self.max_length = max_length
-        self.positions = positions
-        self.known = known
+        self.max_length, self.positions, self.known = max_length, positions, known
 
     def __call__(self, observations: list[Observation]) -> Batch:
         """Pad a batch; see the class."""
-        inputs = [self._inputs(observation) for observation in observations]
-        verified = [min(len(o.output_ids), len(ids)) for o, ids in zip(observations, inputs, strict=True)]
-        batch = self._pad_inputs(inputs)
-        size, width = len(observations), max(verified)
         k = min(observation.teacher_ids.shape[1] for observation in observations)
-        batch["teacher_ids"] = torch.zeros(size, width, k, dtype=torch.long)
-        batch["teacher_log_probs"] = torch.zeros(size, width, k)
-        batch["teacher_tail"] = torch.zeros(size, width)
-        batch["learn_mask"] = torch.zeros(size, width, dtype=torch.bool)
-        for row, (observation, count) in enumerate(zip(observations, verified, strict=True)):
-            self._fill_teacher(batch, row, observation, count, k)
+        rows = [self._row(observation, k) for observation in observations]
+        batch = {
+            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_side="left") for name in rows[0]
+        }
         batch["learn_mask"] &= _is_known(batch["teacher_ids"], self.known)
         return batch
 
-    def _inputs(self, observation: Observation) -> torch.Tensor:
+    def _row(self, observation: Observation, k: int) -> Batch:
         # Nothing is predicted after the last token, so it is no input.
-        return torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
-
-    @staticmethod
-    def _pad_inputs(inputs: list[torch.Tensor]) -> Batch:
-        shape = (len(inputs), max(len(ids) for ids in inputs))
-        batch = {
-            name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "position_ids")
+        ids = torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
+        last = slice(-len(ids), None)  # of the output: it may be longer than what is kept
+        log_probs, rejected = observation.teacher_log_probs[last].float(), observation.rejected[last]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(len(ids)),
+            "teacher_ids": observation.teacher_ids[last, :k],
+            "teacher_log_probs": log_probs[:, :k],
+            # Requests recorded with a larger k fold what is cut off into the tail.
+            "teacher_tail": observation.teacher_tail[last].float() + log_probs[:, k:].exp().sum(-1),
+            "learn_mask": rejected if self.positions == "rejected" else torch.ones_like(rejected),
         }
-        for row, ids in enumerate(inputs):
-            start = shape[1] - len(ids)
-            batch["input_ids"][row, start:] = ids
-            batch["attention_mask"][row, start:] = 1
-            batch["position_ids"][row, start:] = torch.arange(len(ids))
-        return batch
-
-    def _fill_teacher(
-        self, batch: dict[str, torch.Tensor], row: int, observation: Observation, count: int, k: int
-    ) -> None:
-        width = batch["learn_mask"].shape[1]
-        where = (row, slice(width - count, width))
-        log_probs = observation.teacher_log_probs[-count:].float()
-        batch["teacher_ids"][where] = observation.teacher_ids[-count:, :k]
-        batch["teacher_log_probs"][where] = log_probs[:, :k]
-        # Requests recorded with a larger k fold what is cut off into the tail.
-        batch["teacher_tail"][where] = observation.teacher_tail[-count:].float() + log_probs[:, k:].exp().sum(-1)
-        batch["learn_mask"][where] = observation.rejected[-count:] if self.positions == "rejected" else True
 
 
 def positions_of(inputs: Batch) -> int:

@@ -24,14 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallba
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 
+from .._compat import global_seed_untouched
 from ..config import OnlineConfig
 from ..errors import ConfigError
 from ..records import Observation
 from .features import reader_of
 from .losses import sparse_loss, token_loss
 from .on_policy import OnPolicySource
-from .pacing import UpdateCallback, global_seed_untouched
-from .reading import Batch, BatchParts, Reader, longest_request
+from .reading import Batch, BatchParts, Reader, longest_request, positions_of
+from .session import UpdateCallback
 
 with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
     warnings.simplefilter("ignore")
@@ -224,7 +225,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self._session = callback.session
         self._parts = BatchParts(config.batch_size) if config.background else None
         self._loss_sum = torch.zeros((), device=model.device)
-        self._loss_count = self._positions = self.steps_before = 0
+        self._loss_count = self.steps_before = 0
+        self.positions = 0  # learned from in the step in progress
         callback.trainer = self
 
     def update(self, steps: int, learning_rate: float) -> float:
@@ -282,7 +284,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
         In the background a batch goes in parts, which add up to its gradient, and serving may go first in between.
         """
-        positions = int(inputs["learn_mask"].sum())
+        positions = positions_of(inputs)
         loss = torch.zeros((), device=self.args.device)
         for part in [inputs] if self._parts is None else self._parts.of(inputs):
             if part is not inputs:
@@ -291,7 +293,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             seconds = self._session.give_way()
             if self._parts is not None:
                 self._parts.fit(seconds)
-        self._positions += positions
+        self.positions += positions
         self._loss_count += 1
         return loss
 
@@ -349,11 +351,6 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self._loss_sum.zero_()
         self._loss_count = 0
         return mean
-
-    def take_positions(self) -> int:
-        """Positions learned from since the last call."""
-        positions, self._positions = self._positions, 0
-        return positions
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the reporters, but not that an update has ended, and keep only the latest entries."""
