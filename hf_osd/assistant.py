@@ -25,7 +25,6 @@ from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
 from .journal import Journal
 from .learning.online import OnlineLearner
-from .learning.resuming import STATE_FOLDER
 from .records import Observation
 from .reporting import write_report
 from .saving import load_config, load_tokenizer, saved_config
@@ -37,6 +36,7 @@ from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
 from .storage.files import write_file
+from .storage.identity import STATE_FOLDER
 
 logger = logging.get_logger(__name__)
 

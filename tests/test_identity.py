@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traffic import llama
 
-from hf_osd.drafts.identity import INITIAL, LIVE, difference, identity_groups, sample
+from hf_osd.storage.identity import INITIAL, LIVE, difference, identity_groups, sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

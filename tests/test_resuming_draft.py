@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import hf_osd
 from hf_osd import LearningError, OnlineAssistant, OnlineConfig
 from hf_osd.learning.online import OnlineLearner
-from hf_osd.learning.resuming import STATE_FOLDER
 from hf_osd.storage import StateDirectory, read_state
+from hf_osd.storage.identity import STATE_FOLDER
 
 TARGET = tiny_model("llama", dtype=torch.float32)
 

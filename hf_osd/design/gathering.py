@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..drafts.identity import sample
 from ..drafts.machine import digest
 from ..errors import InputError
 from ..evaluation.encoding import end_tokens
 from ..learning.reading import longest_request
+from ..storage.identity import sample
 from .requests import Request, encode_texts
 from .texts import Text, in_turn, load_texts
 from .writing import write_prompts

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..drafts.identity import sample
 from ..drafts.machine import digest
 from ..records import Observation
+from ..storage.identity import sample
 from .reading import read_texts
 from .requests import Request
 from .shards import Recording, write_shard

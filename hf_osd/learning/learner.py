@@ -17,11 +17,11 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
-from ..drafts.identity import sample
 from ..errors import LearningError
 from ..journal import Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord
 from ..precision import multiplies_bfloat16
 from ..records import Observation
+from ..storage.identity import sample
 from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
 from .features import solve_again
 from .pace import Pace

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .._compat import cache_argument, cache_of
 from ..config import OnlineConfig
 from ..records import Observation, sparse_teacher
-from .reading import ObservationCollator, Reader, longest_request, vocabulary
+from .reading import ObservationCollator, Reader, longest_request, target_logits, vocabulary
 
 
 class OnPolicySource:
@@ -40,7 +40,7 @@ class OnPolicySource:
     ) -> None:
         self._sample, self._student, self._target, self._pause = sample, student, target, pause
         self._lmbda, self._top_k = config.lmbda, config.top_k_teacher
-        self._reader, self._judge = Reader.of(student, vocabulary(target)), Reader.of(target)
+        self._reader = Reader.of(student, vocabulary(target))
         self._length = min(longest_request(model, config.max_length) for model in (student, target))
         self._last_position = longest_request(student, sys.maxsize) - 1
         self._collate = ObservationCollator(self._length, "all")
@@ -85,21 +85,14 @@ class OnPolicySource:
             self._pause()
         return torch.cat(tokens, dim=1).cpu()
 
-    @torch.no_grad()
     def _judged(self, observations: list[Observation]) -> list[Observation]:
         """The same requests with the target's distributions."""
-        with torch.autocast(self._target.device.type, enabled=False):
-            logits = self._logits(observations).float()
+        logits = target_logits(self._target, self._collate(observations)).float()
         ids, log_probs, tail = (tensor.cpu() for tensor in sparse_teacher(logits, self._top_k))
         return [
             _with_teacher(observation, ids[row], log_probs[row], tail[row])
             for row, observation in enumerate(observations)
         ]
-
-    def _logits(self, observations: list[Observation]) -> torch.Tensor:
-        device = next(self._target.parameters()).device
-        batch = {name: tensor.to(device) for name, tensor in self._collate(observations).items()}
-        return self._judge.logits(self._target, batch)
 
 
 def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:

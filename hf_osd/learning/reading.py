@@ -212,6 +212,24 @@ class Reader:
         return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
 
 
+@torch.no_grad()
+def target_logits(target: Any, inputs: Batch) -> torch.Tensor:
+    """
+    Run the live target over a batch, outside of any autocast: the teacher is to be the model that serves.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on any device.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, verified, vocab)`: On the target's device.
+    """
+    device = next(target.parameters()).device
+    inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    with torch.autocast(device.type, enabled=False):
+        return Reader.of(target).logits(target, inputs)
+
+
 def base_model(model: Any) -> Any:
     """Return the model inside of a PEFT model, or the model itself."""
     unwrap = getattr(model, "get_base_model", None)

@@ -1,8 +1,4 @@
-"""
-Saving a learner and going on from what was saved, in a folder of its own or in a `state_dir`.
-
-What a state of another draft is, `identity.py` says.
-"""
+"""Saving a learner and going on from what was saved, in a folder of its own or in a `state_dir`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -13,11 +9,11 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
-from ..drafts.identity import INITIAL, LIVE, Sample, difference, identity_groups, sample
-from ..errors import LearningError, StateError
+from ..errors import LearningError
 from ..journal import Counters
 from ..records import Observation
 from ..storage import Snapshot, StateDirectory, read_groups, read_state, write_state
+from ..storage.identity import INITIAL, LIVE, check_draft, identity_groups
 from .reading import teaches
 
 if TYPE_CHECKING:
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
     from .learner import Learner
 
 logger = logging.get_logger(__name__)
-
-STATE_FOLDER = "hf_osd"  # inside a saved draft; other tools load the draft and ignore it
 
 
 def save(learner: "Learner", directory: Path, redact: Callable[[Observation], Observation | None] | None) -> None:
@@ -109,51 +103,6 @@ def keep_on_disk(
         disk.close()
         raise
     return disk
-
-
-def check_draft(draft: "PreTrainedModel", state: Mapping[str, Sample] | None, directory: Path) -> None:
-    """
-    Refuse the state of another draft.
-
-    A draft is that of a state if its weights are those that the state's draft began with, or those that were live
-    there. So is a draft that was saved at another moment, if the state beside it began with the same weights.
-
-    Args:
-        draft ([`~transformers.PreTrainedModel`]): As it was loaded.
-        state (`Mapping[str, Mapping[str, torch.Tensor]]`, *optional*): Groups of a snapshot, if there is one.
-        directory (`Path`): Where it lies, for the message.
-
-    Raises:
-        LearningError: It is the state of another draft, or says nothing of its draft.
-    """
-    if state is None:
-        return
-    if not state.keys() >= {INITIAL, LIVE}:
-        raise LearningError(f"{directory} does not hold the state of a learner: it does not say of which draft it is")
-    own = sample(draft.named_parameters())
-    if _is_of(own, state):
-        return
-    saved = _saved_with(draft)
-    if saved is None or not _is_of(own, saved) or difference(saved[INITIAL], state[INITIAL]) is not None:
-        raise LearningError(
-            f"{directory} holds the state of another draft: {difference(own, state[INITIAL])} is not as it was there, "
-            "neither at the beginning nor at the end. Load that draft, use another state directory, or delete this one"
-        )
-
-
-def _is_of(own: Sample, state: Mapping[str, Sample]) -> bool:
-    return any(difference(own, state[group]) is None for group in (INITIAL, LIVE))
-
-
-def _saved_with(draft: "PreTrainedModel") -> Mapping[str, Sample] | None:
-    """What the state beside a draft says of it, if `save_pretrained` has put one there."""
-    if not draft.name_or_path:
-        return None
-    try:
-        state = read_groups(Path(draft.name_or_path) / STATE_FOLDER, (INITIAL, LIVE))
-    except StateError:
-        return None
-    return state if state is not None and state.keys() >= {INITIAL, LIVE} else None
 
 
 def resume(learner: "Learner", snapshot: Snapshot | None, observations: Sequence[Observation]) -> None:

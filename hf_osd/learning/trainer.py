@@ -31,7 +31,7 @@ from ..records import Observation
 from .features import reader_of
 from .losses import sparse_loss, token_loss
 from .on_policy import OnPolicySource
-from .reading import Batch, BatchParts, Reader, longest_request, positions_of
+from .reading import Batch, BatchParts, Reader, longest_request, positions_of, target_logits
 from .session import UpdateCallback
 
 with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
@@ -330,20 +330,11 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         if self.target is None:
             ids, log_probs, tail = (inputs[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
             return sparse_loss(student, ids, log_probs, tail, self._loss, self.beta)
-        dense = self._target_logits(inputs)[mask].to(student.device).float()
+        dense = target_logits(self.target, inputs)[mask].to(student.device).float()
         # Padded vocabularies differ in size; the ids that both have are the real ones.
         shared = min(student.shape[-1], dense.shape[-1])
         teacher, student = (logits[:, :shared].log_softmax(dim=-1) for logits in (dense, student))
         return token_loss(teacher, student, self._loss, self.beta)
-
-    @torch.no_grad()
-    def _target_logits(self, inputs: Batch) -> torch.Tensor:
-        assert self.target is not None
-        device = self.target.device
-        inputs = {name: value.to(device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        # Serving holds no autocast, and the teacher has to be the model that serves.
-        with torch.autocast(self.target.device.type, enabled=False):
-            return Reader.of(self.target).logits(self.target, inputs)
 
     def take_mean_loss(self) -> float:
         """Mean loss since the last call; `nan` where no step was taken."""
