@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,9 @@ def test_a_loop_is_collected_with_its_directory(tmp_path: Path) -> None:
     live, learner = made(state_dir=tmp_path)
     observe(learner, traffic(2))
     live.learner_of = learner  # type: ignore[attr-defined] # as in the assistant: a cycle
+    gone, deadline = weakref.ref(learner), time.perf_counter() + 60.0
     del live, learner
-    gc.collect()
+    while gone() is not None and time.perf_counter() < deadline:
+        gc.collect()
+        time.sleep(0.01)  # the writing thread may be asking it for its state
     made(state_dir=tmp_path)[1].close()
