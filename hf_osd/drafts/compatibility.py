@@ -5,8 +5,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import has_recurrent_state, is_offloaded
-from ..config import shown
-from ..errors import UnsupportedModelError
+from ..config import OnlineConfig, shown
+from ..errors import ConfigError, UnsupportedModelError
 from .features import FeatureDraft
 from .wrapping import held_model_hint
 
@@ -126,3 +126,15 @@ def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTo
             "same model family",
             "draft: another tokenizer",
         )
+
+
+def check_settings(config: OnlineConfig, draft: Any) -> None:
+    """Raise `ConfigError` for a setting that does not go with a draft that reads its target's states."""
+    if not isinstance(draft, FeatureDraft):
+        return
+    for name, given in (("full_teacher", config.full_teacher), ("lmbda", config.lmbda > 0.0)):
+        if given:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does not go with a draft that reads the target's states: it scores "
+                "a part of the vocabulary, and learns from recorded texts alone; leave it out"
+            )

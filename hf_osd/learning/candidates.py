@@ -9,22 +9,20 @@ import torch
 from .scoring import Weights
 from .selector import STATIC
 
-HALF, WHOLE = "half", "whole"  # names of what is learned
-ALPHAS = {HALF: 0.5, WHOLE: 1.0}
-"""Candidates on the way from the static draft to what is learned, by their weight interpolation (alpha)."""
-
-SHARE_OF_LATEST = 0.25  # least weight of an update in the running average of what training led to
+HALF, WHOLE = "half", "whole"  # names of the candidates that are learned
+ALPHAS = {HALF: 0.5, WHOLE: 1.0}  # their weight interpolation (alpha): 0 is the static draft, 1 all that is learned
+SHARE_OF_LATEST = 0.25  # least weight of the latest update in the running average, which is what is learned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """
-    Weights of a draft, and the training copy that led to them.
+    Weights of a draft, and the state of the training copy that goes with them.
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): What to publish, by the draft's names.
-        state (`dict[str, torch.Tensor]`): What training goes on from, by the training copy's names: the same tensors
-            where the names are.
+        state (`dict[str, torch.Tensor]`): What training goes on from, by the training copy's names. It is `weights`
+            itself unless an adapter is trained.
     """
 
     weights: dict[str, torch.Tensor]
@@ -32,28 +30,23 @@ class Checkpoint:
 
     @classmethod
     def of(cls, weights: Weights, state: Weights) -> "Checkpoint":
-        """Copy weights, and the state of an adapter that led to them."""
+        """Copy weights and, where it has other names, the state of the training copy."""
         copied = _copied(weights)
         return cls(copied, copied if weights.keys() == state.keys() else _copied(state))
 
     def groups(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the tensors under names that `from_groups` knows; once, where they are the same."""
+        """Return the tensors, in groups, for `from_groups`."""
         same = self.weights is self.state
         return {name: self.weights} if same else {name: self.weights, f"{name}-state": self.state}
 
     @classmethod
     def from_groups(cls, groups: Mapping[str, Weights], name: str) -> "Checkpoint":
-        """
-        Undo `groups`.
-
-        Raises:
-            KeyError: There is no such checkpoint.
-        """
+        """Undo `groups`; raise `KeyError` if there is no such checkpoint."""
         weights = dict(groups[name])
         return cls(weights, dict(groups[f"{name}-state"]) if f"{name}-state" in groups else weights)
 
     def on_cpu(self) -> "Checkpoint":
-        """Return a checkpoint that takes no memory of an accelerator: itself, if it does not."""
+        """Return the checkpoint without memory of an accelerator: itself, where it takes none."""
         if all(tensor.device.type == "cpu" for tensor in (*self.weights.values(), *self.state.values())):
             return self
         moved = {name: weight.cpu() for name, weight in self.weights.items()}
@@ -67,22 +60,21 @@ def _copied(tensors: Weights) -> dict[str, torch.Tensor]:
 
 class Candidates:
     """
-    Everything that could be live.
+    All weights that could be live.
 
-    What is learned is a running average (https://arxiv.org/abs/1803.05407) of what the updates led to, without the
-    noise of their last steps. It is a candidate as a whole and in part: half of the way from the static draft loses
-    less of what that knew than it gains of the new (https://arxiv.org/abs/2109.01903), even where the learning rate is
-    too high.
+    What is learned is a running average of the weights after each update (https://arxiv.org/abs/1803.05407), without
+    the noise of their last steps. It is a candidate as a whole and by half: weights half of the way from the static
+    draft lose less of what that knew than they gain (https://arxiv.org/abs/2109.01903).
 
     Args:
         static (`Checkpoint`): The draft before it learned anything.
-        size (`int`): Former leaders to keep; the one that was frozen or led first leaves first.
-        averages (`bool`, defaults to `True`): Whether to average; otherwise the latest update is all that is learned.
+        size (`int`): Former leaders to keep; the one that has led least recently leaves first.
+        averages (`bool`, defaults to `True`): Whether to average; without, the latest update is what is learned.
 
     Attributes:
         static (`Checkpoint`): A candidate for ever.
-        frozen (`dict[str, Checkpoint]`): Former leaders by name, that of the most recent use last.
-        learned (`dict[str, torch.Tensor]`): The average; empty before the first update, and after a restart.
+        frozen (`dict[str, Checkpoint]`): Former leaders by name, the most recent one last.
+        learned (`dict[str, torch.Tensor]`): The average; empty before the first update, and after some restarts.
     """
 
     def __init__(self, static: Checkpoint, size: int, averages: bool = True) -> None:
@@ -108,7 +100,7 @@ class Candidates:
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
     def state(self, name: str, latest: Weights) -> Weights:
-        """Return what training goes on from, where a candidate leads; `latest` is the training copy as it is."""
+        """Return what training goes on from where a candidate leads: of what is learned, the `latest` state."""
         return self._kept(name).state if name not in ALPHAS else latest
 
     def _kept(self, name: str) -> Checkpoint:
@@ -116,7 +108,7 @@ class Candidates:
 
     @torch.no_grad()
     def follow(self, weights: Weights) -> None:
-        """Take what an update has led to into the average: alone for the first one, a quarter after some more."""
+        """Take the weights after an update into the average."""
         self._updates += 1
         share = max(SHARE_OF_LATEST, 2.0 / (self._updates + 1)) if self._averages else 1.0
         if not self.learned:
@@ -126,12 +118,12 @@ class Candidates:
             self.learned[name] = average.lerp_(weight.float(), share)
 
     def restart(self, weights: Weights) -> None:
-        """Begin the average anew, with the weights that training goes on from, unless these are a kept candidate."""
+        """Begin the average anew, with the weights that training goes on from; with none, at the next update."""
         self.learned = {name: weight.float().clone() for name, weight in weights.items()}
         self._updates = min(len(weights), 1)
 
     def freeze(self, leader: Checkpoint) -> str | None:
-        """Keep a leader that gives way, for when its traffic comes back; return its name, if any are kept."""
+        """Keep a leader that gives way, for when its traffic comes back; return its name, `None` if none is kept."""
         if not self._size:
             return None
         self._numbered += 1
@@ -148,7 +140,7 @@ class Candidates:
         self.frozen[name] = self.frozen.pop(name)
 
     def tensors(self) -> dict[str, Weights]:
-        """Return groups of tensors to save, which do not change any more."""
+        """Return groups of tensors to save, which are not written to any more."""
         groups: dict[str, Weights] = dict(self.static.groups(STATIC))
         groups["learned"] = {name: tensor.to("cpu", copy=True) for name, tensor in self.learned.items()}
         for name, checkpoint in self.frozen.items():
@@ -160,12 +152,7 @@ class Candidates:
         return {"updates": self._updates, "numbered": self._numbered, "frozen": list(self.frozen)}
 
     def load(self, groups: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
-        """
-        Go on from a saved state.
-
-        Raises:
-            KeyError: Something is missing.
-        """
+        """Go on from a saved state; raise `KeyError` if something is missing."""
         self.static = Checkpoint.from_groups(groups, STATIC)
         self.frozen = {name: Checkpoint.from_groups(groups, name) for name in numbers["frozen"]}
         self.learned = {name: tensor.clone() for name, tensor in groups["learned"].items()}

@@ -7,36 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import OnlineConfig
 from ..drafts.features import FeatureDraft
 from ..drafts.starting import ONLINE_POSITIONS, is_due, solve
 from ..drafts.states import StateTap
-from ..errors import ConfigError, LearningError
+from ..errors import LearningError
 from ..records import Observation
 from .reading import Batch, ObservationCollator, Pass, Reader, base_model, positions_of, rows_of
 
-OWN_STEPS = 1
-"""Tokens that the training copy drafts from its own states behind each position, besides the first."""
-
-STEP_WEIGHT = 0.6
-"""Weight of each of them in the loss, relative to the one before: the target rarely gets to judge it."""
-
-
-def check_settings(config: OnlineConfig, draft: Any) -> None:
-    """
-    Refuse what a draft that reads its target's states cannot learn from.
-
-    Raises:
-        ConfigError: Names the setting.
-    """
-    if not isinstance(draft, FeatureDraft):
-        return
-    for name, given in (("full_teacher", config.full_teacher), ("lmbda", config.lmbda > 0.0)):
-        if given:
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} does not go with a draft that reads the target's states: it scores "
-                "a part of the vocabulary, and learns from recorded texts alone; leave it out"
-            )
+OWN_STEPS = 1  # tokens, besides the first, that the training copy drafts from its own states behind each position
+STEP_WEIGHT = 0.6  # weight of each in the loss, relative to the token before: it is judged only if that is accepted
 
 
 def reader_of(model: Any, proposed: int | None = None) -> Reader:
@@ -47,12 +26,7 @@ def reader_of(model: Any, proposed: int | None = None) -> Reader:
 
 @dataclass(frozen=True, slots=True)
 class FeatureReader(Reader):
-    """
-    How a [`~hf_osd.drafts.features.FeatureDraft`] reads recorded requests.
-
-    Attributes:
-        draft (`FeatureDraft`): It, or a copy: they borrow the same.
-    """
+    """How a [`~hf_osd.drafts.features.FeatureDraft`] (`draft`, or a copy of it) reads recorded requests."""
 
     draft: Any = None
 
@@ -66,11 +40,11 @@ class FeatureReader(Reader):
         return super(FeatureReader, self).options(inputs) | more
 
     def groups(self, rows: int) -> list[tuple[Any, int]]:
-        """Return the rows of a batch with how many tokens they go on from the draft's own states, group by group."""
+        """Return groups of a batch's rows, each with the number of tokens that it goes on from the draft's states."""
         return [(slice(rows), OWN_STEPS)]
 
     def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
-        """See [`~hf_osd.learning.reading.Reader.passes`]; each token drafted from own states is a pass."""
+        """See [`~hf_osd.learning.reading.Reader.passes`]: one for each token behind a position, of each group."""
         if not self.draft.state_layers:
             yield from super(FeatureReader, self).passes(model, inputs)
             return
@@ -93,9 +67,9 @@ class FeatureCollator(ObservationCollator):
         draft (`FeatureDraft`): The draft.
 
     Returns:
-        `dict[str, torch.Tensor]`: Besides, `vocabulary` of shape `(tokens,)`, what the draft proposes from as the
-        traffic is now; `states` of shape `(batch, time, size)`, those of the token before each; and `teacher_ids` as
-        places in the vocabulary, its size standing for tokens that are not in it.
+        `dict[str, torch.Tensor]`: As there, with `vocabulary` of shape `(tokens,)`, the tokens that the draft proposes
+        as the traffic is now; `states` of shape `(batch, time, size)`, the target's at the token before each; and
+        `teacher_ids` as places in the vocabulary, where its size stands for all other tokens.
     """
 
     def __init__(self, max_length: int, positions: str, draft: FeatureDraft) -> None:
@@ -130,12 +104,7 @@ def _places(ids: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def with_states(draft: FeatureDraft, observations: Sequence[Observation]) -> list[Observation]:
-    """
-    Return requests with the target's states, which are read again, in one pass each, where they are not kept.
-
-    Raises:
-        LearningError: They have to be read, and the target is gone.
-    """
+    """Return requests with the target's states; where none are kept, the target reads that request again."""
     return [o if o.states is not None else replace(o, states=_read(draft, o)) for o in observations]
 
 
@@ -154,9 +123,11 @@ def solve_again(draft: Any, student: Any, observations: Sequence[Observation]) -
     """
     Put a closed-form solution into the training copy of a draft that began cold, where one is due.
 
+    A training copy that trains an adapter stays as it is; see [`~hf_osd.drafts.starting.is_due`].
+
     Args:
-        draft (`PreTrainedModel`): The live draft; see [`~hf_osd.drafts.starting.is_due`].
-        student ([`~hf_osd.learning.student.Student`]): Its training copy. One that trains an adapter stays as it is.
+        draft (`PreTrainedModel`): The live draft.
+        student ([`~hf_osd.learning.student.Student`]): Its training copy.
         observations (`Sequence[Observation]`): What was recorded so far, the newest last.
     """
     positions = sum(len(one.prompt_ids) + len(one.output_ids) - 2 for one in observations)

@@ -12,15 +12,13 @@ import math
 
 import torch
 
-# A float32 tail is one minus a sum of probabilities: below this it is rounding, and its logarithm means nothing.
-_SMALLEST_TAIL = 1e-8
-# Stands for log 0: it exponentiates to nothing in float32, and stays finite in products and gradients.
-_LOG_ZERO = -100.0
+_SMALLEST_TAIL = 1e-8  # probability: a float32 tail, one minus a sum, is nothing but rounding below this
+_LOG_ZERO = -100.0  # stands for log 0, and stays finite in products and gradients; its exponential is 0 in float32
 
 
 def student_outcomes(logits: torch.Tensor, teacher_ids: torch.Tensor) -> torch.Tensor:
     """
-    Log-probabilities of a student over the outcomes of a sparse teacher.
+    Return log-probabilities of a student over the outcomes of a sparse teacher.
 
     The tail is summed over the complement of the teacher's tokens rather than taken as one minus their sum, so it is
     exact, with finite gradients, down to any mass.
@@ -36,7 +34,7 @@ def student_outcomes(logits: torch.Tensor, teacher_ids: torch.Tensor) -> torch.T
     """
     vocab_size = logits.shape[-1]
     unknown = teacher_ids >= vocab_size
-    # Far below the best logit: no mass, and unlike -inf it leaves an empty complement with a gradient, zero.
+    # Unlike -inf, a logit far below the best one has a gradient, zero, where nothing is left for the tail.
     floor = logits.detach().amax(-1, keepdim=True) + _LOG_ZERO
     inside = torch.zeros(*logits.shape[:-1], vocab_size + 1, dtype=torch.bool, device=logits.device)
     inside = inside.scatter(-1, teacher_ids.clamp(max=vocab_size), True)[..., :vocab_size]
@@ -49,7 +47,7 @@ def teacher_outcomes(
     teacher_ids: torch.Tensor, teacher_log_probs: torch.Tensor, teacher_tail: torch.Tensor, vocab_size: int
 ) -> torch.Tensor:
     """
-    Log-probabilities of a sparse teacher over its outcomes, for a student of `vocab_size` tokens.
+    Return log-probabilities of a sparse teacher over its outcomes, for a student of `vocab_size` tokens.
 
     Args:
         teacher_ids (`torch.LongTensor` of shape `(n, k)`): Tokens of the teacher.
@@ -63,7 +61,7 @@ def teacher_outcomes(
     unknown = teacher_ids >= vocab_size
     tail = teacher_tail + (teacher_log_probs.exp() * unknown).sum(-1)
     log_tail = tail.clamp(min=_SMALLEST_TAIL).log()
-    if teacher_ids.shape[-1] >= vocab_size:  # nothing is left for the tail: do not invent mass there
+    if teacher_ids.shape[-1] >= vocab_size:  # the tail is empty: the smallest one would be invented mass
         log_tail = log_tail.masked_fill(tail <= _SMALLEST_TAIL, _LOG_ZERO)
     log_probs = teacher_log_probs.masked_fill(unknown, _LOG_ZERO).clamp(min=_LOG_ZERO)
     return torch.cat((log_probs, log_tail.unsqueeze(-1)), dim=-1)
@@ -103,7 +101,7 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def token_loss(teacher: torch.Tensor, student: torch.Tensor, loss: str, beta: float = 0.0) -> torch.Tensor:
     """
-    What a student pays at each position for not being its teacher.
+    Return the loss of a student against its teacher at each position.
 
     With the acceptance rate `a`, the mass that both share: `"tv"` is `1 - a`; `"lk"` is `-log a`, which has a gradient
     even where next to nothing is shared; `"lk_hybrid"` is `w * KL(teacher || student) + (1 - w) * (1 - a)` with
@@ -143,13 +141,11 @@ def sparse_loss(
     beta: float = 0.0,
 ) -> torch.Tensor:
     """
-    What a student pays at each position for not being a sparse teacher; see [`token_loss`].
+    Return the loss of a student against a sparse teacher at each position; see [`token_loss`].
 
     Args:
         student_logits (`torch.FloatTensor` of shape `(n, vocab)`): Logits of the student.
-        teacher_ids (`torch.LongTensor` of shape `(n, k)`): Most likely tokens of the teacher.
-        teacher_log_probs (`torch.FloatTensor` of shape `(n, k)`): Their log-probabilities.
-        teacher_tail (`torch.FloatTensor` of shape `(n,)`): Probability of all other tokens together.
+        teacher_ids, teacher_log_probs, teacher_tail: The teacher; see [`teacher_outcomes`].
         loss (`str`, defaults to `"jsd"`): See [`token_loss`].
         beta (`float`, defaults to 0.0): Of `"jsd"`: 0 is the forward KL, 1 the reverse KL.
 
@@ -170,7 +166,7 @@ def overlap(
     teacher_tail: torch.Tensor,
 ) -> torch.Tensor:
     """
-    Mass that a sparse teacher and a student share: the sum over outcomes of min(p, q).
+    Return the mass that a sparse teacher and a student share: the sum over outcomes of min(p, q).
 
     It is the probability that a token sampled from the student passes speculative sampling
     (https://arxiv.org/abs/2211.17192, corollary 3.6), or an upper bound of it where the tail matters. Tokens that the
@@ -178,9 +174,7 @@ def overlap(
 
     Args:
         student_logits (`torch.FloatTensor` of shape `(n, vocab)`): Logits of the student.
-        teacher_ids (`torch.LongTensor` of shape `(n, k)`): Most likely tokens of the teacher.
-        teacher_log_probs (`torch.FloatTensor` of shape `(n, k)`): Their log-probabilities.
-        teacher_tail (`torch.FloatTensor` of shape `(n,)`): Probability of all other tokens together.
+        teacher_ids, teacher_log_probs, teacher_tail: The teacher; see [`teacher_outcomes`].
 
     Returns:
         `torch.FloatTensor` of shape `(n,)`: Shared mass, in [0, 1].

@@ -1,4 +1,4 @@
-"""What the draft writes itself, with the target's opinion of it: the student's side of generalised distillation."""
+"""On-policy requests: the training copy writes the output, and the target is asked for its distributions."""
 
 import random
 import sys
@@ -17,17 +17,17 @@ from .reading import ObservationCollator, Reader, longest_request, target_logits
 
 class OnPolicySource:
     """
-    Replaces the outputs of some batches by what the training copy writes to the same prompts, sampled as it is.
+    Draws batches, in some of which the training copy has written the outputs to the recorded prompts.
 
-    On-policy distillation, https://arxiv.org/abs/2306.13649, algorithm 1; "student" and "mixed" sampling of Online
+    On-policy distillation, https://arxiv.org/abs/2306.13649, algorithm 1; the "student" and "mixed" sampling of Online
     Speculative Decoding.
 
     Args:
         sample (`Callable[[int], list[Observation]]`): Draws recorded requests.
         student (`torch.nn.Module`): The training copy.
-        target (`PreTrainedModel`): Runs over what the student wrote.
+        target (`PreTrainedModel`): The live target.
         config (`OnlineConfig`): `lmbda`, `top_k_teacher`, `max_length` and `seed`.
-        pause (`Callable[[], object]`, *optional*): Called after each forward pass.
+        pause (`Callable[[], object]`, *optional*): Called after each forward pass of the student.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class OnPolicySource:
         self._generator = torch.Generator().manual_seed(config.seed)
 
     def sample(self, size: int) -> list[Observation]:
-        """Draw a batch: recorded, or with the student's outputs."""
+        """Draw a batch; a share `lmbda` of all batches has the student's outputs."""
         observations = self._sample(size)
         if self._coin.random() >= self._lmbda:
             return observations
@@ -56,7 +56,7 @@ class OnPolicySource:
 
     @torch.no_grad()
     def _written(self, observations: list[Observation]) -> list[Observation]:
-        """The same requests, each with as many tokens of the student's own."""
+        """Return the same requests, each with as many tokens as it had, sampled from the student."""
         self._student.eval()  # the trainer turns its dropout on again
         device = next(self._student.parameters()).device
         prompts = self._collate([_with_output(one, one.output_ids[:1]) for one in observations])
@@ -69,7 +69,7 @@ class OnPolicySource:
         ]
 
     def _continue(self, inputs: dict[str, torch.Tensor], count: int) -> torch.Tensor:
-        """Sample so many tokens after left-padded prompts, without the global random state; `(batch, count)`."""
+        """Sample tokens after left-padded prompts, without the global random state; `(batch, count)`."""
         mask, position, cache = inputs["attention_mask"], inputs["position_ids"], None
         fed, tokens = self._reader.readable(inputs["input_ids"]), []
         for _ in range(count):
@@ -78,7 +78,7 @@ class OnPolicySource:
             outputs = self._student(input_ids=fed, attention_mask=mask, use_cache=True, **options)
             probabilities = self._reader.proposable(outputs.logits[:, -1]).float().softmax(dim=-1).cpu()
             fed = torch.multinomial(probabilities, 1, generator=self._generator).to(mask.device)
-            # Long prompts of a batch get as many tokens as the others; what is too much is cut off, or nonsense.
+            # All rows get `count` tokens; those that a row has no room for are cut off by the caller.
             cache, position = cache_of(outputs), (position[:, -1:] + 1).clamp(max=self._last_position)
             mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             tokens.append(fed)
@@ -86,7 +86,7 @@ class OnPolicySource:
         return torch.cat(tokens, dim=1).cpu()
 
     def _judged(self, observations: list[Observation]) -> list[Observation]:
-        """The same requests with the target's distributions."""
+        """Return the same requests with the target's distributions."""
         logits = target_logits(self._target, self._collate(observations)).float()
         ids, log_probs, tail = (tensor.cpu() for tensor in sparse_teacher(logits, self._top_k))
         return [
@@ -96,7 +96,7 @@ class OnPolicySource:
 
 
 def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:
-    """A request with another output, of which nobody has said anything yet."""
+    """Return a request with another output, and a teacher that is still to be asked."""
     nobody = torch.zeros(len(output_ids), 1)
     return replace(
         observation,
@@ -112,7 +112,7 @@ def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observat
 def _with_teacher(
     observation: Observation, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
 ) -> Observation:
-    """A request whose last positions are those that the target was asked about."""
+    """Return a request with a teacher; the last positions of a padded row are those of its output."""
     count = len(observation.output_ids)
     return replace(
         observation,

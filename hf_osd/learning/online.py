@@ -1,4 +1,4 @@
-"""`OnlineLearner`: what an assistant has of learning. The method is in `learner.py`, who runs it in `worker.py`."""
+"""`OnlineLearner`: learning as the assistant uses it. The method is in `learner.py`, its thread in `worker.py`."""
 
 import threading
 import time
@@ -12,13 +12,13 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
+from ..drafts.compatibility import check_settings
 from ..drafts.sharing import has_own_weights
 from ..errors import ClosedError, LearningError
 from ..journal import Counters, Journal
 from ..records import Observation
 from ..storage import Snapshot, StateDirectory
 from . import resuming
-from .features import check_settings
 from .learner import Learner, Publish
 from .reading import usable
 from .scoring import Weights
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-COLLECT_PATIENCE = 1.0  # seconds that a write of the state waits for an update in progress, before it leaves it out
+COLLECT_PATIENCE = 1.0  # seconds that a write to disk waits for an update in progress, before it leaves out its state
 
 
 class OnlineLearner:
     """
     Turns observed requests into new weights of the draft, every `config.update_every` requests.
 
-    The weights are trained on a float32 copy of the draft. Inline, the request that makes an update due runs it, in
-    its own thread, and the same requests give bit-identical weights. With `config.background` a thread does, and
-    gives way to requests in flight; updates that come due while one runs become one. An update that fails, or whose
-    weights are not finite, is logged, counted and forgotten: the next one starts from the live draft.
+    A float32 copy of the draft is trained. Inline, the request that makes an update due runs it, and the same requests
+    give bit-identical weights. With `config.background` a thread runs it, which gives way to requests in flight;
+    updates that come due meanwhile become one. An update that fails, or whose weights are not finite, is logged,
+    counted and dropped: the next one starts from the live weights.
 
     Args:
         draft ([`~transformers.PreTrainedModel`]):
@@ -48,14 +48,13 @@ class OnlineLearner:
         config (`OnlineConfig`):
             Settings.
         publish (`Callable[[Mapping[str, torch.Tensor], float], None]`):
-            Called with weights that go live, in the thread that works: float32, detached, under the names of
-            `draft.named_parameters()`; and with the acceptance to expect of them, in [0, 1]. It has to copy them
-            before it returns.
+            Makes weights live: float32, detached, by the names of `draft.named_parameters()`, with the acceptance to
+            expect of them, in [0, 1]. Called in the thread that learns; it has to copy them before it returns.
         target ([`~transformers.PreTrainedModel`], *optional*):
             The live target, which `config.full_teacher` and `config.lmbda` run.
         frozen (`Collection[str]`, *optional*):
-            Parameters of the draft that are never trained and never published: those that it shares with the target,
-            of [`~hf_osd.drafts.sharing.shared_with`].
+            Parameters of the draft that are neither trained nor published; see
+            [`~hf_osd.drafts.sharing.shared_with`].
         vocab_size (`int`, *optional*):
             Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
 
@@ -100,7 +99,7 @@ class OnlineLearner:
         self._stop = weakref.finalize(self, self._worker.stop)  # also at interpreter exit, and before the directory's
 
     def _prepare(self, learner: Learner) -> None:
-        """Import the trainer, seconds the first time, where no request is to wait for that; check its arguments."""
+        """Import the trainer, which takes seconds, where no request is to wait for it; check its arguments."""
         began, config = time.perf_counter(), self._config
         if config.training_arguments:
             import_trainer().training_arguments(config, self._draft.device)
@@ -120,7 +119,7 @@ class OnlineLearner:
 
     @property
     def journal(self) -> Journal:
-        """What learning did: scored requests, updates and what went live, changes of the traffic."""
+        """What learning did: scored requests, updates, changes of the traffic."""
         return self.learner.journal if self.learner is not None else Journal()
 
     @property
@@ -130,7 +129,7 @@ class OnlineLearner:
 
     @property
     def has_state(self) -> bool:
-        """Whether there is anything to go on from: of requests, of a state directory, or loaded."""
+        """Whether there is any request to learn from: observed, loaded, or of a state directory."""
         return self.learner is not None and (len(self.learner.replay) > 0 or self._worker.has_waiting)
 
     @property
@@ -140,7 +139,7 @@ class OnlineLearner:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Mark a request of this thread as in flight: learning keeps to its share of the time meanwhile."""
+        """Mark a request of this thread as in flight, during which learning is throttled."""
         with self.throttle.serving():
             self._here.requests = self._requests_here + 1
             try:
@@ -157,12 +156,12 @@ class OnlineLearner:
         """
         Record one request, and learn from it. Never raises because learning failed.
 
-        Inline, a request that was made inside another one of the same thread is left to that one: new weights cannot
-        go live while it drafts.
+        Inline, a request that was made inside another one of the same thread waits for that one to end, since new
+        weights cannot go live while it drafts.
 
         Args:
-            observation (`Observation`): The request. Ignored after `close`, where it has no output, and where the
-                draft has nothing to train.
+            observation (`Observation`): The request. Ignored after `close`, without output, and where the draft has
+                nothing to train.
         """
         kept = usable(observation) if self.learns and not self._worker.stopped else None
         if kept is None:
@@ -242,7 +241,7 @@ class OnlineLearner:
             fresh.journal, fresh.counters, fresh.replay = learner.journal, learner.counters, learner.replay
 
     def _give_way(self) -> float:
-        """Let serving go first; return the seconds worked since the last call."""
+        """Let serving go first; return the seconds of work since the last call."""
         self._worker.stream.synchronize()
         return self.throttle.give_way()[0]
 
@@ -253,18 +252,11 @@ class OnlineLearner:
     # Saving.
 
     def at_rest(self) -> AbstractContextManager[object]:
-        """Hold off updates, so that the draft and what is saved of it are of one moment; waits for one in progress."""
+        """Hold off updates, after one in progress, so that draft and state are saved as of one moment."""
         return self._worker.lock
 
     def save(self, directory: Path) -> None:
-        """
-        Write weights, optimiser, replay buffer and counters, as safetensors and JSON.
-
-        Waits for an update in progress; requests go on being recorded meanwhile.
-
-        Args:
-            directory (`Path`): Made if it does not exist.
-        """
+        """Write the state to a directory, made if missing, after an update in progress; serving goes on meanwhile."""
         if self.learner is not None:
             with self.at_rest():
                 resuming.save(self.learner, Path(directory), self._config.redact)
@@ -285,7 +277,7 @@ class OnlineLearner:
             resuming.load(self.learner, self._draft, Path(directory))
 
     def _collect(self) -> Snapshot | None:
-        """Return the state for the disk, `None` where it is the same as the last time, or in the making."""
+        """Return the state for the disk, `None` where it has not changed, or an update keeps changing it."""
         if self.learner is None or not self._worker.lock.acquire(timeout=COLLECT_PATIENCE):
             return None
         try:
@@ -300,7 +292,7 @@ class OnlineLearner:
 
 @contextmanager
 def _own_modes(device: torch.device) -> Iterator[None]:
-    """Training needs gradients and its own precision, in whatever mode whoever waits for it is."""
+    """Train with gradients and without autocast, in whatever mode the caller's thread is."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
 

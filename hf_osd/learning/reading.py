@@ -15,19 +15,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..records import Observation
 
+LONGEST_PART = 0.01  # seconds that a part of a batch takes at most, since a request may have to wait for it
+
 Batch = dict[str, Any]
 """Tensors by name; see [`ObservationCollator`]."""
 
-_SHARED = ("positions", "vocabulary")  # of a batch, by all of its rows
+_SHARED = ("positions", "vocabulary")  # entries of a batch that belong to all of its rows
 
 
 def usable(observation: Observation) -> Observation | None:
     """
-    Return a request as it can be learned from, `None` where it has no output or would fail every update.
+    Return a request as it can be learned from, `None` where it has no output or its teacher is not finite.
 
-    Args:
-        observation (`Observation`): The request. Tensors that were made in inference mode are copied: outside of it
-            they may not be written to.
+    Tensors that were made in inference mode are copied: autograd does not take them.
     """
     if observation.output_ids.numel() == 0 or _is_poisoned(observation):
         return None
@@ -40,7 +40,7 @@ def usable(observation: Observation) -> Observation | None:
 
 
 def _is_poisoned(observation: Observation) -> bool:
-    """Whether its teacher is none: no probabilities, within rounding."""
+    """Whether the teacher holds anything but probabilities, within rounding; a NaN is none."""
     log_probs, tail = observation.teacher_log_probs, observation.teacher_tail
     return not bool((log_probs <= 1e-3).all() and (tail >= 0.0).all() and (tail <= 1.0 + 1e-3).all())
 
@@ -52,7 +52,7 @@ def teaches(observation: Observation, positions: str, known: int | None = None) 
 
 
 def _is_known(teacher_ids: torch.Tensor, known: int | None) -> torch.Tensor:
-    """Where a teacher names any token that the draft knows; of shape `(...)`, given `(..., k)`."""
+    """Return where the teacher names any token that the draft knows: `(...)`, of ids `(..., k)`."""
     return (teacher_ids < known).any(-1) if known is not None else torch.ones_like(teacher_ids[..., 0]).bool()
 
 
@@ -115,13 +115,13 @@ def rows_of(batch: Batch, rows: Any) -> Batch:
 @dataclass(frozen=True, slots=True)
 class Pass:
     """
-    What a draft says of some rows of a batch.
+    Logits of some rows of a batch, and what they count for: `weight` times the mean loss over `positions`.
 
     Attributes:
-        weight (`float`): Weight in the loss of the mean over its positions.
-        positions (`int`): Positions of that mean, with those of other passes that have a part in it.
+        weight (`float`): Share of this mean in the loss.
+        positions (`int`): Positions that the mean is over, those in other passes included.
         inputs (`dict[str, torch.Tensor]`): The rows.
-        logits (`torch.FloatTensor` of shape `(rows, verified, vocab)`): Where the recorded target said something.
+        logits (`torch.FloatTensor` of shape `(rows, verified, vocab)`): What the draft predicts.
     """
 
     weight: float
@@ -133,10 +133,10 @@ class Pass:
 @dataclass(frozen=True, slots=True)
 class Reader:
     """
-    How a model reads recorded requests. To be made before anybody replaces its `forward`.
+    How a model reads recorded requests. It is made before TRL replaces the model's `forward`.
 
-    Draft and target may know different tokens: vocabularies are padded to round sizes. As in serving, a model reads
-    its last token in the place of one that it does not know, and proposes none that the other does not know.
+    Draft and target may differ in padded vocabulary. As in serving, a model reads its last token in the place of one
+    that it does not know, and proposes none that the other does not know.
 
     Attributes:
         parameters (`frozenset[str]`): What the model's forward takes.
@@ -163,12 +163,7 @@ class Reader:
         return logits[..., : self.proposed]
 
     def options(self, inputs: Batch) -> dict[str, Any]:
-        """
-        Return the arguments of a forward pass over a batch.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`].
-        """
+        """Return the arguments of a forward pass over a batch of [`ObservationCollator`]."""
         options: dict[str, Any] = {
             "input_ids": self.readable(inputs["input_ids"]),
             "attention_mask": inputs["attention_mask"],
@@ -180,34 +175,22 @@ class Reader:
         return {**options, "use_cache": False}
 
     def collator(self, max_length: int, positions: str) -> ObservationCollator:
-        """Return what makes batches of requests for [`options`]; see [`ObservationCollator`]."""
+        """Return what pads requests for this model; see [`ObservationCollator`]."""
         return ObservationCollator(max_length, positions, self.known)
 
     def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
         """
-        Run a draft over a batch, for training.
+        Run a draft over a batch, for training: once, or several times where it also learns from its own states.
 
         Args:
             model (`torch.nn.Module`): The draft.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device; or a part of
-                one, with `positions`, the number of positions of all parts.
-
-        Returns:
-            `Iterator[Pass]`: One, or several where a draft also learns to go on from its own states.
+            inputs (`dict[str, torch.Tensor]`): A batch on the model's device; of a part of one, `positions` is the
+                number of positions in all parts.
         """
         yield Pass(1.0, positions_of(inputs), inputs, self.logits(model, inputs))
 
     def logits(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
-        """
-        Run a model over a batch.
-
-        Args:
-            model (`torch.nn.Module`): The model.
-            inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on the model's device.
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch, verified, vocab)`: Logits where the recorded target said something.
-        """
+        """Run a model over a batch; return its logits where the target was recorded, `(batch, verified, vocab)`."""
         logits: torch.Tensor = model(**self.options(inputs)).logits
         return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
 
@@ -215,11 +198,7 @@ class Reader:
 @torch.no_grad()
 def target_logits(target: Any, inputs: Batch) -> torch.Tensor:
     """
-    Run the live target over a batch, outside of any autocast: the teacher is to be the model that serves.
-
-    Args:
-        target (`PreTrainedModel`): The target.
-        inputs (`dict[str, torch.Tensor]`): A batch of [`ObservationCollator`], on any device.
+    Run the live target over a batch of any device, without the autocast of training: serving has none either.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, verified, vocab)`: On the target's device.
@@ -248,34 +227,20 @@ def longest_request(model: nn.Module, max_length: int) -> int:
     return min(max_length, positions) if isinstance(positions, int) and positions > 0 else max_length
 
 
-LONGEST_PART = 0.01  # seconds of a backward pass beside serving, which a request may have to wait for
-
-
 class BatchParts:
-    """
-    Cuts batches into parts of as many rows as can be learned from in about 10 ms: a GPU takes many of them at once.
-
-    Args:
-        max_rows (`int`): Rows of a part, at most.
-    """
+    """Cuts batches into parts of as many rows, up to `max_rows`, as are learned from in `LONGEST_PART` seconds."""
 
     def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
-        self._rows = 1
+        self._max_rows, self._rows = max_rows, 1
 
     def of(self, batch: Batch) -> Iterator[Batch]:
         """
-        Cut a batch of `ObservationCollator`; rows with nothing to learn from may be left out.
+        Yield smaller batches, without the columns that only other rows need; parts with nothing to learn are left out.
 
-        Args:
-            batch (`dict[str, torch.Tensor]`): The batch.
-
-        Returns:
-            `Iterator[dict[str, torch.Tensor]]`: Smaller batches, without the columns that only other rows need. The
-            size of each is chosen when it is asked for.
+        The size of each is chosen when it is asked for.
         """
-        start, end = 0, len(batch["learn_mask"])
-        while start < end:
+        start = 0
+        while start < len(batch["learn_mask"]):
             rows = rows_of(batch, slice(start, start + self._rows))
             start += self._rows
             if bool(rows["learn_mask"].any()):

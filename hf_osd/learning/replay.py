@@ -1,4 +1,4 @@
-"""The latest requests, to learn from. Each has been scored before it comes here, so none is held out."""
+"""Replay: the latest requests, to learn from. Each is scored before it comes here, so none is held out."""
 
 import random
 import threading
@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import ConfigError, LearningError
 from ..records import Observation
 
-RECENT_SHARE = 0.5  # of a sample that is drawn from the newest requests, so that new traffic is soon learned from
-RECENT = 16  # requests: mean age of those
+RECENT_SHARE = 0.5  # share of a sample that prefers new requests, so that new traffic is soon learned from
+RECENT = 16  # requests: mean age of that share
 
 
 class ReplayBuffer:
@@ -22,13 +22,13 @@ class ReplayBuffer:
         capacity (`int`):
             Requests to hold; the oldest leaves first.
         seed (`int`, defaults to 0):
-            Seed of the sampling, which has a generator of its own: the global random state is never touched.
+            Seed of the sampling, which has a generator of its own.
         max_tokens (`int`, *optional*):
-            Bound on the tokens held, prompts and outputs together, so that a few very long requests cannot fill the
-            memory. The newest request always stays. Defaults to no bound.
+            Bound on the tokens held, prompts and outputs together. The newest request always stays. Defaults to no
+            bound.
         max_state_bytes (`int`, *optional*):
-            Bound on the target's states that are kept with requests, for drafts that read them; those of the oldest
-            requests go first, and are read again when they are needed. Defaults to no bound.
+            Bound on the target's states that are held with requests, for drafts that read them; those of the oldest
+            requests go first, and the target computes them again when they are needed. Defaults to no bound.
 
     Raises:
         ConfigError: `capacity` or `max_tokens` is below 1.
@@ -96,15 +96,7 @@ class ReplayBuffer:
                 self._requests[place] = replace(self._requests[place], states=None)
 
     def sample(self, size: int) -> list[Observation]:
-        """
-        Draw different requests at random: some of the newest ones, the others of all.
-
-        Args:
-            size (`int`): How many; all there are, in random order, where there are fewer.
-
-        Returns:
-            `list[Observation]`: At most `size` requests.
-        """
+        """Draw `size` different requests at random, fewer if there are fewer: half of them new ones, half of all."""
         with self._lock:
             places: set[int] = set()
             while len(places) < min(size, len(self._requests)):
@@ -129,7 +121,7 @@ class ReplayBuffer:
         Replace the content by a saved one.
 
         Args:
-            observations (`Sequence[Observation]`): As [`observations`] returned them, or what is left of them.
+            observations (`Sequence[Observation]`): As `observations` returned them, or what is left of them.
             state (`Mapping[str, Any]`): As `state_dict` returned it, perhaps through JSON.
 
         Raises:

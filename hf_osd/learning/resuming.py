@@ -26,12 +26,7 @@ logger = logging.get_logger(__name__)
 
 def save(learner: "Learner", directory: Path, redact: Callable[[Observation], Observation | None] | None) -> None:
     """
-    Write everything that `load` needs; the learner is at rest.
-
-    Args:
-        learner (`Learner`): Whose state it is.
-        directory (`Path`): Made if it does not exist.
-        redact (`Callable[[Observation], Observation | None]`, *optional*): Applied to each request.
+    Write the state of a learner at rest, each of its requests as `redact` returns it, if that is given.
 
     Raises:
         StateError: The directory cannot be written to.
@@ -44,7 +39,7 @@ def save(learner: "Learner", directory: Path, redact: Callable[[Observation], Ob
 
 
 def snapshot_of(learner: "Learner") -> Snapshot:
-    """Return the state of a learner, without its replay buffer."""
+    """Return the state of a learner at rest, without its replay buffer."""
     groups, numbers = learner.state()
     moments, plain = flat_moments(learner.optimizer_state())
     tensors = {**groups, "optimizer": moments, **identity_groups(learner.initial, groups["live"])}
@@ -73,10 +68,10 @@ def keep_on_disk(
     Go on from what `config.state_dir` holds, if anything, and keep it up to date from now on.
 
     Args:
-        learner (`Learner`): Goes on from it.
+        learner (`Learner`): The learner, before its first request.
         draft ([`~transformers.PreTrainedModel`]): The live draft.
         config (`OnlineConfig`): Settings.
-        collect (`Callable[[], Snapshot | None]`): A bound method that returns what to write.
+        collect (`Callable[[], Snapshot | None]`): A bound method that returns the state to write.
 
     Raises:
         LearningError: It is the state of another draft.
@@ -84,7 +79,7 @@ def keep_on_disk(
     """
     assert config.state_dir is not None
     directory = Path(config.state_dir)
-    check_draft(draft, read_groups(directory, (INITIAL, LIVE)), directory)  # before anything of it may leave
+    check_draft(draft, read_groups(directory, (INITIAL, LIVE)), directory)  # first: what follows drops old requests
     disk = StateDirectory(
         directory,
         collect=collect,
@@ -97,7 +92,7 @@ def keep_on_disk(
         snapshot, observations = disk.load(config.replay_size)
         check_draft(draft, None if snapshot is None else snapshot.tensors, directory)
         resume(learner, snapshot, observations)
-        if snapshot is None:  # requests that come before the first update are of this draft too
+        if snapshot is None:  # so that requests before the first update are known to be of this draft
             disk.save(Snapshot(identity_groups(learner.initial, dict(draft.named_parameters()))))
     except BaseException:
         disk.close()
@@ -145,7 +140,7 @@ def _refill(learner: "Learner", saved: Mapping[str, Any] | None, observations: S
 
 
 def flat_moments(state: Mapping[int, Mapping[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Return tensors and numbers of an optimiser's state, named `"PARAMETER.KEY"`; copies, on the CPU."""
+    """Return the tensors, copied to the CPU, and the numbers of an optimiser's state, named `"PARAMETER.KEY"`."""
     flat = {f"{index}.{key}": value for index, values in state.items() for key, value in values.items()}
     tensors = {
         name: value.detach().to("cpu", copy=True).contiguous()

@@ -1,7 +1,7 @@
 """
-How well weights of the draft do on recorded requests; without the live draft and without the training copy.
+The scorer: how well weights of the draft do on recorded requests, neither live nor in training.
 
-Teacher-forced: the draft reads the recorded output and says what it would have proposed at each position.
+The draft reads the recorded output (teacher forcing), and what it would have proposed at each position counts.
 """
 
 import copy
@@ -19,10 +19,10 @@ from .features import reader_of
 from .losses import overlap
 from .reading import longest_request
 
-DROP_REQUESTS = 4  # latest requests whose acceptance is compared with that of those before
-DROP_ERRORS = 4.5  # standard errors by which it is lower where the traffic has changed
-LEAST_SPREAD = 0.1  # acceptance: standard deviation from request to request, at least
-PROPOSAL_LENGTH = 5  # tokens of a proposal, in the measure of `Score.accepted`; the papers' k
+PROPOSAL_LENGTH = 5  # tokens of a proposal in `Score.accepted`; the papers' k
+DROP_REQUESTS = 4  # latest requests that are compared with those before, to notice a change of the traffic
+DROP_ERRORS = 4.5  # standard errors of acceptance that they are lower by where there is one
+LEAST_SPREAD = 0.1  # acceptance: least standard deviation between requests that this assumes
 
 Weights = Mapping[str, torch.Tensor]
 """Parameters of a draft by name; those that are missing are as in the live draft."""
@@ -49,10 +49,10 @@ class Scorer:
     Scores weights of a draft on recorded requests, in the precision in which they would serve.
 
     Args:
-        draft (`PreTrainedModel`): The live draft. It is read only, and only the parameters that a caller leaves out.
-        max_length (`int`): Tokens of a request (its end) to look at.
-        batch_size (`int`): Requests of one forward.
-        pause (`Callable[[], object]`, *optional*): Called after each forward.
+        draft (`PreTrainedModel`): The live draft, of which only parameters that a caller leaves out are read.
+        max_length (`int`): Tokens of a request, its end, that are read.
+        batch_size (`int`): Requests of one forward pass.
+        pause (`Callable[[], object]`, *optional*): Called after each of these.
         vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
     """
 
@@ -78,11 +78,11 @@ class Scorer:
 
     def scores(self, candidates: Mapping[str, Weights], requests: Sequence[Observation]) -> list[dict[str, Score]]:
         """
-        Score candidates on requests, which are made into batches once for all of them.
+        Score candidates on requests that have not been learned from.
 
         Args:
-            candidates (`Mapping[str, Mapping[str, torch.Tensor]]`): Weights by name; any dtype and device.
-            requests (`Sequence[Observation]`): Requests that have not been learned from.
+            candidates (`Mapping[str, Mapping[str, torch.Tensor]]`): Weights of each, of any dtype and device.
+            requests (`Sequence[Observation]`): The requests.
 
         Returns:
             `list[dict[str, Score]]`: For each request, the score of every candidate.
@@ -119,18 +119,13 @@ class Scorer:
 
 
 def token_mean(rates: Iterable[tuple[float, int]]) -> float:
-    """Return the mean over tokens of what is given by request, with its length; 0 without any."""
+    """Return the mean over tokens of rates by request, each with its tokens; 0 without any."""
     pairs = list(rates)
     return sum(rate * positions for rate, positions in pairs) / max(sum(positions for _, positions in pairs), 1)
 
 
 def has_dropped(rates: Sequence[float]) -> bool:
-    """
-    Return whether the acceptance of the latest requests is so far below that of those before that traffic has changed.
-
-    Args:
-        rates (`Sequence[float]`): Acceptance of requests, oldest first, in [0, 1]; too few say nothing.
-    """
+    """Return whether acceptance by request, oldest first, is so low of late that the traffic has changed."""
     now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
     if len(before) < 2 * DROP_REQUESTS:
         return False
@@ -145,8 +140,8 @@ def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch
     Args:
         logits (`torch.FloatTensor` of shape `(batch, verified, vocab)`): Of the draft.
         batch (`Mapping[str, torch.Tensor]`): A batch of [`ObservationCollator`], and `greedy` of shape `(batch,)`:
-            requests that were decoded greedily, where the draft's first choice has to be the target's. Of others it is
-            the mass that both distributions share.
+            whether a request was decoded greedily, so that the draft's first choice has to be the target's. For
+            others, acceptance is the mass that both distributions share.
 
     Returns:
         `torch.FloatTensor` of shape `(batch, verified)`: In [0, 1]; 0 where there is no output.
@@ -159,7 +154,7 @@ def acceptance(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch
         teacher = (batch[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
         shared[mask] = overlap(logits[mask], *teacher)
         right = torch.where(batch["greedy"][:, None], right, shared)
-    counts = mask & best.values.isfinite() & right.isfinite()  # what is broken accepts nothing
+    counts = mask & best.values.isfinite() & right.isfinite()  # broken weights have nothing accepted
     return right.where(counts, torch.zeros_like(right))
 
 
@@ -185,7 +180,7 @@ def _is_greedy(observation: Observation) -> bool:
 
 
 def _skeleton(draft: PreTrainedModel) -> nn.Module:
-    """A copy of the draft without weights: a call with others must not touch the modules that serve."""
+    """Return a copy of the draft without weights, so that calls with others never touch the modules that serve."""
     memo = {id(weight): nn.Parameter(weight.to("meta"), requires_grad=False) for weight in draft.parameters()}
     with torch.inference_mode(False):
         skeleton: nn.Module = copy.deepcopy(draft, memo).eval()

@@ -15,26 +15,24 @@ from ..errors import LearningError
 
 class Student:
     """
-    What is trained in place of the live draft, which is only read.
+    The copy of a draft that is trained; the live draft is only read.
 
-    Without `peft_config` it is a float32 copy of the draft; parameters that the draft has frozen stay so, unless all
-    of them are. A draft that carries an adapter already trains that adapter alone, and publishes it under the
-    adapter's own names. With `peft_config` the copy stays as it is, in the draft's dtype where that is bfloat16, and
-    a float32 adapter on it is trained (LoRA, https://arxiv.org/abs/2106.09685, and whatever else of peft merges);
-    what is published is merged, so the live draft has the same modules and the same speed as before.
+    Without `peft_config` the copy is float32. Parameters that the draft has frozen stay so, unless all of them are. Of
+    a draft that carries an adapter, that adapter alone is trained, and published under its own names.
 
-    A draft whose output layer shares the weight of its embedding keeps doing so: an adapter of the embedding changes
-    both. What a draft shares with its target is read where it lies: it is neither copied, trained nor adapted.
+    With `peft_config` a float32 adapter on the copy is trained (LoRA, https://arxiv.org/abs/2106.09685, and whatever
+    else of peft can be merged). It is published merged, so the live draft keeps its modules and its speed. Where
+    embedding and output layer share a weight, an adapter of the embedding changes both.
+
+    What a draft shares with its target is read where it lies: it is neither copied, trained nor adapted.
 
     Args:
         draft ([`~transformers.PreTrainedModel`]):
             The live draft.
         peft_config (`peft.PeftConfig` or `Mapping[str, Any]`, *optional*):
-            The adapter. A mapping has the fields of the config, or some of them: the others of a LoRA, `{}` being
-            one, are chosen so that it learns about as fast as full training at the same learning rate. Defaults to
-            training everything.
+            The adapter; see [`~hf_osd.drafts.adapters.add_adapter`]. Defaults to training everything.
         seed (`int`, defaults to 0):
-            Seed of the adapter's weights. The global random state is left as it was.
+            Seed of the adapter's weights.
         frozen (`Collection[str]`, *optional*):
             Parameters of the draft that are not to be trained; see [`~hf_osd.drafts.sharing.shared_with`].
 
@@ -65,33 +63,25 @@ class Student:
             self.model: Any = add_adapter(base, peft_config, seed, frozen) if self._merges else _whole(base, frozen)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """
-        What to publish: the trained parameters, detached, under their names in the draft.
-
-        Of an adapter, these are all parameters of the modules that it changes, merged in float32.
-        """
+        """Return what to publish, by the draft's names: the trained parameters, or an adapter merged in float32."""
         if not self._merges:
             return {name: weight.detach() for name, weight in self._trained()}
         return merged(self.model, self._names)
 
     def state(self, base: bool = False) -> dict[str, torch.Tensor]:
         """
-        The trained parameters, detached, under their names in `model`: what to go back to, and what to save.
+        Return the trained parameters, by their names in `model`: what to go back to, and what to save.
 
         Args:
-            base (`bool`, defaults to `False`): Whether to add the frozen weights that an adapter is relative to. They
-                never change; a student of a draft that has been published to needs them to go on.
+            base (`bool`, defaults to `False`): Whether to add the frozen weights under an adapter, which the live
+                draft no longer has once a merged one was published to it.
         """
         return {name: weight.detach() for name, weight in (self._all() if base else self._trained())}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """
-        Take an earlier state, in place: an optimiser of these parameters goes on working.
-
-        Args:
-            state (`Mapping[str, torch.Tensor]`): As `state` returned it, with the base or without; any dtype and
-                device.
+        Take an earlier state, with the base or without, in place: an optimiser of these parameters goes on working.
 
         Raises:
             LearningError: A parameter is missing, is unknown or has another shape; nothing has been changed.
@@ -127,7 +117,7 @@ def _trainable_copy(draft: PreTrainedModel, frozen: Collection[str]) -> Any:
 
 
 def _whole(model: Any, frozen: Collection[str]) -> Any:
-    """Turn a copy to float32, and let it be trained: the adapter that it carries, or else all that is not frozen."""
+    """Turn a copy to float32, and have its adapter trained if it carries one, else all that is not frozen."""
     has_adapter = carries_adapter(model)
     if has_adapter:
         check_adapter(model)

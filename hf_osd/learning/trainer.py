@@ -1,8 +1,8 @@
 """
-TRL's GKD trainer, taught to learn from recorded teachers; the only module that imports TRL.
+TRL's GKD trainer on recorded teachers; the only module that imports TRL.
 
 `trl.experimental.gkd` may change between releases; this was written against TRL 1.16 and transformers 5.17 to 5.24.
-`train()` runs one update and returns; the optimiser lives on. Not covered: `seq_kd`; several processes.
+Not covered: `seq_kd`; several processes.
 """
 
 import warnings
@@ -34,11 +34,11 @@ from .on_policy import OnPolicySource
 from .reading import Batch, BatchParts, Reader, longest_request, positions_of, target_logits
 from .session import UpdateCallback
 
-with warnings.catch_warnings():  # that it is experimental is this module's business, not the user's
+with warnings.catch_warnings():  # about an experimental module, which the user has not chosen
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-# Fields that OnlineConfig sets itself, or that have no meaning where there is always another update.
+# Arguments that follow from a setting, by which to change them instead.
 _RESERVED = {
     "beta": "OnlineConfig.beta",
     "lmbda": "OnlineConfig.lmbda",
@@ -50,9 +50,8 @@ _RESERVED = {
     "num_train_epochs": "OnlineConfig.steps_per_update",
     "use_cpu": "the device of the draft",
 }
-# transformers 5.23 renamed it; TRL sets the old one by default.
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
-_LOG_HISTORY = 100  # latest entries of the trainer's log that are kept
+_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # one option: of transformers 5.23, and before
+_LOG_HISTORY = 100  # entries of the trainer's log that are kept, the latest
 
 
 class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
@@ -64,32 +63,29 @@ class OnlineGKDConfig(GKDConfig):  # type: ignore[misc, unused-ignore]
 
     @property
     def device(self) -> torch.device:
-        """Where the batches go: with the draft, not on the first GPU."""
+        """Return where batches go: to the draft, not to the first GPU."""
         _ = super().device  # sets up the process state
         return self._draft_device
 
     @property
     def n_gpu(self) -> int:
-        """One at most: `Trainer` would spread the training over GPUs that serve."""
+        """Return one at most: `Trainer` would spread the training over GPUs that serve."""
         return 0 if self._draft_device.type == "cpu" else 1
 
     @property
     def should_save(self) -> bool:
-        """Whether `output_dir` is used at all; `Trainer` creates it otherwise."""
+        """Whether `output_dir` is written to; if so, `Trainer` makes it at once."""
         return self.save_strategy != SaveStrategy.NO and bool(super().should_save)
 
 
 def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = False) -> OnlineGKDConfig:
     """
-    The arguments of the trainer: quiet, constant learning rate, then whatever the user chose.
+    Return the trainer's arguments: no logs and a constant learning rate, then what the user chose.
 
     Args:
         config (`OnlineConfig`): Settings; `config.training_arguments` may name any other field of `GKDConfig`.
-        device (`torch.device`): Where the draft lives.
+        device (`torch.device`): That of the draft.
         bf16 (`bool`, defaults to `False`): Whether to run the forward pass under bfloat16 autocast.
-
-    Returns:
-        `OnlineGKDConfig`: The arguments.
 
     Raises:
         ConfigError: An argument is unknown, is set elsewhere, or has a value that TRL refuses.
@@ -132,7 +128,7 @@ def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = 
 
 
 def _check_trackers(arguments: OnlineGKDConfig) -> None:
-    """Make the trackers once, now: `Trainer` would find in the first update, and every one, that one is missing."""
+    """Make the trackers once, so that a missing package is found now and not in every update."""
     try:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
@@ -141,13 +137,13 @@ def _check_trackers(arguments: OnlineGKDConfig) -> None:
 
 
 def _fits(device: torch.device, precision: str) -> bool:
-    """Whether to join accelerate's state of this process: a new one would reset it under trainers that are running."""
+    """Whether accelerate's state of this process will do: a new one would be reset under trainers that run."""
     cpu = PartialState._shared_state.get("_cpu")
     return cpu is (device.type == "cpu") and AcceleratorState._shared_state.get("_mixed_precision") == precision
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one of its kind, which is what accelerate trains on."""
+    """Make `device` the current one of its kind, on which accelerate trains."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -166,16 +162,16 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Training copy of the draft, float32. It is changed, the draft that serves is not.
+            Training copy of the draft.
         sample (`Callable[[int], list[Observation]]`):
-            Draws that many requests; called once a batch, for ever.
+            Draws that many requests; called once a batch.
         config (`OnlineConfig`):
-            Settings: batch size, positions, divergence, length, and every other training argument.
+            Settings.
         callback (`UpdateCallback`):
-            Paces the training and may end it.
+            Counts the steps, gives way to serving, and may end an update.
         target ([`~transformers.PreTrainedModel`], *optional*):
-            The live target, which `config.full_teacher` re-runs over the recorded requests for its full distribution,
-            and `config.lmbda` over what the draft writes. It is read only: neither moved, wrapped nor prepared.
+            The live target, which `config.full_teacher` runs over recorded requests for its full distributions, and
+            `config.lmbda` over what the draft writes. It is neither moved, wrapped nor prepared.
         bf16 (`bool`, defaults to `False`):
             Whether to run the forward pass under bfloat16 autocast.
         vocab_size (`int`, *optional*):
@@ -212,10 +208,9 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
                 callbacks=[callback],
             )
         self.remove_callback(PrinterCallback)
-        # `train` begins with it, and collects all garbage of the process: 0.2 s of each update, 40 times the rest.
+        # `train` begins with it, and its garbage collection takes 0.2 s: 40 times as long as the rest of an update.
         self.accelerator.free_memory = self._forget_prepared
-        # `train` would change the special tokens of the model to those of the placeholder.
-        self.processing_class = None
+        self.processing_class = None  # else `train` gives the model the special tokens of the placeholder
         self.target = target if config.full_teacher else None
         self._loss = config.loss
         self._sample = sample
@@ -231,11 +226,11 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
     def update(self, steps: int, learning_rate: float) -> float:
         """
-        Take some steps. The optimiser goes on from the update before.
+        Run one update. The optimiser goes on from the one before.
 
         Args:
-            steps (`int`): How many, at most; the session may end it earlier.
-            learning_rate (`float`): For all of them, before a schedule of `config.training_arguments`.
+            steps (`int`): Steps to take; the session may end the update earlier.
+            learning_rate (`float`): For all of them; a schedule of `config.training_arguments` starts from it.
 
         Returns:
             `float`: Mean loss of the steps, in nats; `nan` without any.
@@ -244,7 +239,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.args.max_steps = self.steps_before + steps
         self.args.learning_rate = learning_rate
         handler: Any = self.callback_handler
-        handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run each time
+        handler.on_train_end = lambda *parts: parts[-1]  # else trackers would close their run after each update
         for group in self.optimizer.param_groups if self.optimizer is not None else ():
             group["lr"] = group["initial_lr"] = learning_rate
         self.train()
@@ -253,7 +248,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         return loss
 
     def load_optimizer_state(self, state: Mapping[int, Any]) -> None:
-        """Have the optimiser go on from a saved state, by parameter; without any, it starts anew."""
+        """Have the optimiser go on from a state by parameter; without any, it starts anew."""
         optimizer = self.optimizer or self.create_optimizer()
         optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(state)})
 
@@ -264,14 +259,14 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self.accelerator.step = 0
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent: a server does not call home because its draft learns."""
+        """Send nothing: a server does not call home because its draft learns."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """
-        An endless stream of batches from the replay buffer.
+        Return an endless stream of batches, each drawn when its step begins.
 
-        Accelerate's loader would draw each batch one step ahead, before the requests that it should see, and a plain
-        `DataLoader` would take its seed from the global random state.
+        Accelerate's loader would draw one step ahead, and a plain `DataLoader` would take its seed from the global
+        random state.
         """
         stream = _ReplayStream(self._sample, self.args.per_device_train_batch_size)
         return DataLoader(stream, batch_size=None, collate_fn=self.data_collator, generator=torch.Generator())
@@ -280,9 +275,9 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """
-        Forward and backward passes on recorded outputs; GKD would toss a global coin for sampling new ones.
+        Run forward and backward passes; GKD's own step would first toss a global coin, whether to sample new outputs.
 
-        In the background a batch goes in parts, which add up to its gradient, and serving may go first in between.
+        In the background a batch goes in parts, which add up to its gradient, and gives way to serving in between.
         """
         positions = positions_of(inputs)
         loss = torch.zeros((), device=self.args.device)
@@ -305,7 +300,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
-        Mean divergence between teacher and student over the positions to learn from.
+        Return the mean loss over the positions to learn from, a scalar in nats.
 
         Args:
             model (`torch.nn.Module`): The student.
@@ -313,9 +308,6 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
                 [`~hf_osd.learning.reading.Reader.passes`].
             return_outputs (`bool`, defaults to `False`): Whether to return a tuple, with an empty `dict`.
             num_items_in_batch (`int`, *optional*): Not used: the mean is over the batch.
-
-        Returns:
-            `torch.FloatTensor`: Scalar, in nats.
         """
         loss = torch.zeros((), device=inputs["learn_mask"].device)
         for one in self._reader.passes(model, inputs):
@@ -331,20 +323,20 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             ids, log_probs, tail = (inputs[f"teacher_{name}"][mask] for name in ("ids", "log_probs", "tail"))
             return sparse_loss(student, ids, log_probs, tail, self._loss, self.beta)
         dense = target_logits(self.target, inputs)[mask].to(student.device).float()
-        # Padded vocabularies differ in size; the ids that both have are the real ones.
+        # Padded vocabularies may differ in size; tokens that both have are the real ones.
         shared = min(student.shape[-1], dense.shape[-1])
         teacher, student = (logits[:, :shared].log_softmax(dim=-1) for logits in (dense, student))
         return token_loss(teacher, student, self._loss, self.beta)
 
     def take_mean_loss(self) -> float:
-        """Mean loss since the last call; `nan` where no step was taken."""
+        """Return the mean loss since the last call; `nan` without a step."""
         mean = float(self._loss_sum) / self._loss_count if self._loss_count else float("nan")
         self._loss_sum.zero_()
         self._loss_count = 0
         return mean
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log to the reporters, but not that an update has ended, and keep only the latest entries."""
+        """Log to the reporters, though not the end of each `train()`, and keep only the latest entries."""
         if "train_runtime" in logs:
             return
         super().log(logs, start_time)
@@ -353,7 +345,7 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
 
 @contextmanager
 def _adapted_output_allowed(model: Any) -> Iterator[None]:
-    """TRL 1.16 refuses an adapter on the output layer, because of a loss that is not ours."""
+    """Hide the output layer: TRL 1.16 refuses an adapter on it, because of a loss that is not used here."""
     if not hasattr(model, "get_base_model"):
         yield
         return
@@ -375,7 +367,7 @@ class _ReplayStream(IterableDataset[list[Observation]]):
 
 
 class _NoTeacher(nn.Module):
-    """Takes the live target's place in GKDTrainer, which would wrap, move and hold it, and compares vocabularies."""
+    """Stands in for the target, which GKDTrainer would wrap and move; it has a vocabulary to be compared."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -383,6 +375,6 @@ class _NoTeacher(nn.Module):
 
 
 def _placeholder_tokenizer() -> PreTrainedTokenizerFast:
-    """TRL asks for a tokenizer; requests are recorded as tokens, so any will do."""
+    """Return any tokenizer: TRL asks for one, and requests are recorded as tokens."""
     tokenizer = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")

@@ -1,4 +1,4 @@
-"""Where the work of learning is done, one piece at a time: in the thread that observed, or in one of its own."""
+"""The thread that learns, one piece of work at a time: inline that of the request, or one of its own."""
 
 import os
 import random
@@ -6,7 +6,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -17,29 +17,29 @@ from .throttle import Throttle
 
 logger = logging.get_logger(__name__)
 
-PATIENCE = 10.0  # seconds that `stop`, and so interpreter exit, gives the step in progress
-MOST_WAITING = 1024  # requests that wait for the thread; where it cannot keep up, the oldest go unnoticed
+PATIENCE = 10.0  # seconds that `stop`, and so the exit of the interpreter, waits for the step in progress
+MOST_WAITING = 1024  # requests that wait for the thread; beyond that, the oldest are not learned from
 
 Work = Callable[[list[Observation]], None]
 
 
 class Worker:
     """
-    A queue of requests, and whoever works through it.
+    A queue of requests, and the thread that works through it.
 
-    Inline, that is the thread which calls [`work`]; there is no other. In the background it is a thread of its own,
-    started with the first request. Either way one thread works at a time, and holds `lock` meanwhile.
+    Inline, that is the thread which calls [`work`]. In the background it is a thread of its own, started with the
+    first request. Either way one thread works at a time, and holds `lock` meanwhile.
 
     Args:
         background (`bool`): Whether to work in a thread of its own.
-        work (`Callable[[], Callable | None]`): Returns what to do with requests, `None` once nobody needs it any more:
-            the thread keeps its owner alive only while it works.
-        throttle (`Throttle`): Paces the work, and counts its time.
+        work (`Callable[[], Callable | None]`): A weak reference to what is done with requests, so that the thread
+            keeps its owner alive only while it works.
+        throttle (`Throttle`): Paces the work.
         device (`torch.device`): Of the draft. On CUDA the work has a stream of its own.
 
     Attributes:
-        lock (`threading.RLock`): Held while somebody works; hold it to keep everybody from working.
-        stopped (`bool`): Whether to end with the step in progress, and begin nothing any more.
+        lock (`threading.RLock`): Hold it to keep everybody from working.
+        stopped (`bool`): Whether to end with the step in progress, and to begin nothing any more.
     """
 
     def __init__(self, background: bool, work: Callable[[], Work | None], throttle: Throttle, device: torch.device):
@@ -58,32 +58,31 @@ class Worker:
         return bool(self._waiting)
 
     def put(self, request: Observation) -> None:
-        """Add a request, and have the thread look at it, if there is to be one."""
+        """Add a request; in the background, wake the thread."""
         with self._changed:
             self._waiting.append(request)
             if self._background and not self.stopped:
                 self._wake()
 
     def _wake(self) -> None:
-        if self._thread is None or not self._thread.is_alive():  # no more in a process that was forked off
+        if self._thread is None or not self._thread.is_alive():  # a forked process has lost it
             self._thread = threading.Thread(target=self._run, name="hf_osd-learner", daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError as error:  # at a limit, or at interpreter exit
+            except RuntimeError as error:  # no thread is left, or the interpreter exits
                 logger.warning("Learning has ended, since it gets no thread; serving goes on.", exc_info=error)
                 self._thread, self.stopped = None, True
         self._changed.notify_all()
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # no thread left to do it with
-            leave_cores_to_serving()
+        leave_cores_to_serving()
         while not self.stopped:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self.stopped)
             self.work()
 
     def work(self) -> None:
-        """Do the work for all requests that wait, in this thread."""
+        """Work through the requests that wait, in this thread."""
         with self.lock:
             requests = self._taken()
             work = self._work() if requests and not self.stopped else None
@@ -108,14 +107,10 @@ class Worker:
 
 class TrainingStream:
     """
-    A CUDA stream of the lowest priority for training, apart from the default stream of the device, which serves.
+    A CUDA stream for training, of the lowest priority; serving has the default stream of the device.
 
-    Only weights are shared between the two: the draft that is copied, the target of a re-run teacher, and what is
-    published. Each hand-over is ordered on the device; neither host thread waits for it. Not covered: several devices,
-    and accelerators that are not CUDA.
-
-    Args:
-        device (`torch.device`): Of the draft. Other kinds than CUDA have no streams, and nothing happens.
+    The two share weights: those of the live draft and the live target. Each hand-over is ordered on the device, and no
+    host thread waits for it. On other devices than CUDA nothing happens. Not covered: several devices.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,13 +121,13 @@ class TrainingStream:
             self._serving = torch.cuda.default_stream(device)
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given, so that the clock shows it."""
+        """Wait until the device has done what it was given, so that the clock counts it."""
         if self._stream is not None:
             self._stream.synchronize()
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Train here: after what serving was given so far, and done with everything on leaving."""
+        """Train inside: after what serving was given so far; the device has done everything on leaving."""
         if self._stream is None or self._serving is None:
             yield
             return
@@ -145,7 +140,7 @@ class TrainingStream:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """Copy weights in the order of serving: after the rounds that read the old ones, before those to come."""
+        """Copy weights inside: after the rounds that read the old ones, before those to come."""
         if self._stream is None or self._serving is None:
             yield
             return
@@ -157,20 +152,23 @@ class TrainingStream:
 
 def leave_cores_to_serving() -> None:
     """
-    Let the calling thread compute with the cores that the process's other threads do not use, at least one.
+    Let the calling thread compute with the cores that serving does not use, at least one.
 
-    OpenMP gives each thread that computes a team of its own. As soon as all teams together have more threads than
-    there are cores, those of every team go to sleep between operations instead of waiting for the next, and waking
-    them makes small operations twice as slow: serving would stay slow even while nothing is being learned.
+    OpenMP gives each thread that computes a team of its own. Once all teams have more threads than there are cores,
+    those of every team sleep between operations, and waking them makes small operations twice as slow: serving would
+    stay slow even while nothing is learned.
     """
     serving = torch.get_num_threads()
     own = max(1, min(serving, _cores() - serving + 1))
     if own < serving:
         torch.set_num_threads(own)
-        # That also set the number for threads to come, which a thread of no other use sets back.
+        # That is also the number for threads to come; a thread that does nothing else sets it back.
         restore = threading.Thread(target=torch.set_num_threads, args=(serving,), name="hf_osd-threads")
-        restore.start()
-        restore.join()
+        try:
+            restore.start()
+            restore.join()
+        except RuntimeError as error:  # no thread is left
+            logger.warning("New threads compute with %d cores, since there is no thread left.", own, exc_info=error)
 
 
 def _cores() -> int:
@@ -179,11 +177,11 @@ def _cores() -> int:
 
 
 def import_trainer() -> ModuleType:
-    """Import the module that imports TRL, seconds at the first time, and leave the global random state as it was."""
+    """Import the module that imports TRL, which takes seconds at first; the global random state stays as it was."""
     state = random.getstate()
     is_first = f"{__package__}.trainer" not in sys.modules
     from . import trainer
 
-    if is_first:  # rich, which comes with TRL, draws from it while it is imported
+    if is_first:  # importing rich, which comes with TRL, draws from it
         random.setstate(state)
     return trainer
