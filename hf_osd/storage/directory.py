@@ -1,4 +1,4 @@
-"""`StateDirectory`: what serving observes and the learner learns, kept on disk by a thread of its own."""
+"""`StateDirectory`: a thread of its own writes to disk what serving observes and the learner learns."""
 
 import logging
 import math
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 Collect = Callable[[], Snapshot | None]
 Redact = Callable[[Observation], Observation | None]
 
-_MAX_PENDING = 2**26  # bytes of observations that wait for the disk; the oldest leave first
-_PATIENCE = 60.0  # seconds that `close` and interpreter exit give a write in progress
+_MAX_PENDING = 2**26  # bytes of observations that wait for the disk, at most; the oldest leave first
+_PATIENCE = 60.0  # seconds that `close`, and the exit of the interpreter, wait for a write in progress
 
 
 class StateDirectory:
@@ -166,7 +166,7 @@ class StateDirectory:
 
 
 class _Writer:
-    """What the writing thread and its owner share. The thread must not keep the owner alive."""
+    """The writing thread, and what it shares with its owner. The thread must not keep the owner alive."""
 
     def __init__(self, store: Store, collect: Callable[[], Collect | None], flush_seconds: float) -> None:
         self.failures = self.dropped = 0
@@ -189,7 +189,7 @@ class _Writer:
     # Called by serving.
 
     def put(self, row: Row) -> None:
-        """Take a row; too many make the oldest leave, and half of that many wake the thread."""
+        """Take a row. Half of `_MAX_PENDING` wakes the thread; beyond all of it the oldest rows leave."""
         with self._changed:
             self._pending.append(row)
             self._pending_bytes += row.nbytes

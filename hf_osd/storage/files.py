@@ -6,9 +6,9 @@ removes. Private to the user: files 0600, folders 0700. Not covered: disks that 
 macOS, `fsync` does not empty the disk's own cache, so there a power cut (not a kill) can cost more.
 """
 
-import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -18,12 +18,14 @@ from typing import Any
 
 from ..errors import StateError
 
-TEMPORARY = ".hf_osd-tmp-"  # begins the name of everything that is not finished
-_SEAL = "sha256"
+logger = logging.getLogger(__name__)
+
+TEMPORARY = ".hf_osd-tmp-"  # begins the name of every file or folder that is not finished
+_SEAL = "sha256"  # key of a sealed JSON file's own digest
 
 
 class DamagedError(StateError):
-    """A file is not as it was written. Whoever reads a state skips what is damaged, so users never see this."""
+    """A file is not as it was written. Readers of a state skip it with a warning, so users never see this."""
 
 
 def make_private(folder: Path) -> None:
@@ -49,14 +51,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring to disk what another library has written, and make it private."""
+    """Bring a file of another library to disk, and make it private."""
     path.chmod(0o600)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk; Windows does so by itself."""
+    """Bring the names in a folder to disk, which Windows does by itself."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -67,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder whose name means that it is whole: under that name it is there or gone, never in part."""
+    """Remove a folder under its name at once: it is there or gone, never in part."""
     leaving = folder.with_name(f"{TEMPORARY}{folder.name}")
     discard(leaving)
     folder.rename(leaving)
@@ -83,22 +85,24 @@ def clean(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link itself; if it stays, the next start tries again."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+    """Remove a file, a folder with its content, or a link itself. What stays is logged; the next start tries again."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s is left over, since it cannot be removed: %s", path, error)
 
 
 def digest(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(values: Mapping[str, Any]) -> bytes:
-    """JSON that carries its own SHA-256, for [`read_sealed`]."""
+    """Return JSON that carries its own SHA-256, for [`read_sealed`]."""
     return json.dumps({**values, _SEAL: _fingerprint(values)}, indent=2).encode()
 
 

@@ -1,5 +1,5 @@
 """
-One writer at a time: a lock of the operating system, which a killed process cannot keep.
+One writer at a time: a lock of the operating system, which ends with the process.
 
 Not covered: network file systems without locks, where a state directory is refused. The Windows branch is written from
 the documentation and has not been run.
@@ -16,7 +16,7 @@ from ..errors import StateError
 from .places import LOCK, check_lock
 
 _FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_DIGITS = 20  # of the number of a process, at most
+_DIGITS = 20  # digits of a process's number, at most; a longer content is that of another file
 
 _held: "weakref.WeakSet[DirectoryLock]" = weakref.WeakSet()
 
@@ -29,8 +29,8 @@ class DirectoryLock:
 
     Args:
         directory (`Path`):
-            Where the file `.lock` is made. It holds the number of the process, for messages only, unless there is a
-            file of somebody else.
+            Where the file `.lock` is made. The number of the process is written to it, for messages only, unless the
+            file has other content.
 
     Raises:
         StateError: Another process, or another object of this one, holds it; `.lock` is a link or no file; or the file
@@ -75,7 +75,7 @@ class DirectoryLock:
         descriptor = os.open(self._path, _FLAGS, 0o600)
         try:
             self._lock(descriptor)
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without a number
+            with contextlib.suppress(OSError):  # the disk is full: the lock holds, and messages lack the number
                 _sign(descriptor)
         except BaseException:
             os.close(descriptor)
@@ -98,7 +98,7 @@ class DirectoryLock:
 
 
 def _sign(descriptor: int) -> None:
-    """Write the number of the process, unless that would change the file of somebody else."""
+    """Write the number of the process to a lock file, unless it has other content."""
     found = os.fstat(descriptor)
     is_ours = not found.st_size or _holder(descriptor) is not None
     if is_ours and found.st_nlink == 1 and stat.S_ISREG(found.st_mode):
@@ -108,7 +108,7 @@ def _sign(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str | None:
-    """The number that a lock file holds; `None` where it holds anything else."""
+    """Return the number in a lock file; `None` where it holds anything else."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     content = os.read(descriptor, _DIGITS + 1)
     return content.decode() if content.isdigit() and len(content) <= _DIGITS else None

@@ -1,8 +1,8 @@
 """
-The places of a state directory: each is a file or folder of its own, or nothing.
+The places of a state directory: nothing is written or removed through links.
 
-Whoever may write into a directory could put a link there, and what is written or removed through a link is a file of
-somebody else. The directory itself may be one: the user has named it.
+Others who may write into the directory could put a link in such a place, which leads to files of somebody else. The
+directory itself may be a link, since the user has named it.
 """
 
 import logging
@@ -49,7 +49,7 @@ def check_is_folder(directory: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise `OSError` now rather than at every write to come."""
+    """Raise `OSError` where files cannot be made, now rather than at every write."""
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     os.close(descriptor)
     Path(name).unlink(missing_ok=True)  # whoever holds the directory may have cleaned it
@@ -68,7 +68,7 @@ def check_folders(directory: Path) -> None:
 
 def check_content(directory: Path) -> None:
     """
-    Make sure that all that is there may be written to or removed; files of other names do not matter.
+    Check everything with a name of this format: it has to be no link, in folders that can be written to.
 
     Raises:
         StateError: Something is a link.
@@ -112,7 +112,7 @@ def _link(path: Path) -> str:
 
 
 def warn_of_others(directory: Path) -> None:
-    """Log where others than this user may put files into a state, or take some out of it."""
+    """Warn where other users may put files into a state, or take some out of it."""
     for folder in _folders(directory):
         reason = _who_may_write(folder)
         if reason is not None:
@@ -121,7 +121,7 @@ def warn_of_others(directory: Path) -> None:
 
 
 def _who_may_write(folder: Path) -> str | None:
-    """Who may, and what to do about it; `None` where it is nobody else."""
+    """Say which other users may write to a folder, and what to do about it; `None` if there are none."""
     if os.name == "nt":
         return None
     found = folder.stat()

@@ -1,4 +1,4 @@
-"""The replay of a state directory: grows by shards, merges small ones, and lets the oldest leave."""
+"""Replay on disk as a whole: it grows by shards, small ones are merged, and the oldest leave."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from .shards import Shard, list_shards, measure, newest_row, read_observations, 
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_SHARD = 2**24  # bytes on disk
-_MOST_VALUES = 2**22  # in a merged shard, so that what compresses well cannot fill the memory: 16 MiB at 4 bytes each
-_MANY = 16  # small shards that are worth merging
-_MOST_SHARDS = 1000
-_SPANS_PER_LIFE = 8  # a merged shard holds rows of at most this part of the time to live
+_LARGEST_SHARD = 2**24  # bytes of a shard on disk, at most
+_MOST_VALUES = 2**22  # numbers in a merged shard, at most: 16 MiB in memory, however well they are compressed
+_MANY = 16  # newest shards that are worth merging; fewer wait for more
+_MOST_SHARDS = 1000  # shards of a directory, at most; the oldest leave
+_SPANS_PER_LIFE = 8  # a merged shard spans at most this fraction of the time to live, since it leaves as a whole
 
 
 class ReplayLog:
@@ -80,7 +80,7 @@ class ReplayLog:
                 self._remove(shard)
 
     def tidy(self) -> None:
-        """Remove what is expired, too much or there twice, and merge small shards."""
+        """Remove shards that are expired, beyond a bound or there twice, and merge small ones."""
         self._remove_covered()
         self._remove_old()
         self._merge_small()
@@ -100,7 +100,7 @@ class ReplayLog:
             self._remove(shard)
 
     def _leaving(self) -> Iterator[Shard]:
-        """Shards that are expired or too much, newest first."""
+        """Yield shards that are expired or beyond a bound, newest first."""
         horizon, size = self._horizon(), 0
         for index, shard in enumerate(reversed(list_shards(self._folder))):
             size += shard.path.stat().st_size

@@ -2,9 +2,9 @@
 Replay on disk: Parquet files that are written once, each with rows of consecutive numbers.
 
 A shard's name is `replay-FIRST-LAST-DIGEST.parquet`: the numbers of its first and last row, and the first 16
-hexadecimal digits of the SHA-256 of the whole file. So the name, which appears in one rename, says all there is to
-know: what is in the file, whether it is as it was written, and which shards a merged one stands for. A later form of
-shards needs another form of names.
+hexadecimal digits of the SHA-256 of the whole file. So the name, which appears in one rename, says which rows are in
+the file, whether it is as it was written, and which shards a merged one replaces. Another format of shards needs
+another form of names.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class Shard:
 
 
 def list_shards(folder: Path) -> list[Shard]:
-    """Shards of a folder by the number of their first row; other files are none of our business."""
+    """Return the shards of a folder, by the number of their first row; other files are ignored."""
     if not folder.is_dir():
         return []
     matches = ((path, NAME.fullmatch(path.name)) for path in folder.iterdir())
@@ -68,7 +68,7 @@ def write_shard(folder: Path, table: pa.Table) -> Shard:
         table (`pyarrow.Table`): At least one row, in order.
     """
     sink = pa.BufferOutputStream()
-    # Floats compress only with their bytes apart: all first bytes, then all second ones ...
+    # Floats compress only with their bytes apart: first all first bytes, then all second ones, and so on.
     options = dict(compression="zstd", compression_level=3, use_dictionary=False)
     pq.write_table(table, sink, use_byte_stream_split=_FLOATS, **options)
     data = sink.getvalue().to_pybytes()
@@ -102,12 +102,12 @@ def read_shard(shard: Shard) -> pa.Table:
 
 def read_observations(folder: Path, limit: int | None = None, not_before: datetime | None = None) -> list[Observation]:
     """
-    The newest observations, oldest first. Damaged shards are skipped with a warning.
+    Read the newest observations, oldest first. Damaged shards are skipped with a warning.
 
     Args:
-        folder (`Path`): Of the shards; it need not exist.
-        limit (`int`, *optional*): How many, at most. Shards that hold older ones are not opened.
-        not_before (`datetime`, *optional*): Rows recorded earlier do not count.
+        folder (`Path`): The folder of shards, which need not exist.
+        limit (`int`, *optional*): Observations to read, at most. Shards with older ones are not opened.
+        not_before (`datetime`, *optional*): Observations recorded earlier are left out.
     """
     tables: list[pa.Table] = []
     missing = limit
@@ -141,7 +141,7 @@ def _newest_first(shards: Sequence[Shard]) -> Iterator[pa.Table]:
 
 
 def newest_row(shard: Shard) -> datetime:
-    """When the newest row of a shard was recorded; where the file does not say, when it was written."""
+    """Return when the newest row of a shard was recorded; of a damaged file, when that was written."""
     try:
         return _recorded_at(_row_groups(shard))[1]
     except (OSError, pa.ArrowException, ValueError):
@@ -150,10 +150,10 @@ def newest_row(shard: Shard) -> datetime:
 
 def measure(shard: Shard) -> tuple[int, datetime]:
     """
-    Values in a shard, which tell its size in memory, and the time of its oldest row, from the end of the file.
+    Return how many numbers are in a shard, and when its oldest row was recorded, from the end of the file.
 
     Raises:
-        DamagedError: The file does not say.
+        DamagedError: The file cannot be read.
     """
     try:
         groups = _row_groups(shard)

@@ -37,9 +37,10 @@ from .files import (
 
 logger = logging.getLogger(__name__)
 
-# Goes up with every change of what a snapshot must hold; the manifest's own form stays for ever.
-FORMAT = 3  # since it holds candidates and their sums
-_KEEP = 2
+FORMAT = (
+    3  # number of the format: goes up with what a snapshot must hold, while the form of the manifest never changes
+)
+_KEEP = 2  # snapshots that are kept: the older one counts where the newer is damaged
 NAME = re.compile(r"snapshot-(\d{6,})")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")
 _MANIFEST, _NUMBERS, _TENSORS = "manifest.json", "numbers.json", ".safetensors"
@@ -62,12 +63,12 @@ class Snapshot:
 
 
 def list_snapshots(folder: Path) -> list[tuple[int, Path]]:
-    """Numbers and paths of the snapshots in a folder, oldest first; other files are none of our business."""
+    """Return numbers and paths of the snapshots in a folder, oldest first; other files are ignored."""
     return sorted((number, path) for number, path in _numbered(folder) if path.is_dir())
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    """All that has the name of a snapshot."""
+    """Yield everything with the name of a snapshot, which may be a file."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := NAME.fullmatch(path.name):
             yield int(match[1]), path
@@ -94,7 +95,7 @@ class SnapshotFolder:
             OSError, safetensors.SafetensorError: The disk refuses.
         """
         make_private(self._folder)
-        self.prune()  # first: where nothing can leave, nothing may come
+        self.prune()  # first, so that a disk which refuses to remove does not fill up
         number = max((number for number, _ in _numbered(self._folder)), default=0) + 1
         final = self._folder / f"snapshot-{number:06d}"
         temporary = final.with_name(f"{TEMPORARY}{final.name}")
@@ -108,7 +109,7 @@ class SnapshotFolder:
         self.prune()
 
     def prune(self, keep: int = _KEEP) -> None:
-        """Remove all but the last snapshots."""
+        """Remove all but the last `keep` snapshots."""
         for _, path in list_snapshots(self._folder)[:-keep]:
             remove_folder(path)
 
@@ -129,7 +130,7 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors on the CPU, none of which shares memory with another: safetensors refuses those."""
+    """Return contiguous tensors on the CPU that share no memory, which safetensors would refuse."""
     separate, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -154,10 +155,10 @@ def _version() -> str:
 
 def read_newest_snapshot(folder: Path, only: Collection[str] | None = None) -> Snapshot | None:
     """
-    The newest snapshot that is as it was written; `None` without one. Damaged ones are skipped with a warning.
+    Read the newest intact snapshot; `None` without one. Damaged ones are skipped with a warning.
 
     Args:
-        folder (`Path`): Of the snapshots; it need not exist.
+        folder (`Path`): The folder of snapshots, which need not exist.
         only (`Collection[str]`, *optional*): Groups of tensors to read, if they are there. Defaults to all.
 
     Raises:
@@ -185,7 +186,7 @@ def _read(folder: Path, only: Collection[str] | None = None) -> Snapshot:
 
 
 def _load_group(path: Path) -> dict[str, torch.Tensor]:
-    # Copies: tensors that are mapped files would change, or crash the process, with the disk.
+    # Copies: a tensor that is a mapped file changes, or crashes the process, with the file.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
@@ -213,10 +214,10 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
 
 def refuse_other_formats(folder: Path) -> None:
     """
-    Check that this code can read the snapshots in a folder, damaged ones aside.
+    Check that the intact snapshots of a folder are of this format.
 
     Raises:
-        StateError: A snapshot is of another format.
+        StateError: One is of another.
     """
     for _, path in list_snapshots(folder):
         try:

@@ -11,7 +11,7 @@ DIRECTORY/
 `places.py` makes sure that nothing else is in these places.
 
 The observations that a learner has seen are written before its snapshot. So a crash between the two leaves
-observations that the snapshot has not counted, never a snapshot that knows more than there is.
+observations that the snapshot does not count, never a snapshot that counts observations which are not there.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -96,7 +96,7 @@ class Store:
         self._snapshots.write(snapshot)
 
     def tidy(self) -> None:
-        """Let old observations leave, and merge small shards."""
+        """Remove old observations, and merge small shards."""
         self._replay.tidy()
 
     def keep_only(self, first: int) -> None:
@@ -110,7 +110,7 @@ class Store:
 
     @property
     def next_number(self) -> int:
-        """The number that the next observation gets."""
+        """Return the number of the next observation."""
         return self._replay.next_number
 
     def close(self) -> None:
@@ -194,5 +194,5 @@ def _explained(directory: Path) -> Iterator[None]:
         yield
     except StateError:
         raise
-    except Exception as error:  # of safetensors and Arrow too, which have their own
+    except Exception as error:  # safetensors and Arrow have errors of their own
         raise StateError(f"the state directory {directory} cannot be used: {error}") from error
