@@ -14,8 +14,8 @@ import hf_osd
 from hf_osd import ConfigError, OnlineAssistant, OnlineConfig, UnsupportedModelError
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.drafts.starting import solve
-from hf_osd.drafts.states import StateTap
-from hf_osd.learning.features import FeatureCollator, with_states
+from hf_osd.drafts.states import StateTap, with_states
+from hf_osd.learning.features import FeatureCollator
 from hf_osd.resolving import resolve_assistant
 from hf_osd.serving.feature_decoder import FeatureDecoder
 from hf_osd.serving.states import TargetStates

@@ -70,6 +70,25 @@ def is_due(solved: int | None, positions: int) -> bool:
     return solved is not None and solved < ONLINE_POSITIONS and positions >= max(2 * solved, 1)
 
 
+def solve_again(draft: Any, copied: FeatureDraft, observations: Sequence[Observation]) -> dict[str, torch.Tensor]:
+    """
+    Solve for a draft that serves, where that is due, and note in its configuration that it was.
+
+    Args:
+        draft (`PreTrainedModel`): The live draft; see [`is_due`].
+        copied (`FeatureDraft`): Its training copy; see [`solve`].
+        observations (`Sequence[Observation]`): What was recorded so far, the newest last.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Weights by name; empty where nothing is due, as for every other kind of draft.
+    """
+    positions = sum(len(one.prompt_ids) + len(one.output_ids) - 2 for one in observations)
+    if not isinstance(draft, FeatureDraft) or not is_due(draft.config.solved, positions):
+        return {}
+    draft.config.solved = positions
+    return solve(copied, observations[::-1], ONLINE_POSITIONS)
+
+
 @torch.no_grad()
 def solve(draft: FeatureDraft, texts: Sequence[Observation], positions: int = POSITIONS) -> dict[str, torch.Tensor]:
     """

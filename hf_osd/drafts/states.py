@@ -4,13 +4,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import LearningError, UnsupportedModelError
+from ..records import Observation
 
 Pass = dict[int, torch.Tensor]
 """States of one forward by layer, each `(batch, time, hidden)`."""
@@ -129,3 +131,29 @@ def _unknown(model: PreTrainedModel) -> UnsupportedModelError:
         f"the layers of {type(model).__name__} cannot be told from its modules: use a draft that reads tokens alone",
         "target: its layers are not known",
     )
+
+
+@torch.no_grad()
+def with_states(draft: Any, observations: Sequence[Observation]) -> list[Observation]:
+    """
+    Return requests with the target's states; where none are kept, the target reads that request again.
+
+    Args:
+        draft ([`~hf_osd.drafts.features.FeatureDraft`]): The draft, or a copy of it, which reads these states.
+        observations (`Sequence[Observation]`): The requests.
+
+    Raises:
+        LearningError: A request has to be read, and the target is gone.
+    """
+    return [one if one.states is not None else replace(one, states=_read(draft, one)) for one in observations]
+
+
+def _read(draft: Any, observation: Observation) -> torch.Tensor:
+    target: Any = draft.target
+    if target is None:
+        raise LearningError("the target is gone, whose states the draft learns from")
+    tap = StateTap.of(target, draft.state_layers)
+    ids = torch.cat((observation.prompt_ids, observation.output_ids))[None, :-1].to(target.device)
+    with torch.autocast(target.device.type, enabled=False):
+        _, states = tap.read(lambda: target.get_decoder()(ids, use_cache=False))
+    return states[0].to("cpu", torch.bfloat16)

@@ -54,3 +54,9 @@ class TrafficVocabulary:
         with self._lock:
             found = self._general.union(self._used, besides)
         return torch.tensor(sorted(found), dtype=torch.long)
+
+
+def places_in(vocabulary: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return where tokens stand in an ascending vocabulary; its size for those that it does not have."""
+    places = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
+    return places.where(vocabulary[places] == ids, torch.full_like(places, len(vocabulary)))

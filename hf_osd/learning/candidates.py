@@ -46,9 +46,7 @@ class Checkpoint:
         return cls(weights, dict(groups[f"{name}-state"]) if f"{name}-state" in groups else weights)
 
     def on_cpu(self) -> "Checkpoint":
-        """Return the checkpoint without memory of an accelerator: itself, where it takes none."""
-        if all(tensor.device.type == "cpu" for tensor in (*self.weights.values(), *self.state.values())):
-            return self
+        """Return the checkpoint in the CPU's memory; tensors that are there already are not copied."""
         moved = {name: weight.cpu() for name, weight in self.weights.items()}
         same = self.weights is self.state
         return Checkpoint(moved, moved if same else {name: tensor.cpu() for name, tensor in self.state.items()})
@@ -99,7 +97,7 @@ class Candidates:
         start = self.static.weights
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
-    def state(self, name: str, latest: Weights) -> Weights:
+    def origin(self, name: str, latest: Weights) -> Weights:
         """Return what training goes on from where a candidate leads: of what is learned, the `latest` state."""
         return self._kept(name).state if name not in ALPHAS else latest
 
@@ -139,19 +137,15 @@ class Candidates:
         """Note that a former leader leads again."""
         self.frozen[name] = self.frozen.pop(name)
 
-    def tensors(self) -> dict[str, Weights]:
-        """Return groups of tensors to save, which are not written to any more."""
+    def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """Return what `load_state` needs: groups of tensors, which are not written to any more, and numbers."""
         groups: dict[str, Weights] = dict(self.static.groups(STATIC))
         groups["learned"] = {name: tensor.to("cpu", copy=True) for name, tensor in self.learned.items()}
         for name, checkpoint in self.frozen.items():
             groups |= checkpoint.groups(name)
-        return groups
+        return groups, {"updates": self._updates, "numbered": self._numbered, "frozen": list(self.frozen)}
 
-    def numbers(self) -> dict[str, Any]:
-        """Return, ready for JSON, what `load` needs besides the tensors."""
-        return {"updates": self._updates, "numbered": self._numbered, "frozen": list(self.frozen)}
-
-    def load(self, groups: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
+    def load_state(self, groups: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
         """Go on from a saved state; raise `KeyError` if something is missing."""
         self.static = Checkpoint.from_groups(groups, STATIC)
         self.frozen = {name: Checkpoint.from_groups(groups, name) for name in numbers["frozen"]}

@@ -1,16 +1,15 @@
 """Recorded requests for a draft that reads its target's states: these states, and places in its vocabulary."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..drafts.features import FeatureDraft
-from ..drafts.starting import ONLINE_POSITIONS, is_due, solve
-from ..drafts.states import StateTap
-from ..errors import LearningError
+from ..drafts.states import with_states
+from ..drafts.vocabulary import places_in
 from ..records import Observation
 from .reading import Batch, ObservationCollator, Pass, Reader, base_model, positions_of, rows_of
 
@@ -80,7 +79,7 @@ class FeatureCollator(ObservationCollator):
         """Pad a batch; see the class."""
         batch = super().__call__(observations)
         batch["vocabulary"] = self._draft.vocabulary.tokens(batch["input_ids"].flatten().tolist())
-        batch["teacher_ids"] = _places(batch["teacher_ids"], batch["vocabulary"])
+        batch["teacher_ids"] = places_in(batch["vocabulary"], batch["teacher_ids"])
         batch["learn_mask"] &= (batch["teacher_ids"] < len(batch["vocabulary"])).any(-1)
         if self._draft.state_layers:
             batch["states"] = self._states(observations, batch["input_ids"].shape)
@@ -94,47 +93,3 @@ class FeatureCollator(ObservationCollator):
             if count > 0:
                 padded[row, -count:] = observation.states[-count - 1 : -1]
         return padded
-
-
-def _places(ids: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
-    """Return where tokens stand in an ascending vocabulary; its size where they do not."""
-    places = torch.searchsorted(vocabulary, ids).clamp(max=len(vocabulary) - 1)
-    return places.where(vocabulary[places] == ids, torch.full_like(places, len(vocabulary)))
-
-
-@torch.no_grad()
-def with_states(draft: FeatureDraft, observations: Sequence[Observation]) -> list[Observation]:
-    """Return requests with the target's states; where none are kept, the target reads that request again."""
-    return [o if o.states is not None else replace(o, states=_read(draft, o)) for o in observations]
-
-
-def _read(draft: FeatureDraft, observation: Observation) -> torch.Tensor:
-    target: Any = draft.target
-    if target is None:
-        raise LearningError("the target is gone, whose states the draft learns from")
-    tap = StateTap.of(target, draft.state_layers)
-    ids = torch.cat((observation.prompt_ids, observation.output_ids))[None, :-1].to(target.device)
-    with torch.autocast(target.device.type, enabled=False):
-        _, states = tap.read(lambda: target.get_decoder()(ids, use_cache=False))
-    return states[0].to("cpu", torch.bfloat16)
-
-
-def solve_again(draft: Any, student: Any, observations: Sequence[Observation]) -> None:
-    """
-    Put a closed-form solution into the training copy of a draft that began cold, where one is due.
-
-    A training copy that trains an adapter stays as it is; see [`~hf_osd.drafts.starting.is_due`].
-
-    Args:
-        draft (`PreTrainedModel`): The live draft.
-        student ([`~hf_osd.learning.student.Student`]): Its training copy.
-        observations (`Sequence[Observation]`): What was recorded so far, the newest last.
-    """
-    positions = sum(len(one.prompt_ids) + len(one.output_ids) - 2 for one in observations)
-    if not isinstance(draft, FeatureDraft) or not is_due(draft.config.solved, positions):
-        return
-    draft.config.solved = positions
-    state = student.state()
-    found = solve(base_model(student.model), observations[::-1], ONLINE_POSITIONS)
-    if found.keys() <= state.keys():
-        student.load_state({**state, **found})

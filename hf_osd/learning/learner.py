@@ -17,15 +17,16 @@ import torch
 from transformers.utils import logging
 
 from ..config import OnlineConfig
+from ..drafts.starting import solve_again
 from ..errors import LearningError
 from ..journal import Counters, Decision, Drift, Journal, JudgedRequest, UpdateRecord
 from ..precision import multiplies_bfloat16
 from ..records import Observation
 from ..storage.identity import sample
 from .candidates import ALPHAS, HALF, WHOLE, Candidates, Checkpoint
-from .features import solve_again
+from .features import reader_of
 from .pace import Pace
-from .reading import teaches
+from .reading import base_model, teaches
 from .replay import ReplayBuffer
 from .scoring import DROP_REQUESTS, Score, Scorer, Weights, has_dropped, token_mean
 from .selector import MEMORY, STATIC, Selector
@@ -233,7 +234,7 @@ class Learner:
 
     def _go_live(self, name: str) -> None:
         latest = self.student.state()
-        chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.state(name, latest))
+        chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.origin(name, latest))
         self._publish(chosen.weights, self.expected(name))  # first: if that fails, the others stay live
         self.live = chosen
 
@@ -251,7 +252,7 @@ class Learner:
         self._fresh = 0
         self._pace.spend_by(self.expected() - self.expected(STATIC))
         self._take_back_harm()
-        solve_again(self._draft, self.student, self.replay.observations())
+        self._solve()
         trainer = self._trainer = self._trainer or self._make_trainer()
         loss = trainer.update(self.config.steps_per_update, self._pace.learning_rate)
         if self._is_stopped():
@@ -263,6 +264,13 @@ class Learner:
             raise LearningError(f"weights are not finite after the update: {broken[0]}")
         self.counters.last_loss = loss
         self._take_over(weights, loss)
+
+    def _solve(self) -> None:
+        """Put a closed-form solution into the training copy of a cold draft, where one is due and all is trained."""
+        found = solve_again(self._draft, base_model(self.student.model), self.replay.observations())
+        state = self.student.state()
+        if found and found.keys() <= state.keys():
+            self.student.load_state({**state, **found})
 
     def _take_back_harm(self) -> None:
         """Train on from what is live, more slowly, where what training led to has lost all that it could."""
@@ -287,12 +295,11 @@ class Learner:
             self._trainer.load_optimizer_state({})
 
     def _make_trainer(self) -> "OnlineGKDTrainer":
-        trainer = import_trainer()
         bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
-        made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(
-            self.student.model, self.replay.sample, self.config, trainer.UpdateCallback(self), self._target, bf16,
-            self._vocab_size,
-        )  # fmt: skip
+        model, reader = self.student.model, reader_of(self.student.model, self._vocab_size)
+        trainer = import_trainer()
+        parts = self.config, trainer.UpdateCallback(self), self._target, bf16, reader
+        made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(model, self.replay.sample, *parts)
         if self._moments:
             made.load_optimizer_state(self._moments)
         return made
@@ -309,9 +316,10 @@ class Learner:
         if leader in ALPHAS:
             self._go_live(leader)
             self.counters.updates += 1
-            self._note("published", f"{leader} of what is learned leads", loss, seconds, ALPHAS[leader])
+            reason = f"{leader} of what is learned leads"
+            self._note("published", reason, loss=loss, seconds=seconds, mixing=ALPHAS[leader])
         else:
-            self._note("held", f"the {leader} weights lead", loss, seconds)
+            self._note("held", f"the {leader} weights lead", loss=loss, seconds=seconds)
         self._pace.follow(leader)
 
     # What the trainer asks for.
@@ -334,28 +342,19 @@ class Learner:
         self._note("failed", str(error) or repr(error))
         self.go_on_from_live()
 
-    def _note(
-        self,
-        decision: Decision,
-        reason: str,
-        loss: float | None = None,
-        seconds: float = 0.0,
-        alpha: float | None = None,
-        gain: float | None = None,
-    ) -> None:
+    def _note(self, decision: Decision, reason: str, **measured: float) -> None:
         logger.debug("An update of the draft was %s: %s.", decision, reason)
-        self.journal.add(
-            UpdateRecord(self.requests, decision, reason, loss, self._pace.learning_rate, gain, alpha, seconds)
-        )
+        rate = self._pace.learning_rate
+        self.journal.add(UpdateRecord(self.requests, decision, reason, learning_rate=rate, **measured))
 
     # Saving.
 
     def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
         """Return what `load_state` needs: groups of tensors, which do not change any more, and numbers for JSON."""
         student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
-        groups = {**self.candidates.tensors(), **self.live.on_cpu().groups("live"), "student": student}
-        return groups, {
-            "candidates": self.candidates.numbers(),
+        kept, candidates = self.candidates.state()
+        return {**kept, **self.live.on_cpu().groups("live"), "student": student}, {
+            "candidates": candidates,
             "selector": self.selector.state_dict(),
             "pace": self._pace.state_dict(),
             "usual": [{name: astuple(score) for name, score in scores.items()} for scores in self._usual],
@@ -380,7 +379,7 @@ class Learner:
             LearningError: The training copy is of another kind. As with any error, nothing has been changed.
         """
         candidates, selector = Candidates(self.live, self.config.archive_size, self.config.gate), Selector()
-        candidates.load(groups, numbers["candidates"])
+        candidates.load_state(groups, numbers["candidates"])
         selector.load_state_dict(numbers["selector"])
         usual = [{name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"]]
         numbers["pace"]

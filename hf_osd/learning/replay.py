@@ -32,14 +32,6 @@ class ReplayBuffer:
 
     Raises:
         ConfigError: `capacity` or `max_tokens` is below 1.
-
-    Example:
-
-    ```python
-    >>> from hf_osd.learning import ReplayBuffer
-    >>> len(ReplayBuffer(capacity=256))
-    0
-    ```
     """
 
     def __init__(

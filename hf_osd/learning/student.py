@@ -43,14 +43,6 @@ class Student:
         ConfigError: The adapter does not fit the draft, cannot be merged into it, or the draft has one already; or the
             one that it has is merged into it.
         MissingDependencyError: peft is not installed.
-
-    Example:
-
-    ```python
-    >>> student = Student(draft, {"r": 16})
-    >>> trainer = OnlineGKDTrainer(student.model, sample, config, callback)
-    >>> draft.load_state_dict(student.weights(), strict=False)
-    ```
     """
 
     def __init__(

@@ -38,18 +38,10 @@ with warnings.catch_warnings():  # about an experimental module, which the user 
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-# Arguments that follow from a setting, by which to change them instead.
-_RESERVED = {
-    "beta": "OnlineConfig.beta",
-    "lmbda": "OnlineConfig.lmbda",
-    "learning_rate": "OnlineConfig.learning_rate",
-    "max_length": "OnlineConfig.max_length",
-    "per_device_train_batch_size": "OnlineConfig.batch_size",
-    "seed": "OnlineConfig.seed",
-    "max_steps": "OnlineConfig.steps_per_update",
-    "num_train_epochs": "OnlineConfig.steps_per_update",
-    "use_cpu": "the device of the draft",
-}
+# Arguments that are settings of OnlineConfig, under the names that they have there.
+_SETTINGS = {name: name for name in ("beta", "learning_rate", "lmbda", "max_length", "seed")}
+_SETTINGS |= {"max_steps": "steps_per_update", "per_device_train_batch_size": "batch_size"}
+_UNUSED = {"num_train_epochs": "OnlineConfig.steps_per_update", "use_cpu": "the device of the draft"}
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # one option: of transformers 5.23, and before
 _LOG_HISTORY = 100  # entries of the trainer's log that are kept, the latest
 
@@ -107,15 +99,8 @@ def training_arguments(config: OnlineConfig, device: torch.device, bf16: bool = 
         known = {field.name for field in fields(GKDConfig)}
         arguments[next(name for name in _CHECKPOINTING if name in known)] = False
     arguments |= chosen
-    arguments |= {
-        "beta": config.beta,
-        "learning_rate": config.learning_rate,
-        "max_length": config.max_length,
-        "max_steps": config.steps_per_update,
-        "per_device_train_batch_size": config.batch_size,
-        "seed": config.seed,
-        "use_cpu": device.type == "cpu",
-    }
+    arguments |= {name: getattr(config, setting) for name, setting in _SETTINGS.items()}
+    arguments["use_cpu"] = device.type == "cpu"
     precision = "bf16" if arguments["bf16"] else "fp16" if arguments.get("fp16") else "no"
     arguments.setdefault("accelerator_config", {"use_configured_state": _fits(device, precision)})
     try:
@@ -149,9 +134,10 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 def _check_names(chosen: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(GKDConfig) if field.init}
+    reserved = {name: f"OnlineConfig.{setting}" for name, setting in _SETTINGS.items()} | _UNUSED
     for name in chosen:
-        if name in _RESERVED:
-            raise ConfigError(f"training_arguments must not set {name!r}: it follows from {_RESERVED[name]}")
+        if name in reserved:
+            raise ConfigError(f"training_arguments must not set {name!r}: it follows from {reserved[name]}")
         if name not in known:
             raise ConfigError(f"training_arguments: GKDConfig has no field {name!r}")
 
@@ -174,10 +160,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             `config.lmbda` over what the draft writes. It is neither moved, wrapped nor prepared.
         bf16 (`bool`, defaults to `False`):
             Whether to run the forward pass under bfloat16 autocast.
-        vocab_size (`int`, *optional*):
-            Tokens of the target, where the draft has more; it proposes no others.
         reader ([`~hf_osd.learning.reading.Reader`], *optional*):
-            What reads the requests. Defaults to that of such a draft.
+            What reads the requests. Defaults to that of such a draft, with all of its vocabulary.
 
     Raises:
         ConfigError: `config.training_arguments` names an unknown argument or has a bad value.
@@ -191,12 +175,11 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         callback: UpdateCallback,
         target: PreTrainedModel | None = None,
         bf16: bool = False,
-        vocab_size: int | None = None,
         reader: Reader | None = None,
     ) -> None:
         arguments = training_arguments(config, model.device, bf16)
         length = longest_request(model, config.max_length)
-        self._reader = reader or reader_of(model, vocab_size)  # TRL replaces `model.forward`
+        self._reader = reader or reader_of(model)  # TRL replaces `model.forward`
         with global_seed_untouched(transformers.trainer, trl.trainer.sft_trainer), _adapted_output_allowed(model):
             super().__init__(
                 model=model,

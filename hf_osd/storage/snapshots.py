@@ -37,9 +37,7 @@ from .files import (
 
 logger = logging.getLogger(__name__)
 
-FORMAT = (
-    3  # number of the format: goes up with what a snapshot must hold, while the form of the manifest never changes
-)
+FORMAT = 3  # of snapshots: goes up with what one must hold; the form of the manifest never changes
 _KEEP = 2  # snapshots that are kept: the older one counts where the newer is damaged
 NAME = re.compile(r"snapshot-(\d{6,})")
 _GROUP = re.compile(r"[A-Za-z0-9_-]+")
