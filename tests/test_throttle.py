@@ -26,7 +26,7 @@ def learn(duty: Throttle, seconds: float, part: float = 0.004) -> float:
     duty.resume()
     while worked == 0.0 or time.perf_counter() - began < seconds:
         time.sleep(part)
-        worked += duty.give_way()[0]
+        worked += duty.give_way()
     return worked / (time.perf_counter() - began)
 
 

@@ -1,9 +1,9 @@
 """
-The method of online learning, from a recorded request to new weights: observe, score, select, publish, train.
+The method of online learning, from a recorded request to live weights: observe, score, select, publish, train.
 
-Each request first scores every candidate, then teaches. So no candidate is judged by what it has learned from, nothing
-is held out, and the selector sees at once when other weights have become better: after an update that did harm, or
-after a change of the traffic. Not covered: when and where this runs; see `online.py` and `worker.py`.
+Every candidate is scored on a request before anything is learned from it. So no candidate is scored on what it has
+learned, no request is held out, and the selector notices at once when other weights have become better: after an
+update that did harm, or a change of the traffic. Not covered: when and where this runs; see `online.py`, `worker.py`.
 """
 
 import time
@@ -41,11 +41,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-USUAL = 32  # latest scored requests that say what is usual: a request's length, a candidate's acceptance
-MEMORABLE = 32  # requests that weights have to lead for to be worth freezing when they give way
-WORTH_FREEZING = 0.05  # acceptance above the static draft's that they need for it
-
-SAVED = ("requests", "_fresh", "_led")  # numbers that a saved state holds
+USUAL = 32  # latest scored requests, over which a candidate's acceptance and the usual length are means
+MEMORABLE = 32  # requests that a leader has to lead for to be frozen when it gives way
+WORTH_FREEZING = 0.05  # gain in acceptance on the static draft that it needs for that
+SAVED = ("requests", "_fresh", "_led")  # attributes that a saved state holds
 
 Publish = Callable[[Weights, float], None]
 
@@ -58,21 +57,17 @@ class Learner:
         draft ([`~transformers.PreTrainedModel`]): The live draft; only read.
         config (`OnlineConfig`): Settings.
         throttle (`Throttle`): What learning may cost.
-        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live; told the acceptance to
-            expect of them.
+        publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live.
         give_way (`Callable[[], float]`): Called between parts of the work; returns the seconds since the last call.
         is_stopped (`Callable[[], bool]`): Whether to end with the step in progress.
-        target ([`~transformers.PreTrainedModel`], *optional*): The live target, where learning runs it.
-        frozen (`Collection[str]`, *optional*): Parameters that are never trained.
-        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
+        target, frozen, vocab_size: See [`~hf_osd.learning.online.OnlineLearner`].
 
     Attributes:
         journal (`Journal`): What happened.
         counters (`Counters`): The same in numbers.
         replay (`ReplayBuffer`): The latest requests.
-        live (`Checkpoint`): What is live.
-        initial (`Mapping[str, torch.Tensor]`): A sample of the draft's weights before it learned anything, which tells
-            drafts apart.
+        live (`Checkpoint`): The live checkpoint.
+        initial (`Mapping[str, torch.Tensor]`): A sample of the static draft's weights, which tells drafts apart.
     """
 
     def __init__(
@@ -96,7 +91,7 @@ class Learner:
         self.initial = sample(draft.named_parameters())
         self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
         self.requests = self._fresh = self._led = 0
-        self._ends = False  # whether the update in progress has to end when it is out of time
+        self._ends = False  # whether a request waits for the update in progress, which then ends in time
         self._began = 0.0
         self.start()
 
@@ -120,12 +115,7 @@ class Learner:
     # Observe.
 
     def learn(self, requests: Sequence[Observation]) -> None:
-        """
-        Do everything that new requests call for.
-
-        Args:
-            requests (`Sequence[Observation]`): They have not been learned from.
-        """
+        """Score new requests, select what is live, keep them for replay, and train if an update is due."""
         self._began = time.perf_counter()
         self._throttle.eagerness = self._pace.eagerness
         first = self.requests + 1
@@ -133,7 +123,7 @@ class Learner:
         self._fresh += len(requests)
         try:
             self._select(first, self._score(requests))
-        finally:  # where that fails, at least nothing to learn from is lost
+        finally:  # whatever fails, the requests are there to learn from
             for request in requests:
                 if teaches(request, self.config.positions, self._scorer.known):
                     self.replay.add(request)
@@ -149,7 +139,7 @@ class Learner:
     # Score.
 
     def _score(self, requests: Sequence[Observation]) -> list[dict[str, Score]]:
-        """Score all candidates on requests, which none of them has been trained on; nothing where time forbids."""
+        """Score all candidates on new requests; none, if the throttle leaves no time for it."""
         if not requests or not self._throttle.allows_scoring():
             return []
         began = time.perf_counter()
@@ -161,7 +151,7 @@ class Learner:
     # Select.
 
     def _select(self, first: int, scored: Sequence[dict[str, Score]]) -> None:
-        """Follow the candidate that leads after some more requests, of which the first has a number."""
+        """Count the scores of requests, numbered from `first`, and switch to another leader if there is one."""
         before = self.selector.leader
         for number, scores in enumerate(scored, first):
             live, static = scores[before], scores[STATIC]
@@ -180,7 +170,7 @@ class Learner:
         return score.positions / max(usual, 1.0)
 
     def _switch(self, before: str, leader: str) -> None:
-        """Let another candidate go live. Where earlier weights do, the traffic has changed, or training did harm."""
+        """Make another candidate live. If it is an earlier one, traffic has changed, or training has done harm."""
         was_live, expected = self.live, self.expected(before)
         gain = self.expected(leader) - expected
         try:
@@ -202,7 +192,7 @@ class Learner:
             self.go_on_from_live()
 
     def _is_memorable(self, leader: str) -> bool:
-        """Whether a leader that gives way has led for long, and well."""
+        """Whether learned weights that give way have led long and well enough to be kept."""
         has_learned = leader != STATIC and leader not in self.candidates.frozen
         return has_learned and self._led >= MEMORABLE and self.selector.stay > WORTH_FREEZING * self._led
 
@@ -216,7 +206,7 @@ class Learner:
                 self.selector.leave(surplus)
 
     def _look_for_drop(self, leader: str) -> None:
-        """Forget what was found out of the traffic before, where acceptance says that it has changed."""
+        """Begin anew with rate and means where a drop of acceptance says that the traffic has changed."""
         rates = [scores[leader].acceptance for scores in self._usual if leader in scores]
         if has_dropped(rates):
             now, before = rates[-DROP_REQUESTS:], rates[:-DROP_REQUESTS]
@@ -235,14 +225,14 @@ class Learner:
     def _go_live(self, name: str) -> None:
         latest = self.student.state()
         chosen = Checkpoint.of(self.candidates.weights(name), self.candidates.origin(name, latest))
-        self._publish(chosen.weights, self.expected(name))  # first: if that fails, the others stay live
+        self._publish(chosen.weights, self.expected(name))  # if that fails, the others stay live
         self.live = chosen
 
     # Train.
 
     def train(self) -> None:
         """
-        Run one update: take back what did harm, take some steps, and let the result go live where its kind leads.
+        Run one update: take back what did harm, take some steps, and make the result live if learned weights lead.
 
         Raises:
             LearningError: There is nothing to learn from, or weights are not finite.
@@ -273,14 +263,14 @@ class Learner:
             self.student.load_state({**state, **found})
 
     def _take_back_harm(self) -> None:
-        """Train on from what is live, more slowly, where what training led to has lost all that it could."""
+        """Go on from the live weights at a lower rate, if what is learned has lost as much as is counted."""
         if self.selector.leader != WHOLE and self.selector.sums.get(WHOLE, 0.0) <= -MEMORY:
             self._pace.slow_down()
             self.go_on_from_live()
             self._note("rolled back", "what training led to has lost too much against the live weights")
 
     def go_on_from_live(self) -> None:
-        """Have training go on from the live weights, and forget where else it has led to."""
+        """Have training go on from the live weights, which become what is learned if they were learned."""
         self.student.load_state(self.live.state)
         is_learned = self.selector.leader in ALPHAS
         self.candidates.restart(self.live.weights if is_learned else {})
@@ -305,7 +295,7 @@ class Learner:
         return made
 
     def _take_over(self, weights: Weights, loss: float) -> None:
-        """Put what an update has led to in the place of what the one before had; it goes live if that led."""
+        """Take the weights of an update into what is learned, and make that live if the selector follows it."""
         leader, seconds = self.selector.leader, time.perf_counter() - self._began
         self.candidates.follow(weights)
         for name in self.candidates.names():
@@ -330,13 +320,13 @@ class Learner:
         self.counters.positions += positions
 
     def is_over(self) -> bool:
-        """Whether the update in progress has to end with this step: a request that waits for it has waited enough."""
+        """Whether the update in progress has to end with this step."""
         return self._is_stopped() or (self._ends and self._throttle.is_used_up(time.perf_counter() - self._began))
 
     # Failing.
 
     def failed(self, error: BaseException) -> None:
-        """Note a failure, and go back to the live weights, with another trainer: it may have touched both."""
+        """Note a failure, and go on from the live weights with another trainer, since it may have harmed both."""
         self._trainer, self._moments = None, {}
         self.counters.failures += 1
         self._note("failed", str(error) or repr(error))
@@ -350,7 +340,7 @@ class Learner:
     # Saving.
 
     def state(self) -> tuple[dict[str, Weights], dict[str, Any]]:
-        """Return what `load_state` needs: groups of tensors, which do not change any more, and numbers for JSON."""
+        """Return what `load_state` needs: groups of tensors, which are not written to any more, and numbers."""
         student = {name: tensor.to("cpu", copy=True) for name, tensor in self.student.state(base=True).items()}
         kept, candidates = self.candidates.state()
         return {**kept, **self.live.on_cpu().groups("live"), "student": student}, {
@@ -362,7 +352,7 @@ class Learner:
         }
 
     def optimizer_state(self) -> Mapping[int, Any]:
-        """Return what the optimiser knows, by parameter."""
+        """Return the state of the optimiser by parameter."""
         if self._trainer is None or self._trainer.optimizer is None:
             return self._moments
         state: Mapping[int, Any] = self._trainer.optimizer.state_dict()["state"]

@@ -89,10 +89,12 @@ class OnPolicySource:
         """Return the same requests with the target's distributions."""
         logits = target_logits(self._target, self._collate(observations)).float()
         ids, log_probs, tail = (tensor.cpu() for tensor in sparse_teacher(logits, self._top_k))
-        return [
-            _with_teacher(observation, ids[row], log_probs[row], tail[row])
-            for row, observation in enumerate(observations)
-        ]
+        judged = []
+        for row, one in enumerate(observations):
+            at = row, slice(-len(one.output_ids), None)  # the output is the end of a padded row
+            teacher = {"teacher_ids": ids[at], "teacher_log_probs": log_probs[at], "teacher_tail": tail[at]}
+            judged.append(replace(one, **teacher, accepted=one.output_ids == ids[at][:, 0]))
+        return judged
 
 
 def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observation:
@@ -106,18 +108,4 @@ def _with_output(observation: Observation, output_ids: torch.Tensor) -> Observat
         teacher_tail=nobody[:, 0],
         draft_ids=output_ids,
         accepted=nobody[:, 0].bool(),
-    )
-
-
-def _with_teacher(
-    observation: Observation, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
-) -> Observation:
-    """Return a request with a teacher; the last positions of a padded row are those of its output."""
-    count = len(observation.output_ids)
-    return replace(
-        observation,
-        teacher_ids=ids[-count:],
-        teacher_log_probs=log_probs[-count:],
-        teacher_tail=tail[-count:],
-        accepted=observation.output_ids == ids[-count:, 0],
     )

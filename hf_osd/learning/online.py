@@ -243,7 +243,7 @@ class OnlineLearner:
     def _give_way(self) -> float:
         """Let serving go first; return the seconds of work since the last call."""
         self._worker.stream.synchronize()
-        return self.throttle.give_way()[0]
+        return self.throttle.give_way()
 
     def _go_live(self, weights: Weights, acceptance: float) -> None:
         with self._worker.stream.publishing():

@@ -1,29 +1,29 @@
-"""How fast to learn, found out while learning: the learning rate, and the share of the allowed time that is spent."""
+"""The pace of learning: its rate, and how much of the time that it is allowed it takes; both follow what it gains."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from .candidates import ALPHAS, HALF, WHOLE
 
-FACTORS = {HALF: 0.9, WHOLE: 1.1}  # on the learning rate after an update, by which part of what is learned leads
-AFTER_HARM = 0.3  # factor on the learning rate where training has led to weights that lost too much
-RECOVERY = 1.1  # factor on a lowered rate after an update that says nothing: what did harm may be what is needed later
-LOWEST, HIGHEST = 0.01, 4.0  # bounds of the learning rate, as multiples of the one it begins with
-EASING = 0.75  # factor on the share of time after an update before which acceptance had not risen to a new record
-LEAST_EAGERNESS = 0.125  # bound on the product of these: what is still spent on watching for traffic that changes
+FACTORS = {HALF: 0.9, WHOLE: 1.1}  # factor on the learning rate after an update, by the candidate that leads
+AFTER_HARM = 0.3  # factor on the learning rate where what is learned has lost too much and is taken back
+RECOVERY = 1.1  # factor on a lowered learning rate after an update while other weights lead, up to the first rate
+LOWEST, HIGHEST = 0.01, 4.0  # bounds of the learning rate, in multiples of the first one
+EASING = 0.75  # factor on the eagerness before an update if acceptance is at no new record
+LEAST_EAGERNESS = 0.125  # lower bound of the eagerness, so that a change of the traffic is still noticed
 
 
 class Pace:
     """
-    A learning rate, and a share of the time that learning is allowed, which follow what learning leads to.
+    A learning rate, and an eagerness, which follow what learning leads to.
 
     Args:
-        learning_rate (`float`): Where it begins, and begins again with new traffic.
+        learning_rate (`float`): The first one, which new traffic begins with as well.
         adapts_rate (`bool`): Whether the learning rate follows.
 
     Attributes:
         learning_rate (`float`): For the next update.
-        eagerness (`float`): Share of the allowed time to spend, in (0, 1].
+        eagerness (`float`): Share of the allowed time that learning takes, in (0, 1].
     """
 
     def __init__(self, learning_rate: float, adapts_rate: bool) -> None:
@@ -36,17 +36,12 @@ class Pace:
         self._record = 0.0  # highest gain so far
 
     def spend_by(self, gain: float) -> None:
-        """
-        Spend all that is allowed where acceptance has risen to a new record, and less each time where it has not.
-
-        Args:
-            gain (`float`): Acceptance of late above that of the static draft.
-        """
+        """Take all of the allowed time if the gain in acceptance on the static draft is at a record, else less."""
         self.eagerness = 1.0 if gain > self._record else max(self.eagerness * EASING, LEAST_EAGERNESS)
         self._record = max(gain, self._record)
 
     def follow(self, leader: str) -> None:
-        """Let the learning rate follow which candidate leads after an update."""
+        """Adapt the learning rate to the candidate that leads after an update."""
         if leader in ALPHAS:
             self._turn(FACTORS[leader])
         elif self.learning_rate < self._rate and self._adapts:

@@ -5,7 +5,7 @@ The same for training and for scoring. Not covered: padding to fixed sizes, for 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -189,7 +189,7 @@ class Reader:
         """
         yield Pass(1.0, positions_of(inputs), inputs, self.logits(model, inputs))
 
-    def logits(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
+    def logits(self, model: Callable[..., Any], inputs: Batch) -> torch.Tensor:
         """Run a model over a batch; return its logits where the target was recorded, `(batch, verified, vocab)`."""
         logits: torch.Tensor = model(**self.options(inputs)).logits
         return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])

@@ -7,6 +7,7 @@ The draft reads the recorded output (teacher forcing), and what it would have pr
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 
 import torch
@@ -108,10 +109,9 @@ class Scorer:
         return found
 
     def _score_batch(self, values: Weights, batch: dict[str, torch.Tensor]) -> Iterable[Score]:
-        options = self._reader.options(batch)
-        logits = self._reader.proposable(torch.func.functional_call(self._skeleton, dict(values), (), options).logits)
+        run = partial(torch.func.functional_call, self._skeleton, dict(values), ())
+        accepted = acceptance(self._reader.logits(lambda **options: run(options), batch).float(), batch)
         mask = batch["learn_mask"]
-        accepted = acceptance(logits[:, -mask.shape[1] :].float(), batch)
         lengths = mask.sum(dim=1).clamp(min=1)
         means = (accepted.sum(dim=1) / lengths).tolist()
         runs = (accepted_run(accepted).sum(dim=1) / lengths).tolist()

@@ -1,8 +1,9 @@
 """
-Which candidate should be live, by how all of them did on recent requests. Numbers only: no weights, no tensors.
+The selector: which candidate should be live, by the scores of all on recent requests. It knows no tensors.
 
 A leader-following form of Fixed Share (Herbster and Warmuth 1998) with a safe expert (Sani, Neu and Lazaric 2014).
-Every candidate has a sum of its scores, no sum falls far behind the best one, and who leads clearly enough goes live.
+Every candidate has a sum of its scores, and no sum falls far behind the best one. The candidate that leads clearly
+enough goes live.
 """
 
 from collections.abc import Mapping
@@ -11,25 +12,25 @@ from typing import Any
 STATIC = "static"  # name of the draft before it learned anything, the safe expert
 
 # All in acceptance, summed over requests of the usual length.
-MEMORY = 0.5  # what a candidate can be behind the best one; a change of the traffic shows after about as much loss
-STATIC_MEMORY = 0.25  # what the static draft can be behind; learned weights that lose as much give way to it
-LEAD = 0.15  # by how much a candidate has to lead the leader to replace it
-ENTRY = 0.2  # by how much it has to lead the static draft the first time; twice as much after that gave way once
-HIGHEST_ENTRY = 3.2  # bound on the entry, which doubles after each stay of learned weights that lost
+MEMORY = 0.5  # most that a sum falls behind the best one; a change of the traffic is noticed after about this loss
+STATIC_MEMORY = 0.25  # the same for the static draft while others lead; learned weights that lose more give way to it
+LEAD = 0.15  # lead over the leader that a candidate needs to replace it
+ENTRY = 0.2  # lead over the static draft that the first learned weights need to replace it; later ones need twice that
+HIGHEST_ENTRY = 3.2  # upper bound of the entry, which doubles after each stay of learned weights that lost
 
 
 class Selector:
     """
     Follows the candidate that has done best lately.
 
-    The static draft is a candidate for ever. Learned weights replace it once they lead by `ENTRY`, and give way after
-    they have lost `STATIC_MEMORY` and `LEAD` against it. A stay that lost on the whole doubles the entry, and one that
-    gained sets it to twice the first one, so that losses against the static draft do not add up.
+    The static draft is a candidate for ever. Learned weights replace it once they lead by the entry, at first `ENTRY`,
+    and give way once they have lost `STATIC_MEMORY` and `LEAD` against it. After that the entry is twice `ENTRY` if
+    they had gained on the whole, else it doubles, so that losses against the static draft do not add up.
 
     Attributes:
         leader (`str`): Name of the candidate that should be live.
-        sums (`dict[str, float]`): Of each candidate: its score, summed, relative to the best one; at most 0.
-        stay (`float`): What the leaders have gained on the static draft since that gave way the last time.
+        sums (`dict[str, float]`): The sum of each candidate's scores relative to the best sum; at most 0.
+        stay (`float`): What the leaders have gained on the static draft since it gave way last.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class Selector:
         self.leader = name
 
     def enter(self, name: str, like: str) -> None:
-        """Let a candidate begin where another one stands; what it had before is forgotten."""
+        """Give a candidate, new or changed, the sum of another one."""
         self.sums[name] = self.sums[like]
 
     def leave(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How learning keeps out of the way of serving: when it may work, and for how long."""
+"""The throttle: when learning may work, and for how long."""
 
 import threading
 import time
@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 IDLE_AFTER = 0.02  # seconds without a request after which serving counts as idle
-SCORING_SHARE = 0.25  # of the time that learning may take: what scoring gets of it, so that training gets the bulk
+SCORING_SHARE = 0.25  # share of learning's time that scoring takes at most, so that most of it goes into training
 
 
 class Throttle:
     """
-    Paces learning, by two limits.
+    Limits the time that learning takes, in two ways.
 
-    `duty_cycle` is for learning beside requests in flight: it calls [`give_way`] between parts of its work, and each
-    second of work moves the time when the next part may start by `1 / duty_cycle` seconds. While serving is idle,
-    learning runs freely.
+    `duty_cycle` limits learning beside requests in flight. Learning calls [`give_way`] between parts of its work: a
+    second of work moves the start of the next part by `1 / duty_cycle` seconds. While serving is idle, learning does
+    not pause.
 
-    `learning_share` is for learning that a request waits for: serving earns a share of its time, and learning spends
-    it. An update may begin while there is something left, and ends once it has taken as long as the latest request;
-    what it overdraws, later requests pay back first.
+    `learning_share` limits learning that requests wait for. Each request earns a share of its own time, and learning
+    spends it. An update may begin while anything is left, and ends once it has taken as long as the latest request;
+    what it overdraws has to be earned before the next one.
 
     Args:
         duty_cycle (`float`, defaults to 1.0): Share of the time that serving is not idle, in (0, 1]. 1.0 never pauses.
@@ -44,7 +44,7 @@ class Throttle:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Mark a request as in flight, and let it earn."""
+        """Mark a request as in flight; when it ends, it has earned time for learning."""
         begun = time.perf_counter()
         with self._changed:
             self._in_flight += 1
@@ -69,7 +69,7 @@ class Throttle:
         return self._share is None or self._scored <= SCORING_SHARE * self._earned
 
     def is_used_up(self, seconds: float) -> bool:
-        """Whether an update that has taken so long has to end with the step in progress."""
+        """Whether an update that has taken some seconds has to end with the step in progress."""
         return self._share is not None and seconds >= self._latest
 
     def spend(self, seconds: float, scoring: float = 0.0) -> None:
@@ -81,16 +81,11 @@ class Throttle:
     # Beside requests.
 
     def resume(self) -> None:
-        """Start to count work, after a time without any."""
+        """Start to count work from now on."""
         self._resumed = time.perf_counter()
 
-    def give_way(self) -> tuple[float, float]:
-        """
-        Wait until learning may go on: serving is idle, the duty cycle allows it, or learning is stopped.
-
-        Returns:
-            `tuple[float, float]`: Seconds of work since it went on the last time, and seconds of this pause.
-        """
+    def give_way(self) -> float:
+        """Wait until serving is idle, the duty cycle allows work, or `stop`; return the seconds worked before."""
         now = time.perf_counter()
         worked = now - self._resumed
         with self._changed:
@@ -100,15 +95,15 @@ class Throttle:
                 self._changed.wait(pause)
         self._resumed = time.perf_counter()
         self.paused += self._resumed - now
-        return worked, self._resumed - now
+        return worked
 
     def _pause(self) -> float:
-        """Seconds until learning may go on, unless a request begins or ends."""
+        """Return the seconds until learning may go on, unless a request begins or ends."""
         go_on = self._next if self._in_flight else min(self._next, self._idle_from)
         return go_on - time.perf_counter()
 
     def stop(self) -> None:
-        """Never pause again."""
+        """End the pause in progress, and never pause again."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
