@@ -64,6 +64,7 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
             lambda race: progress.advance(task),
             warm_up=warm_up,
             takes_part=lambda racer, index: index % options.every == 0 or isinstance(racer, Assisted),
+            is_checked=lambda index: index % options.every == 0,
         )
         return figures(race, racers[-1].assistant) | {"outputs_that_differ_from_plain": different(race)}
 

@@ -70,6 +70,7 @@ def run_race(
     prepare: Callable[[Inputs], None] = lambda request: None,
     answer: Callable[..., tuple[torch.Tensor, Sample]] = answer_plainly,
     takes_part: Callable[[Contender, int], bool] = lambda contender, index: True,
+    is_checked: Callable[[int], bool] = lambda index: True,
     seed: int = 0,
     deadline: float = float("inf"),
 ) -> Race:
@@ -86,6 +87,8 @@ def run_race(
         prepare (`Callable[[Inputs], None]`, *optional*): Called, untimed, before each request.
         answer (`Callable`, *optional*): Lets a contender answer a request; as [`answer_plainly`] does.
         takes_part (`Callable[[Contender, int], bool]`, *optional*): Whether a contender answers a request.
+        is_checked (`Callable[[int], bool]`, *optional*): Whether greedy outputs of a request are compared, which takes
+            another `generate` where they differ.
         seed (`int`, defaults to 0): Every contender samples with it, plus the index of the request.
         deadline (`float`, *optional*): Time, by `time.perf_counter`, after which no further request starts.
     """
@@ -107,7 +110,7 @@ def run_race(
                 torch.manual_seed((seed + index) % SEEDS)
                 answers[contender.name] = answer(contender, request, options)
         race.rounds.append({one.name: answers[one.name][1] for one in contenders if one.name in answers})
-        if not options.get("do_sample"):
+        if not options.get("do_sample") and is_checked(index):
             _check(race, contenders[0].target, request, {name: found[0] for name, found in answers.items()}, options)
         observer(race)
     return race
