@@ -2,7 +2,7 @@
 Write the hostile prompts of docs/laboratory.md: noise.jsonl, tokens drawn at random, and spam.jsonl, one prompt again
 and again.
 
-    python benchmarks/hostile.py --target models/pair_target --output hostile
+    python -m benchmarks.hostile --target models/pair_target --output hostile
 """
 
 import argparse
