@@ -112,15 +112,26 @@ def quarters(columns: Mapping[str, Stream]) -> str:
 
 
 def seeds(found: Mapping[str, Stream]) -> str:
-    """Final acceptance over seeds: mean, least, most."""
-    families = {"defaults": "**defaults**", "lora": NAMES["lora"]}
-    rows = [[name, *(_spread(stream, family) for stream in found.values())] for family, name in families.items()]
-    return table([DOMAINS[name] for name in found], rows)
+    """Final acceptance and worst window of the defaults over seeds: mean, least, most."""
+    columns = list(found.values())
+    rows = [
+        ["static draft", *(rate(final(stream, "static")) for stream in columns)],
+        ["**defaults**", *(_spread(_by_seed(stream, "final_acceptance"), ".3f") for stream in columns)],
+        [
+            "worst window of 100 against static",
+            *(_spread(_by_seed(stream, "worst_window_above_static"), "+.4f") for stream in columns),
+        ],
+    ]
+    return table(list(map(_label, found)), rows)
 
 
-def _spread(stream: Stream, family: str) -> str:
-    values = [run["final_acceptance"] for name, run in stream["recipes"].items() if name.startswith(f"{family}@")]
-    return f"{rate(statistics.fmean(values))} ({rate(min(values))} to {rate(max(values))})"
+def _by_seed(stream: Stream, figure: str) -> list[float]:
+    runs = [run for name, run in stream["recipes"].items() if name.startswith("seeds@")]
+    return [{**run, **run["goals"]}[figure] for run in runs]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{rate(statistics.fmean(values), form)} ({rate(min(values), form)} to {rate(max(values), form)})"
 
 
 def variants(found: Mapping[str, Stream]) -> str:
@@ -197,6 +208,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "shift": lambda: _segments("learning_streams", "shift"),
     "quarters": _quarters,
     "seeds": lambda: seeds(streams("learning_seeds")),
+    "lora": lambda: variants(streams("learning_lora")),
     "variants": lambda: variants(streams("learning_variants")),
     "matched pair": lambda: domains(streams("learning_matched_pair")),
     "embedded pair": lambda: domains(streams("learning_embedded_pair")),

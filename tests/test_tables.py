@@ -62,8 +62,14 @@ def test_a_table_of_parts_and_one_of_seeds() -> None:
         "| | a | b | worst window of 100 against static |",
         "| static draft | .250 | 1.000 | |",
     ]
-    found = {"python": stream(defaults__0=0.4, defaults__1=0.5, lora__0=0.1)}
-    assert "| **defaults** | .450 (.400 to .500) |" in tables.seeds(found)
+    found = {"python": stream(static=0.3, seeds__0=0.4, seeds__1=0.5, lora=0.1)}
+    for number, worst in enumerate((-0.004, -0.002)):
+        found["python"]["recipes"][f"seeds@{number}"]["goals"] = {"worst_window_above_static": worst}
+    assert tables.seeds(found).splitlines()[2:] == [
+        "| static draft | .300 |",
+        "| **defaults** | .450 (.400 to .500) |",
+        "| worst window of 100 against static | -.0030 (-.0040 to -.0020) |",
+    ]
 
 
 @pytest.mark.parametrize(
