@@ -288,6 +288,9 @@ def stop_recording(cache: Cache) -> None:
             layer.record_past = False
 
 
+_SEEDING = threading.Lock()  # held while `set_seed` is replaced: two at once would restore each other's replacement
+
+
 @contextmanager
 def global_seed_untouched(*modules: ModuleType) -> Iterator[None]:
     """
@@ -300,7 +303,6 @@ def global_seed_untouched(*modules: ModuleType) -> Iterator[None]:
         modules (`ModuleType`): Those that call their own `set_seed`.
     """
     owner = threading.get_ident()
-    originals = [module.set_seed for module in modules]
 
     def for_others(original: Callable[..., None]) -> Callable[..., None]:
         def set_seed(*args: Any, **kwargs: Any) -> None:
@@ -309,10 +311,12 @@ def global_seed_untouched(*modules: ModuleType) -> Iterator[None]:
 
         return set_seed
 
-    for module, original in zip(modules, originals, strict=True):
-        module.set_seed = for_others(original)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
+    with _SEEDING:
+        originals = [module.set_seed for module in modules]
         for module, original in zip(modules, originals, strict=True):
-            module.set_seed = original  # type: ignore[attr-defined]
+            module.set_seed = for_others(original)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module, original in zip(modules, originals, strict=True):
+                module.set_seed = original  # type: ignore[attr-defined]

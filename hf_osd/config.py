@@ -150,12 +150,12 @@ class OnlineConfig:
             Recorded requests between two updates of the draft: the interval `I` of Online Speculative Decoding,
             Algorithm 1 (https://arxiv.org/abs/2310.07177).
         background (`bool`, defaults to `False`):
-            Where updates run. `False`: inline, in the request that completes the interval, which waits; results are
-            deterministic. `True`: in a thread, while serving goes on.
+            Where updates run. `False`: inline, in the request that completes the interval, which waits; the same
+            recorded requests give the same weights. `True`: in a thread, while serving goes on.
         learning_share (`float`, *optional*):
             Most seconds of learning for each second of serving, in [1e-6, 1e6]; an update that makes a request wait
-            ends once it has taken as long as the request itself. Defaults to no limit: results repeat only without
-            one, since a limit depends on the clock.
+            ends once it has taken as long as the request itself. Defaults to no limit: a limit depends on the
+            clock, so that what is learned does not repeat.
         state_dir (`str` or `Path`, *optional*):
             Directory where the assistant keeps recorded requests and what it has learned while it serves, and from
             which it goes on after a restart or a crash; see `docs/durability.md`. It holds the token ids of prompts
@@ -227,7 +227,7 @@ class OnlineConfig:
             Learning rate to begin with; see `adaptive_learning_rate`.
         adaptive_learning_rate (`bool`, defaults to `True`):
             Let the selector (see `gate`) set the learning rate: up while what is learned leads, down where half of it
-            or the static draft does better, back to `learning_rate` when the traffic changes. With `False`, or with
+            does or where training did harm, back to `learning_rate` when the traffic changes. With `False`, or with
             `gate=False`, the rate stays `learning_rate`.
         duty_cycle (`float`, defaults to 0.1):
             With `background`, the fraction of the time that learning may take while requests are in flight, in

@@ -18,7 +18,7 @@ class JudgedRequest:
 
     Attributes:
         request (`int`): Its number, from 1.
-        acceptance (`float`): Positions where the draft's choice was the target's, in [0, 1].
+        acceptance (`float`): How likely the target accepts the draft's token, averaged over positions, in [0, 1].
         positions (`int`): Positions of its output.
         accepted (`float`): Tokens of a proposal that the target would take on average.
         initially (`float`, *optional*): The same of the draft before it learned anything, where that was judged.

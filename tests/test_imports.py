@@ -19,7 +19,6 @@ LAYERS = {
     "design": 11,
     "verify": 11,
     "evaluation": 10,
-    "hub": 10,
     "generation": 9,
     "decoding": 8,
     "resolving": 8,

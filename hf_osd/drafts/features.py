@@ -129,7 +129,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
             layer.load_state_dict(copied.state_dict())
         if self.config.state_layers:
             hidden = self.from_token.weight.shape[0]
-            self.from_states.weight.mul_(0.1)[:, -hidden:] += _STATES_SHARE * torch.eye(hidden)
+            self.from_states.weight.zero_()[:, -hidden:] = _STATES_SHARE * torch.eye(hidden)
             self.from_token.weight.copy_(torch.eye(hidden))
             self.from_self.weight.copy_(_STATES_SHARE * torch.eye(hidden))
 
@@ -179,7 +179,7 @@ class FeatureDraft(PreTrainedModel, GenerationMixin):
         return len(self.config.state_layers) * int(self.config.text_config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the target's embedding, which is none of its modules."""
+        """Return the target's embedding, which is no module of this draft."""
         embedding: nn.Module = self._borrowed.embedding
         return embedding
 

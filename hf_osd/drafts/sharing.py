@@ -105,7 +105,7 @@ def in_float32(model: nn.Module, frozen: Collection[str] = ()) -> None:
     """
     Turn a copy of a draft to float32, in place, except what it reads in the target's memory and can compute with.
 
-    That are linear layers and embeddings in bfloat16, whose results turn to float32 instead: a copy of the target's
+    These are linear layers and embeddings in bfloat16, whose results turn to float32 instead: a copy of the target's
     output layer would take more memory than everything else. float16 has no range for gradients.
 
     Args:

@@ -173,7 +173,7 @@ def _own_dtype(
 
 @torch.no_grad()
 def _try_target(name: str, target: PreTrainedModel) -> None:
-    """Refuse a model whose logits depend on what comes later: it says nothing about the next token."""
+    """Refuse a model whose logits depend on later tokens: it is no causal model."""
     texts = torch.tensor([[[0, 1, 2]], [[0, 3, 4]]], device=target.device)  # two of shape (1, 3)
     try:
         one, other = (target(text).logits[0, 0].float() for text in texts)

@@ -72,7 +72,7 @@ class Candidates:
     Attributes:
         static (`Checkpoint`): A candidate for ever.
         frozen (`dict[str, Checkpoint]`): Former leaders by name, the most recent one last.
-        learned (`dict[str, torch.Tensor]`): The average; empty before the first update, and after some restarts.
+        learned (`dict[str, torch.Tensor]`): The average; empty before the first update, and after `restart({})`.
     """
 
     def __init__(self, static: Checkpoint, size: int, averages: bool = True) -> None:

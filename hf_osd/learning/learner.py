@@ -6,7 +6,6 @@ learned, no request is held out, and the selector notices at once when other wei
 update that did harm, or a change of the traffic. Not covered: when and where this runs; see `online.py`, `worker.py`.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
@@ -90,9 +89,8 @@ class Learner:
         self._target, self._vocab_size, self.frozen = target, vocab_size, frozen
         self.initial = sample(draft.named_parameters())
         self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
-        self.requests = self._fresh = self._led = 0
-        self._ends = False  # whether a request waits for the update in progress, which then ends in time
-        self._began = 0.0
+        self.requests = self._fresh = self._led = 0  # of these: recorded since an update, scored under this leader
+        self._waiting_since: float | None = None  # of the update in progress, by the throttle's clock
         self.start()
 
     def start(self) -> None:
@@ -104,8 +102,10 @@ class Learner:
         self._trainer: OnlineGKDTrainer | None = None
         self._moments: Mapping[int, Any] = {}  # of a restored optimiser, until there is a trainer
         self._usual: deque[dict[str, Score]] = deque(maxlen=USUAL)
-        adapts = config.adaptive_learning_rate and config.gate
-        self._pace = Pace(config.learning_rate, adapts)
+        self._pace = self._new_pace()
+
+    def _new_pace(self) -> Pace:
+        return Pace(self.config.learning_rate, self.config.adaptive_learning_rate and self.config.gate)
 
     def start_from(self, weights: Weights) -> None:
         """Make weights live, and begin with these."""
@@ -116,7 +116,7 @@ class Learner:
 
     def learn(self, requests: Sequence[Observation]) -> None:
         """Score new requests, select what is live, keep them for replay, and train if an update is due."""
-        self._began = time.perf_counter()
+        began = self._throttle.now()
         self._throttle.eagerness = self._pace.eagerness
         first = self.requests + 1
         self.requests += len(requests)
@@ -128,9 +128,7 @@ class Learner:
                 if teaches(request, self.config.positions, self._scorer.known):
                     self.replay.add(request)
         if self._is_due():
-            self._ends = not self.config.background
-            self.train()
-        self._ends = False
+            self.train(waiting_since=None if self.config.background else began)
 
     def _is_due(self) -> bool:
         is_time = self._fresh >= self.config.update_every and len(self.replay) > 0
@@ -142,10 +140,10 @@ class Learner:
         """Score all candidates on new requests; none, if the throttle leaves no time for it."""
         if not requests or not self._throttle.allows_scoring():
             return []
-        began = time.perf_counter()
+        began = self._throttle.now()
         candidates = {name: self.candidates.weights(name) for name in self.candidates.names()}
         found = self._scorer.scores(candidates, requests)
-        self._throttle.spend(0.0, scoring=time.perf_counter() - began)
+        self._throttle.spend(0.0, scoring=self._throttle.now() - began)
         return found
 
     # Select.
@@ -230,16 +228,20 @@ class Learner:
 
     # Train.
 
-    def train(self) -> None:
+    def train(self, waiting_since: float | None = None) -> None:
         """
         Run one update: take back what did harm, take some steps, and make the result live if learned weights lead.
+
+        Args:
+            waiting_since (`float`, *optional*): Since when a request waits for it, by the throttle's clock; such an
+                update may end early.
 
         Raises:
             LearningError: There is nothing to learn from, or weights are not finite.
         """
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
-        self._fresh = 0
+        self._fresh, self._waiting_since, began = 0, waiting_since, self._throttle.now()
         self._pace.spend_by(self.expected() - self.expected(STATIC))
         self._take_back_harm()
         self._solve()
@@ -253,7 +255,7 @@ class Learner:
             self._pace.slow_down()
             raise LearningError(f"weights are not finite after the update: {broken[0]}")
         self.counters.last_loss = loss
-        self._take_over(weights, loss)
+        self._take_over(weights, loss, self._throttle.now() - began)
 
     def _solve(self) -> None:
         """Put a closed-form solution into the training copy of a cold draft, where one is due and all is trained."""
@@ -294,9 +296,9 @@ class Learner:
             made.load_optimizer_state(self._moments)
         return made
 
-    def _take_over(self, weights: Weights, loss: float) -> None:
+    def _take_over(self, weights: Weights, loss: float, seconds: float) -> None:
         """Take the weights of an update into what is learned, and make that live if the selector follows it."""
-        leader, seconds = self.selector.leader, time.perf_counter() - self._began
+        leader = self.selector.leader
         self.candidates.follow(weights)
         for name in self.candidates.names():
             if name not in self.selector.sums:
@@ -321,7 +323,8 @@ class Learner:
 
     def is_over(self) -> bool:
         """Whether the update in progress has to end with this step."""
-        return self._is_stopped() or (self._ends and self._throttle.is_used_up(time.perf_counter() - self._began))
+        since = self._waiting_since
+        return self._is_stopped() or (since is not None and self._throttle.is_used_up(self._throttle.now() - since))
 
     # Failing.
 
@@ -348,6 +351,7 @@ class Learner:
             "selector": self.selector.state_dict(),
             "pace": self._pace.state_dict(),
             "usual": [{name: astuple(score) for name, score in scores.items()} for scores in self._usual],
+            "solved": getattr(self._draft.config, "solved", None),
             **{name: getattr(self, name) for name in SAVED},
         }
 
@@ -372,11 +376,16 @@ class Learner:
         candidates.load_state(groups, numbers["candidates"])
         selector.load_state_dict(numbers["selector"])
         usual = [{name: Score(*score) for name, score in scores.items()} for scores in numbers["usual"]]
-        numbers["pace"]
+        pace = self._new_pace()
+        pace.load_state_dict(numbers["pace"])
+        if selector.leader not in candidates.names():  # half of what is learned is none without the gate
+            selector.leader = WHOLE
         saved, live = {name: numbers[name] for name in SAVED}, Checkpoint.from_groups(groups, "live")
         self.student.load_state(groups["student"])  # from here on nothing is missing
         self.candidates, self.selector, self.live, self._moments = candidates, selector, live, moments
         self._usual.extend(usual)
-        self._pace.load_state_dict(numbers["pace"])
+        self._pace = pace
+        if numbers.get("solved") is not None:
+            self._draft.config.solved = numbers["solved"]
         vars(self).update(saved)
         self._publish(live.weights, self.expected())

@@ -4,8 +4,6 @@ Divergences between a student's logits and a sparse teacher, as pure tensor func
 A sparse teacher knows its `k` most likely tokens and the mass of all others. Teacher and student are compared as
 distributions over `k + 1` outcomes: those tokens, and one bucket, the tail. Merging outcomes never raises a
 divergence, so every value here is a lower bound of its dense counterpart, equal where `k` is the whole vocabulary.
-
-Not covered: teachers with all logits at hand, for which TRL's `GKDTrainer.generalized_jsd_loss` exists.
 """
 
 import math

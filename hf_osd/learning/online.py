@@ -37,8 +37,8 @@ class OnlineLearner:
     """
     Turns observed requests into new weights of the draft, every `config.update_every` requests.
 
-    A float32 copy of the draft is trained. Inline, the request that makes an update due runs it, and the same requests
-    give bit-identical weights. With `config.background` a thread runs it, which gives way to requests in flight;
+    A float32 copy of the draft is trained. Inline, the request that makes an update due runs it, and the same recorded
+    requests give bit-identical weights. With `config.background` a thread runs it, which gives way to requests in flight;
     updates that come due meanwhile become one. An update that fails, or whose weights are not finite, is logged,
     counted and dropped: the next one starts from the live weights.
 
@@ -135,7 +135,8 @@ class OnlineLearner:
     @property
     def takes_requests(self) -> bool:
         """Whether a request is worth recording now: where time to learn is limited, something of it has to be left."""
-        return self.learns and (self.throttle.allows_training() or self.throttle.allows_scoring())
+        has_time = self.throttle.allows_training() or self.throttle.allows_scoring()
+        return self.learns and has_time and not self._worker.stopped
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -217,7 +218,7 @@ class OnlineLearner:
         """Do some work, count its time, and survive its errors, which are returned."""
         learner = self.learner
         assert learner is not None
-        began, paused = time.perf_counter(), self.throttle.paused
+        began = self.throttle.now()
         self.throttle.resume()
         try:
             with _own_modes(self._draft.device), self._worker.stream.training():
@@ -226,7 +227,7 @@ class OnlineLearner:
             self._fail(learner, error)
             return error
         finally:
-            worked = time.perf_counter() - began - (self.throttle.paused - paused)
+            worked = self.throttle.now() - began
             self.throttle.spend(worked)
             self.counters.seconds += worked
         return None

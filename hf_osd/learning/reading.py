@@ -25,7 +25,7 @@ _SHARED = ("positions", "vocabulary")  # entries of a batch that belong to all o
 
 def usable(observation: Observation) -> Observation | None:
     """
-    Return a request as it can be learned from, `None` where it has no output or its teacher is not finite.
+    Return a request as it can be learned from, `None` where it has no output or its teacher is poisoned.
 
     Tensors that were made in inference mode are copied: autograd does not take them.
     """
@@ -40,7 +40,7 @@ def usable(observation: Observation) -> Observation | None:
 
 
 def _is_poisoned(observation: Observation) -> bool:
-    """Whether the teacher holds anything but probabilities, within rounding; a NaN is none."""
+    """Whether the teacher holds values that are no probabilities, such as NaN."""
     log_probs, tail = observation.teacher_log_probs, observation.teacher_tail
     return not bool((log_probs <= 1e-3).all() and (tail >= 0.0).all() and (tail <= 1.0 + 1e-3).all())
 

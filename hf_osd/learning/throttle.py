@@ -28,7 +28,6 @@ class Throttle:
 
     Attributes:
         eagerness (`float`): Factor on the learning share from now on, in (0, 1].
-        paused (`float`): Seconds of all pauses.
     """
 
     def __init__(self, duty_cycle: float = 1.0, learning_share: float | None = None) -> None:
@@ -40,7 +39,7 @@ class Throttle:
         self._resumed = self._next = time.perf_counter()
         self._earned = self._spent = self._scored = self._latest = 0.0  # seconds
         self.eagerness = 1.0
-        self.paused = 0.0
+        self._paused = 0.0  # seconds of all pauses
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -80,6 +79,10 @@ class Throttle:
 
     # Beside requests.
 
+    def now(self) -> float:
+        """Return the time in seconds, on a clock that stands still during pauses."""
+        return time.perf_counter() - self._paused
+
     def resume(self) -> None:
         """Start to count work from now on."""
         self._resumed = time.perf_counter()
@@ -94,7 +97,7 @@ class Throttle:
             while not self._stopped and (pause := self._pause()) > 0.0:
                 self._changed.wait(pause)
         self._resumed = time.perf_counter()
-        self.paused += self._resumed - now
+        self._paused += self._resumed - now
         return worked
 
     def _pause(self) -> float:

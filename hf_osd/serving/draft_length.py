@@ -17,12 +17,12 @@ from .lookup import Guess
 
 _TRIAL = 4  # tokens that a trial drafts, to find out whether the draft pays again
 _SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once: sizes whose cost is measured
-_DEAR = 2.0  # plain rounds: once a size costs more, larger ones are not measured
+_DEAR = 2.0  # in plain rounds: once a size costs more, larger ones are not measured
 _TRIAL_SHARE = 0.0075  # share of all time that trials of the draft may lose
-_TRIAL_ROUNDS = 32  # plain rounds: the most time that may be saved up for trials
+_TRIAL_ROUNDS = 32  # in plain rounds: the most time that may be saved up for trials
 _MARGIN = 1.04  # factor by which a draft's expected gain has to exceed its cost, or noise would decide
 _ENOUGH_ROUNDS = 16  # rounds after which their own yield may stand for the best rate
-_UNKNOWN_STEP = 0.125  # plain rounds: assumed cost of a draft step that has not been measured
+_UNKNOWN_STEP = 0.125  # in plain rounds: assumed cost of a draft step that has not been measured
 
 
 @dataclass(frozen=True, slots=True)

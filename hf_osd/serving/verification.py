@@ -186,5 +186,5 @@ def sample(weights: torch.Tensor, generator: torch.Generator | None = None) -> t
     sums = weights.cumsum(dim=-1)
     total = sums[:, -1:]
     u = torch.rand(total.shape, generator=generator, dtype=total.dtype, device=total.device)
-    below = torch.nextafter(total, torch.zeros_like(total))  # where rounding would take u to the total itself
+    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to it, and select no index
     return torch.searchsorted(sums, torch.minimum(u * total, below), right=True)[:, 0]
