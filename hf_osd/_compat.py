@@ -6,8 +6,10 @@ Each function says for which versions it was written. Not here: TRL, which `lear
 
 import copy
 import functools
+import importlib
 import inspect
 import logging
+import random
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -286,6 +288,15 @@ def stop_recording(cache: Cache) -> None:
             layer.__class__ = DynamicSlidingWindowLayer  # type: ignore[assignment]
         if hasattr(layer, "record_past"):
             layer.record_past = False
+
+
+def import_quietly(name: str) -> ModuleType:
+    """Import a module, and leave the global random state as it was: rich, which TRL imports, draws from it."""
+    state, is_first = random.getstate(), name not in sys.modules
+    module = importlib.import_module(name)
+    if is_first:
+        random.setstate(state)
+    return module
 
 
 _SEEDING = threading.Lock()  # held while `set_seed` is replaced: two at once would restore each other's replacement

@@ -272,3 +272,20 @@ def test_a_learner_that_does_not_learn_keeps_nothing(tmp_path: Path) -> None:
     again: OnlineLearner = live.learner(learn=False)
     again.load(tmp_path / "saved")
     assert not again.has_state
+
+
+def test_a_draft_made_of_the_target_goes_on(tmp_path: Path) -> None:
+    """Catches "auto" drafts that begin at random, whose state is refused, and a start that is solved for again."""
+    target, known = tiny_model("llama", layers=4, dtype=torch.float32), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with OnlineAssistant("auto", target, OnlineConfig(state_dir=tmp_path / "state", update_every=2)) as assistant:
+            known.append((assistant.draft.config.solved, assistant._learner.learner.requests))
+            for number in range(4):
+                request = prompts(1, seed=number)
+                hf_osd.generate(target, **request, online_assistant=assistant, max_new_tokens=8)
+            known.append((assistant.draft.config.solved, assistant._learner.learner.requests))
+    start, end, again, _ = known
+    assert start == (0, 0)
+    assert end[0] > 0
+    assert again == end

@@ -238,6 +238,17 @@ def test_updates_wait_until_they_are_earned(monkeypatch):
     assert spent >= 0.1 * 1000 - 1.5
 
 
+def test_the_clock_of_work_stands_still_during_pauses():
+    """Catches pauses that count as scoring: beside requests, hardly any would be scored any more."""
+    of, over = Throttle(0.1), threading.Event()
+    with of.serving():
+        of.resume()
+        began = of.now()
+        over.wait(0.02)
+        worked = of.give_way()
+        assert abs(of.now() - began - worked) < 0.005
+
+
 def test_less_eagerness_earns_less(monkeypatch):
     """Catches a share that is cut for training alone, or for all that was earned before."""
     clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)

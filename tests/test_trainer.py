@@ -3,7 +3,9 @@
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from hf_osd._compat import global_seed_untouched
 from hf_osd.config import OnlineConfig
 from hf_osd.errors import ConfigError
 from hf_osd.learning.losses import sparse_loss
@@ -345,3 +348,20 @@ def test_importing_the_package_does_not_import_trl() -> None:
     """Catches seconds of import time for users who never learn."""
     code = "import sys, hf_osd.learning; assert not {'trl', 'datasets'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trainers_that_are_made_at_once_leave_the_seeding_as_it_was():
+    """Catches two threads that each put back what the other one had put there: `Trainer` would never seed again."""
+    module, entered = SimpleNamespace(set_seed=print), threading.Event()
+
+    def make_another() -> None:
+        with global_seed_untouched(module):
+            entered.set()
+
+    other = threading.Thread(target=make_another)
+    with global_seed_untouched(module):
+        other.start()
+        assert not entered.wait(0.05)
+    other.join()
+    assert entered.is_set()
+    assert module.set_seed is print

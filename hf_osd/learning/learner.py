@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from .._compat import import_quietly
 from ..config import OnlineConfig
 from ..drafts.starting import solve_again
 from ..errors import LearningError
@@ -31,7 +32,6 @@ from .scoring import DROP_REQUESTS, Score, Scorer, Weights, has_dropped, token_m
 from .selector import MEMORY, STATIC, Selector
 from .student import Student
 from .throttle import Throttle
-from .worker import import_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +43,7 @@ logger = logging.get_logger(__name__)
 USUAL = 32  # latest scored requests, over which a candidate's acceptance and the usual length are means
 MEMORABLE = 32  # requests that a leader has to lead for to be frozen when it gives way
 WORTH_FREEZING = 0.05  # gain in acceptance on the static draft that it needs for that
+TRAINER = f"{__package__}.trainer"  # imported once it is needed: it imports TRL, which takes seconds
 SAVED = ("requests", "_fresh", "_led")  # attributes that a saved state holds
 
 Publish = Callable[[Weights, float], None]
@@ -289,7 +290,7 @@ class Learner:
     def _make_trainer(self) -> "OnlineGKDTrainer":
         bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
         model, reader = self.student.model, reader_of(self.student.model, self._vocab_size)
-        trainer = import_trainer()
+        trainer: Any = import_quietly(TRAINER)
         parts = self.config, trainer.UpdateCallback(self), self._target, bf16, reader
         made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(model, self.replay.sample, *parts)
         if self._moments:

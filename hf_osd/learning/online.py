@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
+from .._compat import import_quietly
 from ..config import OnlineConfig
 from ..drafts.compatibility import check_settings
 from ..drafts.sharing import has_own_weights
@@ -19,11 +20,10 @@ from ..journal import Counters, Journal
 from ..records import Observation
 from ..storage import Snapshot, StateDirectory
 from . import resuming
-from .learner import Learner, Publish
+from .learner import TRAINER, Learner, Publish
 from .reading import usable
-from .scoring import Weights
 from .throttle import Throttle
-from .worker import Worker, import_trainer
+from .worker import Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +38,9 @@ class OnlineLearner:
     Turns observed requests into new weights of the draft, every `config.update_every` requests.
 
     A float32 copy of the draft is trained. Inline, the request that makes an update due runs it, and the same recorded
-    requests give bit-identical weights. With `config.background` a thread runs it, which gives way to requests in flight;
-    updates that come due meanwhile become one. An update that fails, or whose weights are not finite, is logged,
-    counted and dropped: the next one starts from the live weights.
+    requests give bit-identical weights. With `config.background` a thread runs it, which gives way to requests in
+    flight; updates that come due meanwhile become one. An update that fails, or whose weights are not finite, is
+    logged, counted and dropped: the next one starts from the live weights.
 
     Args:
         draft ([`~transformers.PreTrainedModel`]):
@@ -84,33 +84,31 @@ class OnlineLearner:
         self.learns = config.learn and has_own_weights(draft, frozen)
         if config.learn and frozen:
             _tell(frozen, self.learns)
-        self._draft, self._config, self._publish, self._here = draft, config, publish, threading.local()
+        self._draft, self._config, self._here = draft, config, threading.local()
         # Inline, a request in flight may be one that waits for this very update.
         self.throttle = Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
-        self._worker = Worker(config.background, weakref.WeakMethod(self._work), self.throttle, draft.device)
+        self._worker = worker = Worker(config.background, self.throttle, draft.device)
         self._disk: StateDirectory | None = None
         self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
-        self._parts = target if config.needs_target else None, frozen, vocab_size
-        self.learner = self._made_learner() if self.learns else None
-        if self.learner is not None:
+        self.learner: Learner | None = None
+        if self.learns:
+            hooks = worker.in_order(publish), worker.give_way, lambda: worker.stopped
+            parts = target if config.needs_target else None, frozen, vocab_size
+            self.learner = Learner(draft, config, self.throttle, *hooks, *parts)
+            worker.work_for(self.learner)
             self._prepare(self.learner)
-        if self.learner is not None and config.state_dir is not None:
-            self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)
+            if config.state_dir is not None:
+                self._disk = resuming.keep_on_disk(self.learner, draft, config, self._collect)
         self._stop = weakref.finalize(self, self._worker.stop)  # also at interpreter exit, and before the directory's
 
     def _prepare(self, learner: Learner) -> None:
         """Import the trainer, which takes seconds, where no request is to wait for it; check its arguments."""
         began, config = time.perf_counter(), self._config
         if config.training_arguments:
-            import_trainer().training_arguments(config, self._draft.device)
+            import_quietly(TRAINER).training_arguments(config, self._draft.device)
         elif config.background or config.learning_share is not None:
-            import_trainer()
+            import_quietly(TRAINER)
         learner.counters.seconds += time.perf_counter() - began
-
-    def _made_learner(self) -> Learner:
-        worker = self._worker
-        hooks = self._go_live, self._give_way, lambda: worker.stopped
-        return Learner(self._draft, self._config, self.throttle, *hooks, *self._parts)
 
     @property
     def counters(self) -> Counters:
@@ -189,13 +187,14 @@ class OnlineLearner:
                 "update() inside a request (by its logits processor, stopping criterion or streamer) would wait for "
                 "that request: call it once generate has returned"
             )
-        if not self.learns and self._config.learn:
+        learner = self.learner
+        if learner is None and self._config.learn:
             raise LearningError("the draft has nothing to train: it shares all parameters with the target")
         with self._worker.lock:
-            if not self.has_state:
+            if learner is None or not self.has_state:
                 raise LearningError("update() needs at least one recorded request to learn from")
             self._worker.work()
-            error = self._guarded(lambda learner: learner.train())
+            error = self._worker.guarded(learner, learner.train)
         if self._worker.stopped:
             raise ClosedError("closed during the update")
         if error is not None:
@@ -206,49 +205,6 @@ class OnlineLearner:
         self._stop()
         if self._disk is not None:
             self._disk.close()
-
-    # The work, one piece at a time.
-
-    def _work(self, requests: list[Observation]) -> None:
-        error = self._guarded(lambda learner: learner.learn(requests))
-        if isinstance(error, KeyboardInterrupt) and not self._config.background:
-            raise error  # it was meant for the program
-
-    def _guarded(self, work: Callable[[Learner], None]) -> BaseException | None:
-        """Do some work, count its time, and survive its errors, which are returned."""
-        learner = self.learner
-        assert learner is not None
-        began = self.throttle.now()
-        self.throttle.resume()
-        try:
-            with _own_modes(self._draft.device), self._worker.stream.training():
-                work(learner)
-        except BaseException as error:  # whatever happens here, serving goes on with the weights it has
-            self._fail(learner, error)
-            return error
-        finally:
-            worked = self.throttle.now() - began
-            self.throttle.spend(worked)
-            self.counters.seconds += worked
-        return None
-
-    def _fail(self, learner: Learner, error: BaseException) -> None:
-        logger.warning("An update of the draft failed; serving goes on with the old weights.", exc_info=error)
-        try:
-            learner.failed(error)
-        except BaseException as again:  # such as no memory: start anew from the live draft
-            logger.warning("What the update did to the training copy could not be undone.", exc_info=again)
-            self.learner = fresh = self._made_learner()
-            fresh.journal, fresh.counters, fresh.replay = learner.journal, learner.counters, learner.replay
-
-    def _give_way(self) -> float:
-        """Let serving go first; return the seconds of work since the last call."""
-        self._worker.stream.synchronize()
-        return self.throttle.give_way()
-
-    def _go_live(self, weights: Weights, acceptance: float) -> None:
-        with self._worker.stream.publishing():
-            self._publish(weights, acceptance)
 
     # Saving.
 
@@ -289,13 +245,6 @@ class OnlineLearner:
             return snapshot
         finally:
             self._worker.lock.release()
-
-
-@contextmanager
-def _own_modes(device: torch.device) -> Iterator[None]:
-    """Train with gradients and without autocast, in whatever mode the caller's thread is."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _tell(frozen: Collection[str], learns: bool) -> None:

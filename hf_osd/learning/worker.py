@@ -1,18 +1,18 @@
 """The thread that learns, one piece of work at a time: inline that of the request, or one of its own."""
 
 import os
-import random
-import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import torch
 from transformers.utils import logging
 
 from ..records import Observation
+from .learner import Learner, Publish
+from .scoring import Weights
 from .throttle import Throttle
 
 logger = logging.get_logger(__name__)
@@ -20,20 +20,16 @@ logger = logging.get_logger(__name__)
 PATIENCE = 10.0  # seconds that `stop`, and so the exit of the interpreter, waits for the step in progress
 MOST_WAITING = 1024  # requests that wait for the thread; beyond that, the oldest are not learned from
 
-Work = Callable[[list[Observation]], None]
-
 
 class Worker:
     """
-    A queue of requests, and the thread that works through it.
+    A queue of requests, and the thread in which a learner learns from them; serving survives its errors.
 
     Inline, that is the thread which calls [`work`]. In the background it is a thread of its own, started with the
     first request. Either way one thread works at a time, and holds `lock` meanwhile.
 
     Args:
         background (`bool`): Whether to work in a thread of its own.
-        work (`Callable[[], Callable | None]`): A weak reference to what is done with requests, so that the thread
-            keeps its owner alive only while it works.
         throttle (`Throttle`): Paces the work.
         device (`torch.device`): Of the draft. On CUDA the work has a stream of its own.
 
@@ -42,15 +38,20 @@ class Worker:
         stopped (`bool`): Whether to end with the step in progress, and to begin nothing any more.
     """
 
-    def __init__(self, background: bool, work: Callable[[], Work | None], throttle: Throttle, device: torch.device):
+    def __init__(self, background: bool, throttle: Throttle, device: torch.device) -> None:
         self.lock = threading.RLock()
         self.stopped = False
         self.throttle = throttle
         self.stream = TrainingStream(device if background else torch.device("cpu"))
-        self._background, self._work = background, work
+        self._background, self._device = background, device
+        self._learner: Callable[[], Learner | None] = lambda: None
         self._changed = threading.Condition()
         self._waiting: deque[Observation] = deque(maxlen=MOST_WAITING)
         self._thread: threading.Thread | None = None
+
+    def work_for(self, learner: Learner) -> None:
+        """Choose the learner, of which the thread keeps a weak reference while it does not work."""
+        self._learner = weakref.ref(learner)
 
     @property
     def has_waiting(self) -> bool:
@@ -82,12 +83,44 @@ class Worker:
             self.work()
 
     def work(self) -> None:
-        """Work through the requests that wait, in this thread."""
+        """Have the learner learn from the requests that wait, in this thread."""
         with self.lock:
-            requests = self._taken()
-            work = self._work() if requests and not self.stopped else None
-            if work is not None:
-                work(requests)
+            requests, learner = self._taken(), self._learner()
+            if not requests or learner is None or self.stopped:
+                return
+            error = self.guarded(learner, lambda: learner.learn(requests))
+        if isinstance(error, KeyboardInterrupt) and not self._background:
+            raise error  # it was meant for the program
+
+    def guarded(self, learner: Learner, work: Callable[[], None]) -> BaseException | None:
+        """Do some work of a learner, count its time, and survive its errors, which are returned."""
+        began = self.throttle.now()
+        self.throttle.resume()
+        try:
+            with _own_modes(self._device), self.stream.training():
+                work()
+        except BaseException as error:  # whatever happens here, serving goes on with the weights it has
+            _recover(learner, error)
+            return error
+        finally:
+            worked = self.throttle.now() - began
+            self.throttle.spend(worked)
+            learner.counters.seconds += worked
+        return None
+
+    def give_way(self) -> float:
+        """Let serving go first; return the seconds of work since the last call."""
+        self.stream.synchronize()
+        return self.throttle.give_way()
+
+    def in_order(self, publish: Publish) -> Publish:
+        """Return a `publish` that keeps to the order of serving on CUDA."""
+
+        def in_order(weights: Weights, acceptance: float) -> None:
+            with self.stream.publishing():
+                publish(weights, acceptance)
+
+        return in_order
 
     def _taken(self) -> list[Observation]:
         with self._changed:
@@ -103,6 +136,22 @@ class Worker:
         self.throttle.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE)
+
+
+def _recover(learner: Learner, error: BaseException) -> None:
+    logger.warning("An update of the draft failed; serving goes on with the old weights.", exc_info=error)
+    try:
+        learner.failed(error)
+    except BaseException as again:  # such as no memory
+        logger.warning("What the update did to the training copy could not be undone.", exc_info=again)
+        learner.start()
+
+
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """Training needs gradients and its own precision, in whatever mode the waiting request is."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class TrainingStream:
@@ -174,14 +223,3 @@ def leave_cores_to_serving() -> None:
 def _cores() -> int:
     available = getattr(os, "sched_getaffinity", None)
     return len(available(0)) if available is not None else os.cpu_count() or 1
-
-
-def import_trainer() -> ModuleType:
-    """Import the module that imports TRL, which takes seconds at first; the global random state stays as it was."""
-    state = random.getstate()
-    is_first = f"{__package__}.trainer" not in sys.modules
-    from . import trainer
-
-    if is_first:  # importing rich, which comes with TRL, draws from it
-        random.setstate(state)
-    return trainer
