@@ -280,7 +280,7 @@ def test_a_close_in_the_training_thread_keeps_the_state(tmp_path: Path, monkeypa
         learner.close()
         closed.set()
 
-    learner._publish = last
+    learner.learner._publish = last  # type: ignore[union-attr]
     observe(learner, traffic(4))
     assert closed.wait(60.0)
     thread = learner._worker._thread
