@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
+from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import HfOsdError
 from hf_osd.evaluation.models import EMBEDDED_PAIR, Pair, load_pair
 from hf_osd.evaluation.output import require_matplotlib
@@ -58,7 +59,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=list(USUAL), help="names or families, or all")
     parser.add_argument("--recipes-file", type=Path, default=RECIPES)
     for setting in fields(RecordingSettings):
-        if setting.name != "top_k_teacher":
+        if setting.name not in ("top_k_teacher", "state_layers"):
             kind = type(setting.default)
             parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind, default=setting.default)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     torch.set_num_threads(1 if options.jobs == 1 else min(options.jobs, os.cpu_count() or 1))
     transformers_logging.disable_progress_bar()
-    pair = load_pair(options.target, options.draft, "cpu", "float32")
+    pair = load_pair(options.target, options.draft, "cpu", options.dtype)
     target, draft = pair.target, pair.draft
     recordings, files = _record(options, prompts, _needed(streams), pair)
     tasks = make_tasks(streams, recipes, recordings, draft, options.output / "runs")
@@ -120,7 +121,8 @@ def _record(
     options: argparse.Namespace, prompts: dict[str, list[Prompt]], needed: dict[str, int], pair: Pair
 ) -> tuple[dict[str, list[Observation]], dict[str, Path]]:
     """Return the recordings of each domain, and their files."""
-    settings = _settings(options)
+    layers = pair.draft.state_layers if isinstance(pair.draft, FeatureDraft) else ()
+    settings = replace(_settings(options), state_layers=layers)
     folder = options.recordings / settings.fingerprint(pair.target)
     files = {domain: folder / f"{domain}.parquet" for domain in needed}
     recordings = {}
@@ -144,7 +146,8 @@ def _runner(options: argparse.Namespace, draft: Any, recordings: Any, files: dic
         if options.jobs == 1:
             return run_here(tasks, draft, recordings)
         source = options.draft or str(EMBEDDED_PAIR / "draft")
-        return run_in_processes(tasks, source, files, min(options.jobs, len(tasks)))
+        jobs = min(options.jobs, len(tasks))
+        return run_in_processes(tasks, source, files, jobs, options.target, options.dtype)
 
     return run
 

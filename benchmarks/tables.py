@@ -155,6 +155,18 @@ def _segments(result: str, start: str) -> str:
     return segments(next(stream for name, stream in streams(result).items() if name.startswith(start)))
 
 
+def smollm2() -> str:
+    """Final acceptance and worst window of a draft that reads its target, on a model that people know."""
+    columns = streams("learning_smollm2")
+    worst = [stream["recipes"]["feature"]["goals"]["worst_window_above_static"] for stream in columns.values()]
+    rows = [
+        [label, *(rate(final(stream, recipe)) for stream in columns.values())]
+        for label, recipe in (("static draft", "static"), ("**online**", "feature"))
+    ]
+    rows.append(["worst window of 100 against static", *(rate(value, "+.4f") for value in worst)])
+    return table(list(map(_label, columns)), rows)
+
+
 def live() -> str:
     """Acceptance of requests that were served, by window."""
     found = json.loads((RESULTS / "live_shift.json").read_text(encoding="utf-8"))
@@ -210,6 +222,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "shift": lambda: _segments("learning_streams", "shift"),
     "quarters": _quarters,
     "seeds": lambda: seeds(streams("learning_seeds")),
+    "smollm2": smollm2,
     "lora": lambda: variants(streams("learning_lora")),
     "variants": lambda: variants(streams("learning_variants")),
     "matched pair": lambda: domains(streams("learning_matched_pair")),

@@ -20,6 +20,8 @@ from benchmarks.laboratory.recipes import Recipe
 from benchmarks.laboratory.recording import RecordingSettings, read, recorded, write
 from benchmarks.laboratory.replay import replay, score
 from benchmarks.laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
+from hf_osd.drafts.features import FeatureDraft
+from hf_osd.drafts.states import with_states
 from hf_osd.learning.losses import student_outcomes, teacher_outcomes
 from hf_osd.learning.scoring import Scorer
 from hf_osd.records import Observation
@@ -152,6 +154,53 @@ def test_greedy_answers_are_scored_as_the_learner_scores_them(
         assert learners.positions == result.positions
         assert learners.acceptance == pytest.approx(result.agreed / result.positions)
         assert learners.accepted == pytest.approx(result.run / result.positions)
+
+
+# Drafts that read the target's states.
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, FeatureDraft, list[Observation]]:
+    """A target, a draft that reads it and knows few tokens by itself, and requests as the file gives them back."""
+    target = tiny_model(layers=4, dtype=torch.float32)
+    draft = FeatureDraft.of(target, general=torch.arange(VOCAB // 4))
+    settings = dataclasses.replace(SETTINGS, state_layers=draft.state_layers)
+    path = tmp_path_factory.mktemp("reading") / "a.parquet"
+    made = recorded(path, some_prompts(9), target, settings)
+    kept = read(path)[1]
+    assert all(torch.equal(one.states, again.states) for one, again in zip(made, kept, strict=True))
+    return target, draft, kept
+
+
+def test_recorded_states_are_those_of_the_text_alone(
+    reading: tuple[PreTrainedModel, FeatureDraft, list[Observation]],
+) -> None:
+    """Would catch states of the padding, of another row, or off by one."""
+    _, draft, requests = reading
+    bare = [dataclasses.replace(one, states=None) for one in requests]
+    for one, alone in zip(requests, with_states(draft, bare), strict=True):
+        torch.testing.assert_close(one.states, alone.states, rtol=0.02, atol=0.02)
+
+
+def test_such_a_draft_is_scored_as_the_learner_scores_it(
+    reading: tuple[PreTrainedModel, FeatureDraft, list[Observation]],
+) -> None:
+    """Would catch choices that are places in the vocabulary, and states of another token."""
+    _, draft, requests = reading
+    found = Scorer(draft, max_length=512, batch_size=1).scores({"live": {}}, requests)
+    for request, learners in zip(requests, found, strict=True):
+        result, seen = score(draft, request)
+        assert result.agreed == int((seen.draft_ids == request.output_ids).sum())
+        assert result.agreed / max(learners["live"].positions, 1) == pytest.approx(learners["live"].acceptance)
+
+
+def test_a_replay_leaves_the_vocabulary_to_the_next(
+    reading: tuple[PreTrainedModel, FeatureDraft, list[Observation]],
+) -> None:
+    """Would catch a recipe that profits from the tokens that another one has seen."""
+    _, draft, requests = reading
+    first, second = (replay(draft, requests, Recipe("static", "static", {"learn": False})) for _ in range(2))
+    assert first["scores"] == second["scores"]
 
 
 # Replays.

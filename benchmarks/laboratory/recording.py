@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
+from hf_osd.drafts.states import StateTap
 from hf_osd.evaluation.encoding import as_inputs, context_of, end_tokens, join, token_ids, until_end
 from hf_osd.evaluation.models import Pair, greedy_options
 from hf_osd.evaluation.prompts import Prompt
@@ -31,6 +32,7 @@ _COLUMNS = {
     "teacher_log_probs": np.float32,  # likewise
     "teacher_tail": np.float32,
 }
+_STATES = "states"  # (tokens * size,) of bfloat16 as int16, only where a draft reads them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class RecordingSettings:
         top_k_teacher (`int`, defaults to 32): Log-probabilities kept at a position.
         batch_size (`int`, defaults to 32): Prompts answered at a time; changes answers by rounding only.
         seed (`int`, defaults to 0): Of the sampling.
+        state_layers (`tuple[int, ...]`, defaults to `()`): Layers of the target whose states are kept, for a draft
+            that reads them.
+        dtype (`str`, defaults to `"float32"`): In which the target answers.
     """
 
     max_new_tokens: int = 64
@@ -54,6 +59,8 @@ class RecordingSettings:
     top_k_teacher: int = 32
     batch_size: int = 32
     seed: int = 0
+    state_layers: tuple[int, ...] = ()
+    dtype: str = "float32"
 
     def fingerprint(self, target: PreTrainedModel) -> str:
         """Hash what an answer depends on, besides its prompt."""
@@ -134,33 +141,43 @@ def _answer_batch(
     text = target.generate(**inputs, **options)
     outputs = text[:, inputs["input_ids"].shape[1] :]
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(outputs)), dim=1)
-    logits = _logits(target, text, mask, outputs.shape[1])
-    return [
-        _observation(prompt, until_end(output, ends), row, settings.top_k_teacher)
-        for prompt, output, row in zip(prompts, outputs, logits, strict=True)
-    ]
+    logits, states = _read(target, text, mask, outputs.shape[1], settings.state_layers)
+    found = []
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        output = until_end(output, ends).clone()
+        teacher = sparse_teacher(logits[row, : len(output)].float(), settings.top_k_teacher)
+        known = None if states is None else _states_of(states[row], text.shape[1] - outputs.shape[1], prompt, output)
+        found.append(_undrafted(prompt, output, *teacher, known))
+    return found
 
 
-def _logits(target: PreTrainedModel, text: torch.Tensor, mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Logits that chose the last `count` tokens; `(batch, count, vocab)`."""
+def _read(
+    target: PreTrainedModel, text: torch.Tensor, mask: torch.Tensor, count: int, layers: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits that chose the last `count` tokens, `(batch, count, vocab)`, and states of all but the last token."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs = target(
-        input_ids=text[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], logits_to_keep=count
-    )
-    logits: torch.Tensor = outputs.logits
-    return logits
+    inputs = {"input_ids": text[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+    if not layers:
+        return target(**inputs, logits_to_keep=count).logits, None
+    outputs, states = StateTap.of(target, layers).read(lambda: target(**inputs, logits_to_keep=count))
+    return outputs.logits, states
 
 
-def _observation(prompt: torch.Tensor, output: torch.Tensor, logits: torch.Tensor, k: int) -> Observation:
-    return _undrafted(prompt, output.clone(), *sparse_teacher(logits[: len(output)].float(), k))
+def _states_of(states: torch.Tensor, begin: int, prompt: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """States of a row whose prompt ends, and whose output begins, at `begin`; as serving records them."""
+    return states[begin - len(prompt) : begin + len(output) - 1].to(torch.bfloat16, copy=True)
 
 
 def _undrafted(
-    prompt: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
+    prompt: torch.Tensor,
+    output: torch.Tensor,
+    ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    tail: torch.Tensor,
+    states: torch.Tensor | None = None,
 ) -> Observation:
-    return Observation(
-        prompt, output, ids, log_probs, tail, torch.full_like(output, -1), torch.zeros_like(output, dtype=torch.bool)
-    )
+    drafted, accepted = torch.full_like(output, -1), torch.zeros_like(output, dtype=torch.bool)
+    return Observation(prompt, output, ids, log_probs, tail, drafted, accepted, states)
 
 
 def write(path: Path, observations: Sequence[Observation], fingerprint: str) -> None:
@@ -169,6 +186,8 @@ def write(path: Path, observations: Sequence[Observation], fingerprint: str) -> 
         name: pa.array([getattr(one, name).flatten().numpy().astype(kind) for one in observations])
         for name, kind in _COLUMNS.items()
     }
+    if any(one.states is not None for one in observations):
+        columns[_STATES] = pa.array([one.states.view(torch.int16).flatten().numpy() for one in observations])
     table = pa.table(columns).replace_schema_metadata({"hf_osd": json.dumps({"fingerprint": fingerprint})})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -180,7 +199,7 @@ def read(path: Path) -> tuple[str, list[Observation]]:
     """Return the fingerprint of a recording, and its requests."""
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[b"hf_osd"])
-    columns = [table[name] for name in _COLUMNS]
+    columns = [table[name] for name in (*_COLUMNS, _STATES) if name in table.column_names]
     rows = zip(*columns, strict=True)
     return about["fingerprint"], [
         _row(*(torch.from_numpy(value.values.to_numpy().copy()) for value in row)) for row in rows
@@ -188,7 +207,14 @@ def read(path: Path) -> tuple[str, list[Observation]]:
 
 
 def _row(
-    prompt: torch.Tensor, output: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, tail: torch.Tensor
+    prompt: torch.Tensor,
+    output: torch.Tensor,
+    ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    tail: torch.Tensor,
+    states: torch.Tensor | None = None,
 ) -> Observation:
     shape = (len(output), -1)
-    return _undrafted(prompt.long(), output.long(), ids.long().view(shape), log_probs.view(shape), tail)
+    if states is not None:
+        states = states.view(torch.bfloat16).view(len(prompt) + len(output) - 1, -1)
+    return _undrafted(prompt.long(), output.long(), ids.long().view(shape), log_probs.view(shape), tail, states)

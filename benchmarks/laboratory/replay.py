@@ -12,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_osd.config import OnlineConfig
+from hf_osd.drafts.features import FeatureDraft
+from hf_osd.learning.features import reader_of
 from hf_osd.learning.losses import overlap
 from hf_osd.learning.online import OnlineLearner
 from hf_osd.learning.scoring import accepted_run
@@ -56,12 +58,14 @@ def score(draft: PreTrainedModel, request: Observation) -> tuple[Score, Observat
     Returns:
         `tuple[Score, Observation]`: The score, and the request as serving would record it where it drafts everywhere.
     """
-    count = len(request.output_ids)
-    inputs = torch.cat((request.prompt_ids, request.output_ids))[None, :-1]
-    logits = draft(input_ids=inputs, logits_to_keep=count, use_cache=False).logits[0].float()  # (output, vocab)
+    count, reader = len(request.output_ids), reader_of(draft)
+    batch = reader.collator(len(request.prompt_ids) + count, "all")([request])
+    logits = reader.logits(draft, batch)[0].float()  # (output, vocab)
     choices = logits.argmax(-1)
+    if "vocabulary" in batch:  # what the draft proposes from
+        choices = batch["vocabulary"][choices]
     agreed = choices == request.output_ids
-    shared = overlap(logits, request.teacher_ids, request.teacher_log_probs, request.teacher_tail)
+    shared = overlap(logits, *(batch[f"teacher_{name}"][0] for name in ("ids", "log_probs", "tail")))
     result = Score(count, int(agreed.sum()), float(shared.sum()), int(accepted_run(agreed[None].float()).sum()))
     return result, replace(request, draft_ids=choices, accepted=agreed)
 
@@ -79,12 +83,21 @@ def replay(draft: PreTrainedModel, requests: Sequence[Observation], recipe: Reci
         `dict[str, Any]`: For each request, in order, the numbers of `Score`; the counters of the learner; seconds.
     """
     started = time.perf_counter()
-    live = copy.deepcopy(draft).eval()
+    live = _copied(draft)
     weights = LiveWeights(live)  # kept here: the learner publishes through it
     run = _train_then_score if recipe.epochs else _score_then_learn
     scores, learned = run(live, weights, requests, recipe)
     columns = {name: [round(getattr(one, name), 4) for one in scores] for name in Score.__slots__}
     return {"scores": columns, "learned": learned, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _copied(draft: PreTrainedModel) -> PreTrainedModel:
+    """Copy a draft, with a vocabulary of its own that has seen no traffic."""
+    live = copy.deepcopy(draft).eval()
+    if isinstance(live, FeatureDraft):
+        assert live.target is not None
+        live.borrow(live.target)
+    return live
 
 
 def _learner(live: PreTrainedModel, weights: LiveWeights, config: OnlineConfig) -> OnlineLearner:
@@ -103,6 +116,8 @@ def _score_then_learn(
             scores.append(result)
             if config.learn:
                 learner.observe(observation)
+            if isinstance(live, FeatureDraft):
+                live.vocabulary.note(request.output_ids.tolist())
     finally:
         learner.close()
     return scores, _counters(learner)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from hf_osd.drafts.features import FeatureDraft
 from hf_osd.records import Observation
 
 from . import fingerprints
@@ -99,7 +100,14 @@ def run_here(tasks: Sequence[Task], draft: PreTrainedModel, recordings: Recordin
         yield task
 
 
-def run_in_processes(tasks: Sequence[Task], draft: str, files: Mapping[str, Path], jobs: int) -> Iterator[Task]:
+def run_in_processes(
+    tasks: Sequence[Task],
+    draft: str,
+    files: Mapping[str, Path],
+    jobs: int,
+    target: str | None = None,
+    dtype: str = "float32",
+) -> Iterator[Task]:
     """
     Run tasks in processes of one thread each; yield each when its result is kept.
 
@@ -108,23 +116,30 @@ def run_in_processes(tasks: Sequence[Task], draft: str, files: Mapping[str, Path
         draft (`str`): Hub id or folder of the draft.
         files (`Mapping[str, Path]`): Recordings by domain.
         jobs (`int`): Processes.
+        target (`str`, *optional*): Hub id or folder of the target, from which a draft may borrow.
+        dtype (`str`, defaults to `"float32"`): Of both.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come; more threads only wait for one another
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_prepare, initargs=(draft, dict(files))) as pool:
+    with ProcessPoolExecutor(
+        jobs, context, initializer=_prepare, initargs=(draft, dict(files), target, dtype)
+    ) as pool:
         waiting = {pool.submit(_work, task): task for task in tasks}
         for future in as_completed(waiting):
             future.result()
             yield waiting[future]
 
 
-def _prepare(draft: str, files: Mapping[str, Path]) -> None:
+def _prepare(draft: str, files: Mapping[str, Path], target: str | None, dtype: str) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
-    _worker = _Worker(model, files)
+    model, lender = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).eval(), None
+    if isinstance(model, FeatureDraft):
+        lender = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+        model.borrow(lender)
+    _worker = _Worker(model, files, lender)
 
 
 def _end_with_parent() -> None:
@@ -138,8 +153,8 @@ def _end_with_parent() -> None:
 class _Worker:
     """What a process keeps between tasks."""
 
-    def __init__(self, draft: PreTrainedModel, files: Mapping[str, Path]) -> None:
-        self.draft, self.files = draft, files
+    def __init__(self, draft: PreTrainedModel, files: Mapping[str, Path], lender: PreTrainedModel | None) -> None:
+        self.draft, self.files, self.lender = draft, files, lender  # the draft itself holds its target weakly
         self.recordings: dict[str, list[Observation]] = {}
 
     def run(self, task: Task) -> None:
