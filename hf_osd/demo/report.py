@@ -46,15 +46,18 @@ def verdict(race: Race, *, sample: bool) -> list[str]:
     lines = [f"All {count} outputs of hf_osd equal the target's own."]
     if wrong := mismatches(race):
         lines = [f"{wrong} of {count} outputs of hf_osd are NOT the target's own:"]
-        lines += [_describe(item, "mismatch") for item in race.mismatches if item.contender in ours]
-    elif any(item.contender in ours for item in race.near_ties):
-        lines = [f"All {count} outputs of hf_osd equal the target's own, but for near ties of its best two tokens:"]
-    return lines + [_describe(item, "near tie") for item in race.near_ties]
+        lines += [_describe(item) for item in race.mismatches if item.contender in ours]
+    elif ties := [item.gap or 0.0 for item in race.near_ties if item.contender in ours]:
+        lines = [
+            f"All {count} outputs of hf_osd equal the target's own, but for {len(ties)} that part from it at a near "
+            f"tie of its best two tokens: logits at most {max(ties):.1e} apart."
+        ]
+    return lines
 
 
-def _describe(item: Difference, kind: str) -> str:
+def _describe(item: Difference) -> str:
     apart = "no such output of the target" if item.gap is None else f"logits {item.gap:.1e} apart"
-    return f"  request {item.request}, {item.contender}, token {item.position}: {kind}, {apart}"
+    return f"  request {item.request}, {item.contender}, token {item.position}: mismatch, {apart}"
 
 
 def _acceptance_table(race: Race) -> Table:
