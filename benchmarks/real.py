@@ -18,9 +18,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
 
 from hf_osd import OnlineAssistant, OnlineConfig
+from hf_osd.bench.session import open_steps
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.evaluation.contenders import Assisted, Contender, Generate, stock
 from hf_osd.evaluation.models import Pair, generate_options, load_pair
@@ -55,16 +56,16 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
     """Serve one stream; ours answer every request, transformers one of so many."""
     *requests, warm_up = load_requests(pair, [path], options.requests + 1, options.max_new_tokens)
     settings = generate_options(pair, options.max_new_tokens)
-    with ExitStack() as stack, Progress(transient=True) as progress:
-        racers, task = contenders(pair, options.online, stack), progress.add_task(Path(path).stem, total=len(requests))
+    with ExitStack() as stack:
+        racers = contenders(pair, options.online, stack)
+        done = stack.enter_context(open_steps(Console(stderr=True)))(Path(path).stem, len(requests))
         race = run_race(
             racers,
             requests,
             settings,
-            lambda race: progress.advance(task),
+            lambda race: done(),
             warm_up=warm_up,
             takes_part=lambda racer, index: index % options.every == 0 or isinstance(racer, Assisted),
-            is_checked=lambda index: index % options.every == 0,
         )
         return figures(race, racers[-1].assistant) | {"outputs_that_differ_from_plain": different(race)}
 

@@ -209,8 +209,6 @@ def real() -> str:
     }
     parts = [*(stream["whole_run"] for stream in found["streams"].values()), found["geometric_means"]["whole_run"]]
     parts.append(found["geometric_means"]["last_quarter"])
-    # By way of static, which answered every request: updates fall on few of those that plain answered.
-    parts = [part | {"online over plain": part["static over plain"] * part["online over static"]} for part in parts]
     rows = [[label, *(f"{part[f'{name} over plain']:.2f}" for part in parts)] for name, label in names.items()]
     streams = [DOMAINS[name] for name in found["streams"]]
     return table([*streams, "all (geometric mean)", "the last quarter of all"], rows)

@@ -70,7 +70,6 @@ def run_race(
     prepare: Callable[[Inputs], None] = lambda request: None,
     answer: Callable[..., tuple[torch.Tensor, Sample]] = answer_plainly,
     takes_part: Callable[[Contender, int], bool] = lambda contender, index: True,
-    is_checked: Callable[[int], bool] = lambda index: True,
     seed: int = 0,
     deadline: float = float("inf"),
 ) -> Race:
@@ -87,8 +86,7 @@ def run_race(
         prepare (`Callable[[Inputs], None]`, *optional*): Called, untimed, before each request.
         answer (`Callable`, *optional*): Lets a contender answer a request; as [`answer_plainly`] does.
         takes_part (`Callable[[Contender, int], bool]`, *optional*): Whether a contender answers a request.
-        is_checked (`Callable[[int], bool]`, *optional*): Whether greedy outputs of a request are compared, which takes
-            another `generate` where they differ.
+            Greedy outputs are compared where the first one does: where they differ, that takes another `generate`.
         seed (`int`, defaults to 0): Every contender samples with it, plus the index of the request.
         deadline (`float`, *optional*): Time, by `time.perf_counter`, after which no further request starts.
     """
@@ -110,7 +108,7 @@ def run_race(
                 torch.manual_seed((seed + index) % SEEDS)
                 answers[contender.name] = answer(contender, request, options)
         race.rounds.append({one.name: answers[one.name][1] for one in contenders if one.name in answers})
-        if not options.get("do_sample") and is_checked(index):
+        if not options.get("do_sample") and contenders[0].name in answers:
             _check(race, contenders[0].target, request, {name: found[0] for name, found in answers.items()}, options)
         observer(race)
     return race
