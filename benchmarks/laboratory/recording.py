@@ -206,15 +206,8 @@ def read(path: Path) -> tuple[str, list[Observation]]:
     ]
 
 
-def _row(
-    prompt: torch.Tensor,
-    output: torch.Tensor,
-    ids: torch.Tensor,
-    log_probs: torch.Tensor,
-    tail: torch.Tensor,
-    states: torch.Tensor | None = None,
-) -> Observation:
+def _row(prompt: torch.Tensor, output: torch.Tensor, *rest: torch.Tensor) -> Observation:
+    ids, log_probs, tail, *states = rest
     shape = (len(output), -1)
-    if states is not None:
-        states = states.view(torch.bfloat16).view(len(prompt) + len(output) - 1, -1)
-    return _undrafted(prompt.long(), output.long(), ids.long().view(shape), log_probs.view(shape), tail, states)
+    known = [one.view(torch.bfloat16).view(len(prompt) + len(output) - 1, -1) for one in states]
+    return _undrafted(prompt.long(), output.long(), ids.long().view(shape), log_probs.view(shape), tail, *known)

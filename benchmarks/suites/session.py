@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_osd.bench import session
-from hf_osd.bench.figures import report
 from hf_osd.config import OnlineConfig
 from hf_osd.evaluation.contenders import Contender
 from hf_osd.evaluation.encoding import Inputs
@@ -42,29 +41,17 @@ class Session(session.Session):
         return super().online(**settings | ({} if self.script is None else {"prompt_lookup": False}))
 
     def race(
-        self,
-        contenders: Sequence[Contender],
-        requests: Sequence[Inputs],
-        title: str | None = None,
-        *,
-        warm_up: Inputs | None = None,
-        **watching: Any,
+        self, contenders: Sequence[Contender], requests: Sequence[Inputs], title: str = "", **settings: Any
     ) -> Race:
         """Run a race; a scripted draft is told beforehand what the target is about to say."""
-        return super().race(contenders, requests, title, warm_up=warm_up, prepare=self._prepare, **watching)
+        return super().race(contenders, requests, title, prepare=self._prepare, **settings)
 
     def measure(
-        self,
-        contenders: Sequence[Contender],
-        requests: Sequence[Inputs],
-        title: str | None = None,
-        *,
-        warm_up: Inputs | None = None,
+        self, contenders: Sequence[Contender], requests: Sequence[Inputs], title: str = "", **settings: Any
     ) -> tuple[Race, dict[str, Any]]:
-        """Run a race whose forwards are noted and replayed; return it with its figures, efficiencies among them."""
+        """Run a race whose forwards are noted and replayed; its figures have efficiencies among them."""
         watch = Watch(self.floor, len(requests))
-        race = self.race(contenders, requests, title, warm_up=warm_up, answer=watch)
-        figures = report(race)
+        race, figures = super().measure(contenders, requests, title, answer=watch, **settings)
         for name, found in figures["contenders"].items():
             found |= efficiency(watched(race, name))
         return race, figures

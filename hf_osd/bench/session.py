@@ -70,30 +70,17 @@ class Session:
         return Assisted(name, pair.target, stack.enter_context(assistant))
 
     def race(
-        self,
-        contenders: Sequence[Contender],
-        requests: Sequence[Inputs],
-        title: str | None = None,
-        *,
-        warm_up: Inputs | None = None,
-        **watching: Any,
+        self, contenders: Sequence[Contender], requests: Sequence[Inputs], title: str = "", **settings: Any
     ) -> Race:
         """Run a race with the settings of this run; its progress is shown under the title. See [`run_race`]."""
         done = self.steps(title, len(requests)) if title else lambda: None
-        return run_race(
-            contenders, requests, self.options, lambda race: done(), warm_up=warm_up, seed=self.seed, **watching
-        )
+        return run_race(contenders, requests, self.options, lambda race: done(), seed=self.seed, **settings)
 
     def measure(
-        self,
-        contenders: Sequence[Contender],
-        requests: Sequence[Inputs],
-        title: str | None = None,
-        *,
-        warm_up: Inputs | None = None,
+        self, contenders: Sequence[Contender], requests: Sequence[Inputs], title: str = "", **settings: Any
     ) -> tuple[Race, dict[str, Any]]:
-        """Run a race whose figures count; return it with them."""
-        race = self.race(contenders, requests, title, warm_up=warm_up)
+        """Run a race whose figures count; return it with them. See [`race`]."""
+        race = self.race(contenders, requests, title, **settings)
         return race, report(race)
 
 
