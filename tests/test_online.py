@@ -27,6 +27,15 @@ def learners() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "hf_osd-learner"}
 
 
+def run_script(folder: Path, lines: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run lines in a process of their own, with all that this file imports and defines."""
+    script = folder / "script.py"
+    paths = [str(Path(__file__).parents[level]) for level in (0, 1)]
+    script.write_text(f"import sys; sys.path[:0] = {paths}\nfrom test_online import *\n{lines}")
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 100, "check": False}
+    return subprocess.run([sys.executable, script], env={**os.environ, **environment}, **options)
+
+
 def test_a_thread_in_the_background_alone() -> None:
     """Catches a thread for assistants that never serve or learn inline, and one that is started twice."""
     before, live = learners(), Live()
@@ -138,19 +147,16 @@ def test_a_dropped_learner_is_collected() -> None:
 
 def test_a_script_that_never_closes_exits(tmp_path: Path) -> None:
     """Catches a thread that hangs or crashes a dying interpreter: one that waits, and one in mid-update."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_online import *\n"
+    done = run_script(
+        tmp_path,
         "live = Live()\n"
         "waits = learner_of(live, update_every=1)\n"
         "waits.observe(request(live.draft, 0))\n"
         "works = learner_of(live, update_every=1, steps_per_update=10**6, background=True)\n"
         "works.observe(request(live.draft, 0))\n"
         "time.sleep(0.5)\n"
-        "print(waits.counters.updates, works.counters.updates)\n"
+        "print(waits.counters.updates, works.counters.updates)\n",
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 0\n", "")
 
 
@@ -287,29 +293,24 @@ def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_process_that_was_forked_off_learns_on(tmp_path: Path) -> None:
     """Catches a worker process in which the first request waits for a thread that only its parent has."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_online import *\n"
+    done = run_script(
+        tmp_path,
         "live = Live()\n"
         "learner = learner_of(live, update_every=1, steps_per_update=1)\n"
         "learner.observe(request(live.draft, 0))\n"
         "if os.fork() == 0:\n"
         "    learner.observe(request(live.draft, 1))\n"
         "    os._exit(learner.counters.updates)\n"
-        "print(os.waitstatus_to_exitcode(os.wait()[1]), learner.counters.updates)\n"
+        "print(os.waitstatus_to_exitcode(os.wait()[1]), learner.counters.updates)\n",
+        OMP_NUM_THREADS="1",
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, env=environment)
     assert (done.returncode, done.stdout) == (0, "2 1\n"), done.stderr
 
 
 def test_a_script_exits_while_updates_end_in_the_wrong_way(tmp_path: Path) -> None:
     """Catches a thread that goes on when the interpreter wants to leave, since nothing ends it any more."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[level]) for level in (0, 1)]}\n"
-        "from test_online import *\n"
+    done = run_script(
+        tmp_path,
         "logging.disable(logging.CRITICAL)\n"
         "def leave(*_): sys.exit(3)\n"
         "Learner._take_over = leave\n"
@@ -317,7 +318,6 @@ def test_a_script_exits_while_updates_end_in_the_wrong_way(tmp_path: Path) -> No
         "learner = learner_of(live, update_every=1, background=True, steps_per_update=1)\n"
         "for number in range(3): learner.observe(request(live.draft, number))\n"
         "time.sleep(0.5)\n"
-        "print('end')\n"
+        "print('end')\n",
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

@@ -48,6 +48,7 @@ def step_seconds(draft: FeatureDraft, batch: int = 1) -> float:
 
 def _proposals(draft: FeatureDraft, target: PreTrainedModel) -> Callable[[int, int, int], Callable[[], Any]]:
     def prepare(batch: int, context: int, tokens: int) -> Callable[[], Any]:
+        """Return what drafts `tokens` tokens behind `context` columns, again and again."""
         padding, columns = [0] * batch, context + tokens
         source = TargetStates(target, draft.state_layers, padding, columns)
         states = torch.zeros(batch, context, draft.state_size, dtype=target.dtype, device=target.device)

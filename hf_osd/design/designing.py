@@ -116,6 +116,7 @@ class _Designer:
         self._work, self._recipe, self._display = work, recipe, display
 
     def run(self, sources: Sequence[str], limit: int, command: str) -> Design:
+        """Gather texts, weigh candidates, distil the promising ones, and return that which serves fastest."""
         material = self._gather(sources, limit)
         held_out = self._record("prompts to judge by", material.held_out)
         learned = self._record("texts to learn from", material.learned)

@@ -183,6 +183,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         reach = torch.ones(len(self._padding), device=self.device)
 
         def goes_on(step: Step) -> bool:
+            """Take a step into each row's product, and say whether any row still needs another."""
             assert step.chances is not None
             reach.mul_(step.chances[:, 0])
             if step.ended is not None:

@@ -70,6 +70,7 @@ def check_limits(limits: Sequence[Limit], asked: Asked) -> None:
 
 def _setting(name: str, mode: str, asks: Callable[[Any], bool] = bool) -> Limit:
     def found(asked: Asked) -> str | None:
+        """Say what the call asks for, if its setting asks for that mode."""
         value = asked.setting(name)
         if not asks(value):
             return None

@@ -134,6 +134,7 @@ def _nested_reader(column: pa.ListArray) -> Callable[[int], Array]:
     values: Array = column.values.values.to_numpy()
 
     def read(index: int) -> Array:
+        """Return a row's array, `(positions, k)`; its inner lists are of one length."""
         start, end = offsets[index], offsets[index + 1]
         width = inner[start + 1] - inner[start] if end > start else 0
         part: Array = values[inner[start] : inner[end]]
