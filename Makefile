@@ -15,7 +15,7 @@ REAL := $(VENV)/.smollm2
 .PHONY: help demo test test-matrix test-with check format bench clean
 
 help:
-	@echo "make demo    watch a draft learn from live requests, next to plain and to static decoding"
+	@echo "make demo    plain decoding, transformers' lookup, a static and an online draft side by side"
 	@echo "make test    run the tests          make check   lint, formatting and types"
 	@echo "make bench   the developers' suites make format  apply the formatting"
 	@echo "make test-matrix  the tests with the oldest and the newest versions that are supported"

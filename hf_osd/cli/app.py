@@ -166,7 +166,7 @@ def demo(
     plot: _Plot = True,
 ) -> None:
     """
-    Serve real prompts and watch the draft learn, next to plain, assisted and static decoding.
+    Serve real prompts by plain decoding, transformers' assistance, and a static and an online draft.
 
     Exits with 1 if any greedy output of hf_osd is not the target's own, and with 2 if the run cannot start.
     """

@@ -49,8 +49,8 @@ def verdict(race: Race, *, sample: bool) -> list[str]:
         lines += [_describe(item) for item in race.mismatches if item.contender in ours]
     elif ties := [item.gap or 0.0 for item in race.near_ties if item.contender in ours]:
         lines = [
-            f"All {count} outputs of hf_osd equal the target's own, but for {len(ties)} that part from it at a near "
-            f"tie of its best two tokens: logits at most {max(ties):.1e} apart."
+            f"{count - len(ties)} of {count} outputs of hf_osd equal the target's own, the others up to a near tie of "
+            f"its best two tokens: logits at most {max(ties):.1e} apart."
         ]
     return lines
 
