@@ -1,6 +1,7 @@
 """Small real models for the tests: random weights, and drafts that are wrong in every way we could think of."""
 
 import copy
+import os
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+DEVICE = os.environ.get("HF_OSD_TEST_DEVICE", "cpu")  # of the models and the prompts below
 VOCAB = 61
 CONTEXT = 128
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "neox", "gemma")
@@ -70,7 +72,7 @@ def tiny_model(
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = _CONFIGS[kind](num_hidden_layers=layers, **overrides)
-    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE, dtype).eval()
     torch.set_rng_state(state)
     return model
 
@@ -89,7 +91,7 @@ def wrong_draft(target: PreTrainedModel, how: str) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in draft.parameters():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter.add_(0.04 * noise)
+                parameter.add_(0.04 * noise.to(parameter.device))
     else:
         assert how == "perfect", how
     return draft
@@ -107,7 +109,7 @@ def prompts(batch: int, length: int = 9, seed: int = 0) -> dict[str, torch.Tenso
         padding = (3 * row) % length
         input_ids[row, :padding] = 0
         attention_mask[row, :padding] = 0
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    return {"input_ids": input_ids.to(DEVICE), "attention_mask": attention_mask.to(DEVICE)}
 
 
 def add_adapter(draft: PreTrainedModel, config: object, name: str | None = None) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import hf_osd
 from hf_osd.cli.app import app
 from hf_osd.design.blueprints import Blueprint
-from hf_osd.design.candidates import Candidate, promising
+from hf_osd.design.candidates import Candidate, named, promising
 from hf_osd.design.command import DesignCommand
 from hf_osd.design.designing import design_draft
 from hf_osd.design.gathering import gather
@@ -137,6 +137,8 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another output folder"):
         design_draft(target, tokenizer, tmp_path / "file", prompts=[few])
+    with pytest.raises(ConfigError, match="no draft is called '3-layer'; there are 1-layer, 2-layer"):
+        design_draft(target, tokenizer, tmp_path / "a", prompts=[few], candidates=["1-layer", "3-layer"])
     assert not (tmp_path / "a").exists()
 
 
@@ -149,6 +151,17 @@ def test_held_out_prompts_are_not_learned(tmp_path):
     assert len(material.learned) + len(material.held_out) == 40
     assert not learned & {tuple(request.prompt_ids.tolist()) for request in material.held_out}
     assert all(request.head == len(request.prompt_ids) for request in material.held_out)
+
+
+def test_the_target_may_write_all_prompts_or_a_share(tmp_path):
+    """Catches prompts of other sources among those of a draft that was to see none of them."""
+    target, limit = tiny_model(eos_token_id=END, initializer_range=1.0), 60
+    source = prompt_file(tmp_path / "a.jsonl", 60)
+    alone, mixed = (
+        gather(target, word_tokenizer(), some, limit, tmp_path) for some in (["target"], ["target", source])
+    )
+    assert alone.about["prompts_by_the_target"] == len(alone.learned) + len(alone.held_out)
+    assert 0 < mixed.about["prompts_by_the_target"] <= limit // 2 < len(mixed.learned) + len(mixed.held_out)
 
 
 def test_every_second_answer_is_the_targets_own(tmp_path):
@@ -192,6 +205,13 @@ def test_candidates_that_cannot_catch_up_are_not_distilled():
     ]
     assert promising(found) == found[:2]
     assert promising([found[0], found[3]]) == found[:1]
+
+
+def test_named_candidates_alone_are_considered():
+    """Catches a draft for this machine in place of the one that was asked for."""
+    plans = [Blueprint((3,), (2, 4)), Blueprint((2, 3), (2, 4)), Blueprint((3,))]
+    assert named(plans, ["1-layer-tokens", "2-layer"]) == [plans[2], plans[1]]
+    assert named(plans, ()) == plans
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_prompts_of_the_targets_own():
 def test_a_recording_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     """Catches work that is done twice, files of another target or of other settings that are taken for these."""
     monkeypatch.setattr(hf_osd.design.recording, "_LOT", 4)
+    monkeypatch.setattr(hf_osd.design.recording, "rows_at_once", lambda _: 1)
     target = tiny_model(layers=4)
     requests = [Request(ids, texts(1, seed=9)[0] if row % 2 else None, 2) for row, ids in enumerate(texts(10))]
     options = dict(state_layers=(2, 4), top_k=4, max_new_tokens=6)

@@ -54,7 +54,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path):
 
 def test_default_texts_are_not_those_of_the_demo():
     """Catches a demo that serves what its draft was made of."""
-    texts = load_texts([], 50)
+    texts = load_texts(["stdlib"], 50)
     assert len(texts) == 50
     assert all(text.answer and not is_held_out(text.prompt.split("\n", 1)[1]) for text in texts)
 

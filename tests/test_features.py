@@ -259,11 +259,11 @@ def test_learns_what_the_target_says(background):
     )
     with OnlineAssistant(draft, target, config) as assistant:
         for turn in range(16):
+            if background and turn == 12:
+                assistant.update()  # which waits for it
             inputs = prompts(1, seed=turn % 4)
             expected = target.generate(**inputs, **GREEDY)
             assert torch.equal(hf_osd.generate(target, **inputs, online_assistant=assistant, **GREEDY), expected)
-        if background:
-            assistant.update()
         stats = assistant.stats()
         judged = [request.acceptance for request in assistant.journal.requests]
     assert stats.failed_updates == 0

@@ -108,12 +108,21 @@ _DesignPrompts = Annotated[
     list[str] | None,
     typer.Option(
         help="Prompts like those to be served: a .jsonl file of prompt and maybe response, a .json or .txt file, a "
-        "datasets id, or a document in .md; repeat for more. Documented functions of the standard library and prompts "
-        "of the target's own if left out.",
+        "datasets id, or a document in .md; stdlib for documented functions of the standard library; target for "
+        "prompts that the target writes itself; repeat for more. These last two if left out.",
         show_default=False,
     ),
 ]
 _Texts = Annotated[int, typer.Option(min=1, help="Texts to record, at most.")]
+_Candidates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--candidates",
+        help="Draft to consider, such as 1-layer, where it is going to serve on another machine; repeat for more. All "
+        "if left out.",
+        show_default=False,
+    ),
+]
 _Minutes = Annotated[float, typer.Option(min=0.001, help="Time to distil, beside that of recording.")]
 _DesignOutput = Annotated[
     Path, typer.Option(parser=_folder, metavar="FOLDER", help="Folder for the draft.", show_default=False)
@@ -240,6 +249,7 @@ def design(
     output: _DesignOutput,
     prompts: _DesignPrompts = None,
     texts: _Texts = 2000,
+    candidates: _Candidates = None,
     minutes: _Minutes = 15.0,
     seed: _Seed = 0,
     device: _Device = "auto",
@@ -253,7 +263,7 @@ def design(
     Called again with the same options, it goes on where it was cut off. Exits with 2 if the run cannot start.
     """
     options: dict[str, Any] = dict(locals())
-    options["prompts"] = tuple(options["prompts"] or ())
+    options |= {name: tuple(options[name] or ()) for name in ("prompts", "candidates")}
     with _errors():
         from ..design.command import DesignCommand
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..config import shown
 from ..drafts.prediction import predict
 from ..drafts.profiles import Profile
+from ..errors import ConfigError
 from ..records import Observation
 from .blueprints import Blueprint, make_draft
 from .costs import context_for, step_seconds
@@ -74,6 +76,20 @@ def _hoped(one: Blueprint) -> float:
     shallow = _HOPED if one.state_layers else _HOPED_OF_TOKENS
     deep = 1 - (1 - shallow) * (1 - _FEWER_MISSES) ** (len(one.layers) - 1)
     return deep if one.width is None else deep * (1 - _MORE_MISSES)
+
+
+def named(blueprints: Sequence[Blueprint], names: Sequence[str]) -> list[Blueprint]:
+    """
+    Return the blueprints of some names; all without any.
+
+    Raises:
+        ConfigError: There is none of such a name.
+    """
+    known = {one.name: one for one in blueprints}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"candidates: no draft is called {shown(name)}; there are {', '.join(known)}")
+    return [known[name] for name in names or known]
 
 
 def promising(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .history import Evaluation
+from .texts import BY_THE_TARGET, STDLIB
 
 _CARD = """---
 library_name: transformers
@@ -109,12 +110,12 @@ def _about(facts: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 def _sources(data: dict[str, Any]) -> str:
     """Name files by their last two parts, without the folders of this machine."""
-    if data["sources"]:
-        return ", ".join(f"`{'/'.join(Path(source).parts[-2:])}`" for source in data["sources"])
-    own = data["prompts_by_the_target"]
-    return "documented functions of Python's standard library" + (
-        f", {own} prompts that the target wrote" if own else ""
-    )
+    names = {
+        STDLIB: "documented functions of Python's standard library",
+        BY_THE_TARGET: f"{data['prompts_by_the_target']} prompts that the target wrote",
+    }
+    sources = data["sources"] or [STDLIB, *([BY_THE_TARGET] if data["prompts_by_the_target"] else [])]
+    return ", ".join(names.get(source) or f"`{'/'.join(Path(source).parts[-2:])}`" for source in sources)
 
 
 def _history(history: Sequence[Evaluation]) -> str:

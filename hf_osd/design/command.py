@@ -21,6 +21,7 @@ _RULES = {name: OPTIONS[name] for name in ("device", "dtype", "threads", "output
     "target": OPTIONS["target"],
     "prompts": NAMES,
     "texts": integer(1, 10**7),
+    "candidates": NAMES,
     "minutes": number(1e-3, 1e5),
     "seed": integer(0, 2**31),
 }
@@ -45,6 +46,7 @@ class DesignCommand:
     output: Path
     prompts: Sequence[str] = ()
     texts: int = 2000
+    candidates: Sequence[str] = ()
     minutes: float = Recipe.minutes
     seed: int = 0
     device: str = "auto"
@@ -81,6 +83,7 @@ class DesignCommand:
                 self.output,
                 prompts=self.prompts,
                 texts=self.texts,
+                candidates=self.candidates,
                 recipe=self._recipe(),
                 plot=self.plot,
                 console=console,

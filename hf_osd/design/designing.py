@@ -15,7 +15,7 @@ from ..evaluation.contenders import Sample
 from ..evaluation.encoding import end_tokens
 from ..evaluation.output import try_output, writing
 from .blueprints import Blueprint, blueprints, make_draft, settled
-from .candidates import Candidate, promising, weigh
+from .candidates import Candidate, named, promising, weigh
 from .costs import target_costs
 from .display import Display
 from .distilling import distil
@@ -46,6 +46,7 @@ def design_draft(
     *,
     prompts: Sequence[str] = (),
     texts: int = 2000,
+    candidates: Sequence[str] = (),
     recipe: Recipe | None = None,
     plot: bool = True,
     console: "Console | None" = None,
@@ -64,9 +65,12 @@ def design_draft(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         output (`str` or `Path`): Folder to write; made if missing. Its folder `work` holds what a run resumes from.
         prompts (`Sequence[str]`, *optional*): Files and data sets of prompts, with answers or without, like those the
-            draft is going to serve; see [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
-            standard library and prompts that the target writes itself.
+            draft is going to serve; see [`~hf_osd.design.texts.load_texts`]. `"stdlib"` stands for the documented
+            functions of Python's standard library, and `"target"` for prompts that the target writes itself. Without
+            any, both of these.
         texts (`int`, defaults to 2000): How many texts to record, at most.
+        candidates (`Sequence[str]`, *optional*): Names of the drafts to consider, such as `"1-layer"`, where the draft
+            is going to serve on another machine than this one. All, if left out.
         recipe (`Recipe`, *optional*): How to distil; defaults to `Recipe()`, which takes 15 minutes.
         plot (`bool`, defaults to `True`): Whether to draw `frontier.png`, which needs matplotlib.
         console ([`~rich.console.Console`], *optional*): Where to say how far it is; nowhere if left out.
@@ -78,8 +82,9 @@ def design_draft(
     Raises:
         PromptSourceError: A source cannot be read.
         InputError: Too few texts fit into the target's context.
-        UnsupportedModelError: No draft can be made of this architecture.
-        ConfigError: The folder cannot be written.
+        UnsupportedModelError: No draft can be made of this architecture, or the target has no chat template to write
+            prompts with.
+        ConfigError: The folder cannot be written, or no draft has such a name.
 
     Example:
 
@@ -93,7 +98,8 @@ def design_draft(
     try_output(folder)
     simplest = Blueprint((len(layers_of(target)) - 1,))
     make_draft(target, simplest, torch.arange(1))  # raises before the work, if no draft can be made
-    designer = _Designer(target, tokenizer, folder / WORK, recipe, Display(console if is_first() else None))
+    plans = named(blueprints(target), candidates)
+    designer = _Designer(target, tokenizer, folder / WORK, plans, recipe, Display(console if is_first() else None))
     design = designer.run(prompts, texts, command)
     if is_first():
         with writing(folder):
@@ -109,11 +115,12 @@ class _Designer:
         target: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         work: Path,
+        plans: Sequence[Blueprint],
         recipe: Recipe,
         display: Display,
     ) -> None:
         self._target, self._tokenizer = target, tokenizer
-        self._work, self._recipe, self._display = work, recipe, display
+        self._work, self._plans, self._recipe, self._display = work, plans, recipe, display
 
     def run(self, sources: Sequence[str], limit: int, command: str) -> Design:
         """Gather texts, weigh candidates, distil the promising ones, and return that which serves fastest."""
@@ -139,7 +146,8 @@ class _Designer:
         return design
 
     def _gather(self, sources: Sequence[str], limit: int) -> Material:
-        with first_alone(), self._display.progress("prompts by the target", own_prompts(limit)) as tell:
+        count = own_prompts(self._tokenizer, sources, limit)
+        with first_alone(), self._display.progress("prompts by the target", count) as tell:
             return gather(self._target, self._tokenizer, sources, limit, self._work, self._recipe.seed, tell)
 
     def _record(self, label: str, requests: Sequence[Request]) -> Recording:
@@ -161,7 +169,7 @@ class _Designer:
 
     def _weigh(self, general: torch.Tensor, learned: Recording) -> tuple[object, list[Candidate]]:
         costs = target_costs(self._target)
-        candidates = weigh(self._target, costs, general, blueprints(self._target), learned)
+        candidates = weigh(self._target, costs, general, self._plans, learned)
         for one in candidates:
             self._display.say(
                 f"{one.name}: {1e3 * one.step_seconds:.2f} ms a token, {one.speedup:.2f} times plain decoding if it "

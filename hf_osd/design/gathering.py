@@ -14,7 +14,7 @@ from ..evaluation.encoding import end_tokens
 from ..learning.reading import longest_request
 from ..storage.identity import sample
 from .requests import Request, encode_texts
-from .texts import Text, in_turn, load_texts
+from .texts import BY_THE_TARGET, STDLIB, Text, in_turn, load_texts
 from .writing import write_prompts
 
 ANSWER_TOKENS = 96
@@ -60,8 +60,9 @@ def gather(
     Args:
         target (`PreTrainedModel`): The target.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        sources (`Sequence[str]`): See [`~hf_osd.design.texts.load_texts`]. Without any, documented functions of the
-            standard library and prompts of the target's own, the latter where its tokenizer has a chat template.
+        sources (`Sequence[str]`): See [`~hf_osd.design.texts.load_texts`]; `"target"` stands for prompts that the
+            target writes itself, as many as an equal share of the limit. Without any, documented functions of the
+            standard library and, where the tokenizer has a chat template, a quarter of the target's own.
         limit (`int`): How many texts, at most.
         folder (`Path`): Where prompts that the target has written are kept for another run.
         seed (`int`, defaults to 0): Of the prompts that the target writes.
@@ -69,13 +70,14 @@ def gather(
 
     Raises:
         PromptSourceError: A source cannot be read.
+        UnsupportedModelError: The target is to write prompts, and its tokenizer has no chat template.
         InputError: Too few texts fit.
     """
-    texts = _distinct(load_texts(sources, limit))
-    written = 0
-    if not sources and tokenizer.chat_template:
-        own = _own_prompts(target, tokenizer, own_prompts(limit), folder, seed, tell)
-        texts, written = [*in_turn((texts[: limit - len(own)], own))], len(own)
+    others = [source for source in sources or [STDLIB] if source != BY_THE_TARGET]
+    read = load_texts(others, limit) if others else []
+    count = own_prompts(tokenizer, sources, limit)
+    own = _own_prompts(target, tokenizer, count, folder, seed, tell) if count else []
+    texts = _distinct([*in_turn((read[: limit - len(own)], own))])
     kept, apart = _split(texts)
     longest = longest_request(target, _LONGEST)
     room = min(ANSWER_TOKENS, longest // 2)
@@ -93,7 +95,7 @@ def gather(
         )
     about: dict[str, int | list[str]] = {
         "sources": [*sources],
-        "prompts_by_the_target": written,
+        "prompts_by_the_target": len(own),
         "texts": len(learned),
         "with_given_answers": sum(request.answer_ids is not None for request in learned),
         "held_out": len(held_out),
@@ -108,9 +110,11 @@ def _split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
     return [text for number, text in enumerate(texts) if number % _EVERY or number >= last], apart
 
 
-def own_prompts(limit: int) -> int:
-    """Return how many prompts the target writes where none are given: a quarter, since it takes minutes."""
-    return limit // 4
+def own_prompts(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], limit: int) -> int:
+    """Return how many prompts the target is to write; see [`gather`]."""
+    if not sources:
+        return limit // 4 if tokenizer.chat_template else 0  # no more, since it takes minutes on a CPU
+    return limit // len(sources) if BY_THE_TARGET in sources else 0
 
 
 def _distinct(texts: Sequence[Text]) -> list[Text]:

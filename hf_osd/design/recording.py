@@ -13,9 +13,9 @@ from ..storage.identity import sample
 from .reading import read_texts
 from .requests import Request
 from .shards import Recording, write_shard
-from .writing import write_answers
+from .writing import rows_at_once, write_answers
 
-_LOT = 128  # texts of a file, some 100 MB with states: the most that an interruption loses
+_LOT = 128  # texts of a file, at least; some 100 MB with states, which is the most that an interruption loses
 
 
 def record(
@@ -52,9 +52,9 @@ def record(
         StateError: A file of the folder is damaged.
     """
     about = [_fingerprint(target), list(state_layers), top_k, max_new_tokens]
-    paths = []
-    for start in range(0, len(requests), _LOT):
-        lot = requests[start : start + _LOT]
+    paths, size = [], max(_LOT, rows_at_once(target))
+    for start in range(0, len(requests), size):
+        lot = requests[start : start + size]
         path = folder / f"{digest([about, *map(_describe, lot)])}.safetensors"
         if not path.is_file():
             write_shard(path, _observe(target, lot, state_layers, top_k, max_new_tokens))

@@ -21,6 +21,12 @@ from ..evaluation.prompts import (
 from ..evaluation.rows import read_rows
 
 ANSWER_COLUMN = "response"
+BY_THE_TARGET = "target"
+"""Source of prompts that the target writes itself."""
+
+STDLIB = "stdlib"
+"""Source of the documented functions of the running Python's standard library."""
+
 _PIECE = 1_500  # characters of a piece of a document, at most: some 400 tokens
 
 
@@ -46,15 +52,13 @@ def load_texts(sources: Sequence[str], limit: int) -> list[Text]:
         sources (`Sequence[str]`):
             `.jsonl`, `.json` and `.txt` files and `datasets` ids as [`~hf_osd.evaluation.rows.read_rows`] takes them,
             whose rows hold a prompt and maybe an answer under `response`, or a chat under `messages`; and `.md` files,
-            which are read as documents. Without any, the documented functions of the running Python's standard
-            library, but for those that `hf-osd demo` asks for.
+            which are read as documents. `"stdlib"` stands for the documented functions of the running Python's
+            standard library, but for those that `hf-osd demo` asks for.
         limit (`int`): How many texts to return at most.
 
     Raises:
         PromptSourceError: A source cannot be read, or there is nothing in it.
     """
-    if not sources:
-        return stdlib_texts()[:limit]
     texts = [*islice(in_turn([_read(source) for source in sources]), limit)]
     if not texts:
         raise PromptSourceError(f"{', '.join(sources)}: no texts in it")
@@ -75,6 +79,8 @@ def in_turn(sources: Iterable[Iterable[Text]]) -> Iterator[Text]:
 
 
 def _read(source: str) -> Iterator[Text]:
+    if source == STDLIB:
+        return iter(stdlib_texts())
     if Path(source).suffix == ".md":
         return (Text(None, piece) for piece in _pieces(Path(source)))
     return (_to_text(row, where) for where, row in read_rows(source))

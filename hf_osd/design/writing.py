@@ -12,7 +12,6 @@ from ..evaluation.models import greedy_options
 from .requests import template_head
 from .texts import Text
 
-_ROWS = 32  # texts written at a time; twice as many are no faster on a CPU
 _PROMPT_TOKENS = 64  # tokens of a written prompt, at most; longer ones, about a fifth, are dropped
 _TOP_K, _TOP_P = 256, 0.95  # sampling of prompts: unlikely tokens derail a small model
 _OPENINGS = (
@@ -21,6 +20,11 @@ _OPENINGS = (
     *("Write a short story about", "Create a list of", "Given the following table,", "Define a class", "Give me"),
 )
 """Beginnings of every second prompt, since the target writes similar prompts without one."""
+
+
+def rows_at_once(target: PreTrainedModel) -> int:
+    """Return how many texts to write at a time: more are no faster on a CPU, while a GPU waits for its launches."""
+    return 32 if target.device.type == "cpu" else 512
 
 
 @torch.no_grad()
@@ -38,8 +42,9 @@ def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, torch.Tensor] = {}
-    for start in range(0, len(order), _ROWS):
-        indices = order[start : start + _ROWS]
+    rows = rows_at_once(target)
+    for start in range(0, len(order), rows):
+        indices = order[start : start + rows]
         written = _continue(target, [prompts[index] for index in indices], max_new_tokens)
         answers |= dict(zip(indices, written, strict=True))
     return [answers[index] for index in range(len(prompts))]
@@ -73,12 +78,13 @@ def write_prompts(
     if not tokenizer.chat_template:
         raise UnsupportedModelError("the target writes no prompts, since its tokenizer has no chat template")
     head, openings, found = template_head(tokenizer), _openings(tokenizer), dict[str, None]()
+    rows = rows_at_once(target)
     devices = [target.device] if target.device.type == "cuda" else []
     sampling = {"do_sample": True, "top_k": _TOP_K, "top_p": _TOP_P}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        for start in range(0, count, _ROWS):
-            some = [openings[number % len(openings)] for number in range(start, min(start + _ROWS, count))]
+        for start in range(0, count, rows):
+            some = [openings[number % len(openings)] for number in range(start, min(start + rows, count))]
             heads = [torch.cat((head, opening)) for opening in some]
             written = _continue(target, heads, _PROMPT_TOKENS, **sampling)
             found |= dict.fromkeys(_texts(tokenizer, some, written))

@@ -43,6 +43,8 @@ class CapturedForward:
             so an output has to be used, in the order of the stream, before the next replay.
     """
 
+    @torch.inference_mode(False)  # else its buffers could not be written outside of the mode
+    @torch.no_grad()
     def __init__(self, forward: Forward, inputs: Sequence[torch.Tensor], pool: Any) -> None:
         self._inputs, device = [value.clone() for value in inputs], inputs[0].device
         self._graph = torch.cuda.CUDAGraph()
