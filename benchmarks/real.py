@@ -142,13 +142,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="of each stream")
     parser.add_argument("--every", type=int, default=1, help="transformers answers one request of so many")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--online", type=_settings, default={}, metavar="NAME=VALUE,...", help="of OnlineConfig")
     parser.add_argument("--output")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pair = load_pair(options.target, options.assistant, "cpu", options.dtype)
+    pair = load_pair(options.target, options.assistant, options.device, options.dtype)
     streams = {Path(path).stem: serve(pair, path, options) for path in options.prompts}
     parts = ("last_quarter", "last_quarter_serving_alone", "whole_run")
     result = {"dtype": str(pair.target.dtype), "geometric_means": {part: means(streams, part) for part in parts}}
