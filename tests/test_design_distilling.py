@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -126,6 +128,22 @@ def test_loss_of_halves_is_that_of_the_whole(world, tmp_path, monkeypatch):
 def trainer_of(student, learned, folder):
     callback = OfflineCallback(RECIPE, lambda: None, lambda history: None)
     return OfflineTrainer(student.model, learned, RECIPE, callback, folder, bf16=False)
+
+
+def test_a_batch_without_a_finite_gradient_is_left_out(world, tmp_path, monkeypatch, caplog):
+    """Catches one batch that turns the weights into nan, as happened on a GPU, and with them the rest of a run."""
+    target, learned, held_out = world
+    draw = OfflineTrainer._draw
+
+    def poisoned(self, size):
+        found = draw(self, size)
+        return found if self.state.global_step != 3 else [replace(one, states=one.states * math.nan) for one in found]
+
+    monkeypatch.setattr(OfflineTrainer, "_draw", poisoned)
+    history = distil(cold(target), learned, held_out, tmp_path, RECIPE)
+    assert "Step 3 is left out" in caplog.text
+    assert all(math.isfinite(one.loss) for one in history[1:])
+    assert history[-1].quality.agreement > history[0].quality.agreement + 0.2
 
 
 def test_half_precision_is_trained_in_float32(world, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ..config import OnlineConfig
 from ..learning.features import OWN_STEPS, FeatureReader, reader_of
@@ -22,6 +23,8 @@ from .judging import Quality
 from .processes import shared
 from .recipe import Recipe
 from .shards import Recording
+
+logger = logging.get_logger(__name__)
 
 _NEVER = 2**31 - 1
 _LONGEST_TEXT = 2**24
@@ -169,6 +172,18 @@ class OfflineTrainer(OnlineGKDTrainer):
         reader = HalvesReader(plain.parameters, plain.known, None, plain.draft, self._chance)
         super().__init__(model, self._draw, config, callback, bf16=bf16, reader=reader)  # type: ignore[arg-type]
         self.args.max_steps = _NEVER  # the callback says when it is over
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run forward and backward passes; a batch whose gradient is not finite is left out, as one would ruin all."""
+        before = self._loss_sum.clone()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        found = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
+        if found and not torch.stack(found).isfinite().all():
+            logger.warning("Step %d is left out: its gradient is not finite.", self.state.global_step)
+            model.zero_grad(set_to_none=True)
+            self._loss_sum, self._loss_count = before, self._loss_count - 1
+            return torch.zeros_like(loss)
+        return loss
 
     def _draw(self, _: int) -> list[Observation]:
         """Return the next batch of this process."""
