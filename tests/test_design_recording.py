@@ -85,6 +85,23 @@ def test_prompts_of_the_targets_own():
         write_prompts(target, word_tokenizer(None), 4)
 
 
+def test_what_does_not_fit_into_memory_is_written_in_parts(monkeypatch):
+    """Catches a GPU that is too small for so many answers at once, where fewer would do."""
+    target, tried = tiny_model(eos_token_id=None), []
+    before = hf_osd.design.writing._continue
+
+    def small(target, some, *given, **options):
+        tried.append(len(some))
+        if len(some) > 8:
+            raise RuntimeError("CUDA out of memory.")
+        return before(target, some, *given, **options)
+
+    expected = write_answers(target, texts(20), 4)
+    monkeypatch.setattr(hf_osd.design.writing, "_continue", small)
+    assert all(map(torch.equal, write_answers(target, texts(20), 4), expected))
+    assert tried == [20, 18, 16, 14, 12, 10, 9, 8, 8, 4]
+
+
 def test_a_recording_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     """Catches work that is done twice, files of another target or of other settings that are taken for these."""
     monkeypatch.setattr(hf_osd.design.recording, "_LOT", 4)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
@@ -23,7 +24,11 @@ _OPENINGS = (
 
 
 def rows_at_once(target: PreTrainedModel) -> int:
-    """Return how many texts to write at a time: more are no faster on a CPU, while a GPU waits for its launches."""
+    """
+    Return how many texts to write at a time; a tenth fewer where memory runs out, and so on.
+
+    More are no faster on a CPU, while a GPU waits for its launches.
+    """
     return 32 if target.device.type == "cpu" else 512
 
 
@@ -41,13 +46,18 @@ def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_
         `list[torch.LongTensor]`: Each of shape `(answer,)`, on the CPU, the end of text included.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, torch.Tensor] = {}
-    rows = rows_at_once(target)
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
-        written = _continue(target, [prompts[index] for index in indices], max_new_tokens)
-        answers |= dict(zip(indices, written, strict=True))
-    return [answers[index] for index in range(len(prompts))]
+
+    @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), len(prompts) or 1))  # type: ignore[untyped-decorator]
+    def write(rows: int) -> list[torch.Tensor]:
+        answers: dict[int, torch.Tensor] = {}
+        for start in range(0, len(order), rows):
+            indices = order[start : start + rows]
+            written = _continue(target, [prompts[index] for index in indices], max_new_tokens)
+            answers |= dict(zip(indices, written, strict=True))
+        return [answers[index] for index in range(len(prompts))]
+
+    found: list[torch.Tensor] = write()
+    return found
 
 
 @torch.no_grad()
@@ -77,11 +87,12 @@ def write_prompts(
     """
     if not tokenizer.chat_template:
         raise UnsupportedModelError("the target writes no prompts, since its tokenizer has no chat template")
-    head, openings, found = template_head(tokenizer), _openings(tokenizer), dict[str, None]()
-    rows = rows_at_once(target)
-    devices = [target.device] if target.device.type == "cuda" else []
+    head, openings = template_head(tokenizer), _openings(tokenizer)
     sampling = {"do_sample": True, "top_k": _TOP_K, "top_p": _TOP_P}
-    with torch.random.fork_rng(devices):
+
+    @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), count))  # type: ignore[untyped-decorator]
+    def write(rows: int) -> dict[str, None]:
+        found = dict[str, None]()
         torch.manual_seed(seed)
         for start in range(0, count, rows):
             some = [openings[number % len(openings)] for number in range(start, min(start + rows, count))]
@@ -89,7 +100,10 @@ def write_prompts(
             written = _continue(target, heads, _PROMPT_TOKENS, **sampling)
             found |= dict.fromkeys(_texts(tokenizer, some, written))
             tell(start + len(some))
-    return [Text(prompt) for prompt in found if prompt]
+        return found
+
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
+        return [Text(prompt) for prompt in write() if prompt]
 
 
 def _openings(tokenizer: Any) -> list[torch.Tensor]:
