@@ -27,13 +27,14 @@ from .errors import UnsupportedError
 from .serving.choice import choose_decoder, choose_draft_decoder
 from .serving.decoder import Decoder
 from .serving.drafting import OnlineAssistedGenerator
-from .serving.engine import Engine, History
+from .serving.engine import Engine
 from .serving.inputs import holds_cached_text, padding_of
 from .serving.measured import MeasuredSpeculator
 from .serving.preparation import prepare
 from .serving.probe import Trial
-from .serving.processing import is_context_free, on_device
+from .serving.processing import on_device
 from .serving.randomness import Randomness, seeded
+from .serving.scores import History
 from .serving.sequences import Sequences
 from .serving.speculation import DraftSpeculator, Speculator
 from .serving.states import TargetStates
@@ -232,12 +233,11 @@ def _engine(call: Call, setup: Setup, assistant: OnlineAssistant, request: Reque
     randomness = Randomness(call.generator) if config.do_sample else None
     drafter = _drafter(call, setup, assistant, request, randomness)
     target, processors = setup.make_target(), on_device(call.processors, device, built_for)
-    branches = target.takes_trees and is_context_free(processors)
     keep = bool(config.return_dict_in_generate)
     return Engine(
         sequences=sequences,
         target=target,
-        speculator=_speculator(assistant, drafter, sequences, branches),
+        speculator=_speculator(assistant, drafter, sequences, target.takes_trees),
         watch=Stopwatch(device, drafter.device),
         processors=processors,
         stop_check=StopCheck(call.criteria),

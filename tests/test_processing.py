@@ -30,14 +30,14 @@ def test_equals_one_call_a_token(name):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 11, (3, 12), generator=generator)
     scores = torch.randn(3, 4, 11, generator=generator)
-    ends, before = [5, 8, 6], scores.clone()
-    actual = process(processors, ids, scores, ends)
-    for row, end in enumerate(ends):
-        for step in range(4):
+    before = scores.clone()
+    for rows, lengths in (([0, 1, 2], [5, 8, 6]), ([0, 1, 2], [7, 7, 7]), ([0, 2], [9, 9]), ([1], [4])):
+        actual = process(processors, ids, scores[rows, 1], rows, lengths)
+        for place, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             expected = lp.LogitsProcessorList(processors)(
-                ids[row : row + 1, : end + step], scores[row : row + 1, step].clone()
+                ids[row : row + 1, :length], scores[row : row + 1, 1].clone()
             )
-            torch.testing.assert_close(actual[row, step], expected[0])
+            torch.testing.assert_close(actual[place], expected[0])
     assert torch.equal(scores, before)
 
 
@@ -58,9 +58,9 @@ def test_nothing_behind_the_limit():
         lengths.append(input_ids.shape[1])
         return scores + 1.0
 
-    result = process([processor], torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 3, 5), [4, 6], limit=7)
-    assert lengths == [4, 5, 6]
-    assert result[:, :, 0].tolist() == [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+    result = process([processor], torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 5), [0, 1], [6, 7], limit=7)
+    assert lengths == [6]
+    assert result[:, 0].tolist() == [1.0, 0.0]
 
 
 def test_a_processor_sees_the_whole_batch():
@@ -73,8 +73,16 @@ def test_a_processor_sees_the_whole_batch():
             scores += 1.0  # in place, as careless processors do
             return scores
 
-    scores = torch.zeros(2, 2, 5)
-    result = process([Spy()], torch.zeros(2, 9, dtype=torch.long), scores, [4, 6])
-    assert seen == [((2, length), 2) for length in (4, 5, 6, 7)]
+    ids, scores = torch.zeros(3, 9, dtype=torch.long), torch.zeros(2, 5)
+    result = process([Spy()], ids, scores, [0, 2], [4, 6])
+    assert seen == [((3, length), 3) for length in (4, 6)]
     assert (result == 1.0).all()
     assert (scores == 0.0).all()
+
+
+def test_a_processor_with_settings_for_each_row_sees_the_whole_batch():
+    """Catches a penalty that ignores each row's prompt, called with fewer rows than it has settings for."""
+    processor = lp.RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([1, 2, 3]))
+    ids = torch.tensor([[0, 1, 2, 3]] * 3)
+    result = process([processor], ids, torch.ones(2, 4), [0, 2], [4, 4])
+    assert result.tolist() == [[1.0, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 0.5]]

@@ -9,6 +9,7 @@ from fakes import ARCHITECTURES, VOCAB, Collector, prompts, tiny_model, wrong_dr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import KINDS, RandomPlans, blind, repeating
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
@@ -108,7 +109,30 @@ def test_greedy_equals_generate_on_a_small_vocabulary(seed, vocab, looks, contex
             blind(monkeypatch)
         for _ in range(2):
             assert torch.equal(expected, hf_osd.generate(target, **inputs, **call, online_assistant=assistant))
-    assert not (contextual and plans.shapes), "processors that look at the text see chains only"
+    assert plans.shapes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_processor_sees_each_text_once(batch, monkeypatch):
+    """Catches a processor that is shown refused branches of a tree, or an accepted one more than once."""
+    seen, length = [[] for _ in range(batch)], 9
+
+    class Spy(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            for row, bias in enumerate(scores.any(-1).tolist()):  # the others bring zeros
+                if bias:
+                    seen[row].append(input_ids[row].tolist())
+            return scores
+
+    call = dict(max_new_tokens=20, do_sample=False, logits_processor=[Spy()])
+    assistant = measured(wrong_draft(LLAMA, "noisy"))
+    plans = RandomPlans(batch, ["lookup"]).install(monkeypatch)
+    for _ in range(2):  # the second time, every output is there to be looked up
+        output = hf_osd.generate(LLAMA, **repeating(batch), **call, online_assistant=assistant)
+        for row, texts in enumerate(seen):
+            assert texts == [output[row, :end].tolist() for end in range(length, length + 20)]
+            texts.clear()
+    assert plans.planned["lookup"]
 
 
 def test_on_the_croppable_cache(monkeypatch):
@@ -187,11 +211,12 @@ def chi_square(counts, probabilities):
 
 
 @torch.no_grad()
-def exact_distribution(target, prompt, length, temperature=1.0, top_k=0, top_p=1.0):
+def exact_distribution(target, prompt, length, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
     """The probability of every continuation, from plain forwards of all prefixes; `(vocab,) * length`."""
     vocab, prefixes, probabilities = target.config.vocab_size, prompt, torch.ones(1, dtype=torch.float64)
+    penalty = RepetitionPenaltyLogitsProcessor(repetition_penalty)
     for _ in range(length):
-        logits = target(prefixes).logits[:, -1] / temperature
+        logits = penalty(prefixes, target(prefixes).logits[:, -1]) / temperature
         logits = logits.masked_fill(logits < logits.topk(top_k or vocab).values[:, -1:], -torch.inf)
         following = nucleus(logits.softmax(-1), top_p)
         probabilities = (probabilities[:, None] * following).flatten()
@@ -232,7 +257,12 @@ class LikelyTokens:
 
 
 @pytest.mark.parametrize(
-    ("how", "warped"), [("random", {"temperature": 1.3, "top_k": 4}), ("shifted", {"temperature": 0.8, "top_p": 0.85})]
+    ("how", "warped"),
+    [
+        ("random", {"temperature": 1.3, "top_k": 4}),
+        ("shifted", {"temperature": 0.8, "top_p": 0.85}),
+        ("noisy", {"repetition_penalty": 1.5}),
+    ],
 )
 @pytest.mark.parametrize("rounds", ["draft", "lookup", "any", "blind"])
 def test_sampled_sequences_have_the_targets_distribution(rounds, how, warped, monkeypatch):

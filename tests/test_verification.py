@@ -13,7 +13,7 @@ from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd.records import Proposal
 from hf_osd.serving import verification
 from hf_osd.serving.tree import ROOT, chain, depths, lineage
-from hf_osd.serving.verification import residual, verify_greedy, verify_sampling
+from hf_osd.serving.verification import Draw, best_of, best_of_all, residual, verify
 
 FALSE_ALARM = 1e-6  # of each statistical test below, by construction of its bound
 
@@ -37,6 +37,22 @@ def assert_distribution(counts, expected):
     assert difference <= bound, f"off by {difference:.5f}, {bound:.5f} allowed"
 
 
+def reader(scores):
+    return lambda places: scores[places.rows, [nodes[0] + 1 for nodes in places.nodes]]
+
+
+def greedy(scores, proposal, **limits):
+    """Both ways to choose, which have to agree."""
+    limits = {"room": [scores.shape[1]] * len(scores), **limits}
+    verdict = verify(proposal, best_of(reader(scores)), **limits)
+    assert verify(proposal, best_of_all(scores), **limits) == verdict
+    return verdict
+
+
+def sampled(scores, proposal, generator=None):
+    return verify(proposal, Draw(reader(scores), proposal, generator), [scores.shape[1]] * len(scores))
+
+
 @pytest.mark.parametrize("k", [0, 1, 4])
 def test_greedy_rejects_at_every_position(k):
     """Catches off-by-one errors in what is accepted, and a wrong correction or bonus token."""
@@ -44,7 +60,7 @@ def test_greedy_rejects_at_every_position(k):
     choices = scores.argmax(-1)[0].tolist()
     for wrong_at in range(k + 1):  # k: nothing is wrong
         drafted = [(token + (index >= wrong_at)) % 7 for index, token in enumerate(choices[:k])]
-        verdict = verify_greedy(scores, Proposal(torch.tensor([drafted], dtype=torch.long).reshape(1, k)))
+        verdict = greedy(scores, Proposal(torch.tensor([drafted], dtype=torch.long).reshape(1, k)))
         assert verdict.paths == [list(range(wrong_at))]
         assert verdict.tokens == [choices[: wrong_at + 1]]
 
@@ -55,8 +71,10 @@ def test_greedy_takes_the_longest_right_path(data):
     nodes, vocab = data.draw(st.integers(0, 8)), 3
     parents = [data.draw(st.integers(ROOT, node - 1)) for node in range(nodes)]
     tokens, choices = ([data.draw(st.integers(0, vocab - 1)) for _ in range(count)] for count in (nodes, nodes + 1))
+    texts = [(), *(tuple(tokens[node] for node in path) for path in lineage(parents))]
+    choices = [choices[texts.index(text)] for text in texts]  # equal behind equal texts
     scores = torch.nn.functional.one_hot(torch.tensor([choices]), vocab).float()
-    verdict = verify_greedy(scores, Proposal(torch.tensor([tokens]).long().view(1, nodes), None, [parents]))
+    verdict = greedy(scores, Proposal(torch.tensor([tokens]).long().view(1, nodes), None, [parents]))
     right = [[]]  # every path of which each token is the target's choice
     for path in right:
         end = path[-1] if path else ROOT
@@ -99,7 +117,7 @@ def test_sampling_every_position(case):
     generator = torch.Generator().manual_seed(7)
     drafted = torch.stack([torch.multinomial(row, n, replacement=True, generator=generator) for row in q], dim=1)
     proposal = Proposal(drafted, q.expand(n, -1, -1))
-    verdict = verify_sampling(p.log().expand(n, -1, -1), proposal, generator)
+    verdict = sampled(p.log().expand(n, -1, -1), proposal, generator)
     for position in range(k + 1):
         reached = torch.tensor([row[position] for row in verdict.tokens if len(row) > position])
         if len(reached) > 1000:
@@ -112,48 +130,106 @@ def test_sampling_every_position(case):
         assert not any(verdict.paths)
 
 
+def test_nothing_is_chosen_beyond_the_end_of_a_row():
+    """Catches a user's processor that is asked behind an eos, beyond the maximum length, or in a finished row."""
+    scores, asked = torch.nn.functional.one_hot(torch.tensor([[1, 2, 3, 4]] * 4), 5).float(), []
+    choose = best_of(reader(scores))
+    proposal = Proposal(torch.tensor([[1, 2, 3]] * 4))
+
+    def spying(places):
+        asked.append(places.rows)
+        return choose(places)
+
+    verdict = verify(proposal, spying, [0, 2, 9, 9], eos_token_ids=[3])
+    assert verdict.tokens == [[], [1, 2], [1, 2, 3], [1, 2, 3]]
+    assert verdict.paths == [[], [0], [0, 1], [0, 1]]
+    assert asked == [[1, 2, 3], [1, 2, 3], [2, 3]]
+
+
 class EveryOutcome:
     """
-    Stands in for chance: every row has an outcome of its own for each node, and the probability that it comes to that.
+    Stands in for chance: run after run, each row goes through all that can happen to it, with its probability.
 
-    The chance that a node is accepted is where its acceptance turns over, as the draw rises from 0 to 1.
+    The chance that a drawn token is accepted is where its acceptance turns over, as the draw rises from 0 to 1.
 
     Args:
-        outcomes (`torch.BoolTensor` of shape `(batch, n)`): Whether a row's node is accepted.
+        batch (`int`): Rows.
     """
 
-    def __init__(self, outcomes):
-        self.outcomes = outcomes
-        self.chances = torch.full(outcomes.shape, 0.5, dtype=torch.float64)  # of nodes never tried: either outcome
-        self.left = None
+    def __init__(self, batch):
+        self.scripts = [[] for _ in range(batch)]  # of each row, [choice, probabilities] by choice
+        self.undecided = []  # rows that still need a token at this level
+        self.original = verification.Draw.__call__, verification.Draw._couple
 
     def install(self, monkeypatch):
         """Take over until the test is done."""
-        one_try = verification._Walk._try
+        monkeypatch.setattr(verification.Draw, "__call__", lambda *given: self.call(*given))
+        monkeypatch.setattr(verification.Draw, "_couple", lambda *given: self.couple(*given))
+        monkeypatch.setattr(verification, "sample", lambda weights, generator: self.sample(weights))
+        self.patch = lambda u: monkeypatch.setattr(verification.torch, "rand", lambda *_, **__: u)
 
-        def tried(walk, child, tries):
-            left, low, high = walk.left, torch.zeros(len(child)).double(), torch.ones(len(child)).double()
+    def runs(self, run):
+        """Call `run` until no row has anything new; yield what it returns, with the probability of each row's part."""
+        done = [False] * len(self.scripts)
+        while not all(done):
+            self.places = [0] * len(self.scripts)
+            found = run()
+            weights = [0.0 if over else self.weight(script) for over, script in zip(done, self.scripts, strict=True)]
+            yield found, weights
+            done = [over or self.ends(script) for over, script in zip(done, self.scripts, strict=True)]
 
-            def drawn(u):
-                walk.left = left
-                monkeypatch.setattr(verification.torch, "rand", lambda *_, **__: u)
-                return one_try(walk, child, tries)
+    @staticmethod
+    def weight(script):
+        return float(torch.tensor([chances[choice] for choice, chances in script], dtype=torch.float64).prod())
 
-            for _ in range(40):
-                middle = (low + high) / 2
-                accepted = drawn(middle)
-                low, high = torch.where(accepted, middle, low), torch.where(accepted, high, middle)
-            wanted, rows = self.outcomes.gather(1, child[:, None])[:, 0], torch.arange(len(child))
-            chance = torch.where(wanted, high, 1 - high)
-            self.chances[rows[tries], child[tries]] = chance[tries]
-            return drawn(torch.where(wanted, 0.0, 1.0).double())
+    @staticmethod
+    def ends(script):
+        """Move a script on to its next outcome; return whether there was none."""
+        while script:
+            choice, chances = script[-1]
+            following = [i for i in range(choice + 1, len(chances)) if chances[i] > 1e-9]
+            if following:
+                script[-1][0] = following[0]
+                return False
+            script.pop()
+        return True
 
-        def sampled(weights, generator):
-            self.left = weights
-            return weights.argmax(-1)
+    def choose(self, row, chances):
+        script, place = self.scripts[row], self.places[row]
+        self.places[row] += 1
+        if place == len(script):
+            script.append([next(i for i, chance in enumerate(chances) if chance > 1e-9), chances])
+        return script[place][0]
 
-        monkeypatch.setattr(verification._Walk, "_try", tried)
-        monkeypatch.setattr(verification, "sample", sampled)
+    def call(self, draw, places):
+        self.undecided = list(places.rows)
+        self.rows = list(places.rows)
+        return self.original[0](draw, places)
+
+    def couple(self, draw, p, places, tokens, q):
+        low, high = torch.zeros(len(places)).double(), torch.ones(len(places)).double()
+
+        def accepted(u, p):
+            self.patch(u)
+            found = self.original[1](draw, p, places, tokens, q)
+            return torch.tensor([place in found for place in places]), found
+
+        for _ in range(40):
+            middle = (low + high) / 2
+            right, _ = accepted(middle, p.clone())
+            low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+        chances = high.where(high > 1e-9, 0.0)
+        refuses = [
+            self.choose(self.rows[place], [float(chance), 1 - float(chance)])
+            for place, chance in zip(places, chances, strict=True)
+        ]
+        _, found = accepted(torch.tensor(refuses).double(), p)
+        self.undecided = [row for place, row in enumerate(self.rows) if place not in found]
+        return found
+
+    def sample(self, weights):
+        chances = (weights / weights.sum(-1, keepdim=True)).tolist()
+        return torch.tensor([self.choose(row, chance) for row, chance in zip(self.undecided, chances, strict=True)])
 
 
 @st.composite
@@ -177,38 +253,35 @@ def some_distributions(count, vocab, seed):
 
 
 @given(shape=shapes(), seed=st.integers(0, 10_000), equal=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_trees_keep_the_targets_distribution_exactly(shape, seed, equal):
     """
-    Catches any error in recursive rejection: a residual that is not carried on to the next child, or to the wrong one.
+    Catches any error in what is accepted: a residual left to another row, or a walk that goes on behind another token.
 
     All that can be drawn and all that can happen, with its probability, summed up: behind each text, the next token
     has the target's distribution, to rounding. The tokens that are not drawn may depend on those that are.
     """
     (parents, drawn), vocab = shape, 4
     n, generator = len(parents), torch.Generator().manual_seed(seed)
-    draws = list(itertools.product(range(vocab), repeat=drawn))
-    outcomes = torch.tensor(list(itertools.product([False, True], repeat=n)))
+    draws = torch.tensor(list(itertools.product(range(vocab), repeat=drawn))).long().view(vocab**drawn, drawn)
     others = torch.randint(1 if equal else vocab, (len(draws), n - drawn), generator=generator)
-    tokens = torch.cat([torch.tensor(draws).long().view(len(draws), drawn), others], dim=1)
-    tokens = tokens.repeat_interleave(len(outcomes), 0)
+    tokens = torch.cat([draws, others], dim=1)
     q = some_distributions(drawn, vocab, seed + 1)
     texts = [[(), *(tuple(row[node] for node in path) for path in lineage(parents))] for row in tokens.tolist()]
     found = sorted({text for row in texts for text in row})
     p = dict(zip(found, some_distributions(len(found), vocab, seed), strict=True))
     scores = torch.stack([torch.stack([p[text] for text in row]) for row in texts]).log()
     proposal = Proposal(tokens, q.expand(len(tokens), -1, -1) if drawn else None, [parents] * len(tokens))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        every = EveryOutcome(outcomes.repeat(len(draws), 1))
-        every.install(monkeypatch)
-        verdict = verify_sampling(scores, proposal)
-    weights = every.chances.prod(1) * q[torch.arange(drawn), tokens[:, :drawn]].prod(1)
-    assert float(weights.sum()) == pytest.approx(1.0)
+    chances = q[torch.arange(drawn), draws].prod(1).tolist()
     following = {text: torch.zeros(vocab).double() for text in p}  # the mass of each token behind each text
-    for row, weight, left in zip(verdict.tokens, weights, every.left, strict=True):
-        for place, token in enumerate(row[:-1]):
-            following[tuple(row[:place])][token] += weight
-        following[tuple(row[:-1])] += weight * left
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        every = EveryOutcome(len(tokens))
+        every.install(monkeypatch)
+        for verdict, weights in every.runs(lambda: sampled(scores, proposal)):
+            for row, weight, chance in zip(verdict.tokens, weights, chances, strict=True):
+                for place, token in enumerate(row if weight else ()):
+                    following[tuple(row[:place])][token] += weight * chance
+    assert float(following[()].sum()) == pytest.approx(1.0)
     for text, mass in following.items():
         torch.testing.assert_close(mass, mass.sum() * p[text], atol=1e-9, rtol=0)
 
@@ -225,9 +298,7 @@ def test_sampled_trees_at_every_depth(parents, drawn):
     for node, row in enumerate(q):
         tokens[:, node] = torch.multinomial(row, n, replacement=True, generator=generator)
     scores = p[[0, *depths(parents)]].log().expand(n, -1, -1)
-    verdict = verify_sampling(
-        scores, Proposal(tokens, q.expand(n, -1, -1) if drawn else None, [parents] * n), generator
-    )
+    verdict = sampled(scores, Proposal(tokens, q.expand(n, -1, -1) if drawn else None, [parents] * n), generator)
     for depth in range(max(depths(parents)) + 1):
         reached = torch.tensor([row[depth] for row in verdict.tokens if len(row) > depth])
         assert len(reached) > 1000
@@ -242,7 +313,7 @@ def test_rows_of_a_batch_are_independent():
     tokens = []
     for _ in range(2):
         drafted = torch.multinomial(q.expand(n, -1), 1, generator=generator)
-        verdict = verify_sampling(p.log().expand(n, -1, -1), Proposal(drafted, q.expand(n, 1, -1)), generator)
+        verdict = sampled(p.log().expand(n, -1, -1), Proposal(drafted, q.expand(n, 1, -1)), generator)
         tokens.append(torch.tensor([row[0] for row in verdict.tokens]))
     joint = (tokens[0] * vocab + tokens[1]).bincount(minlength=vocab * vocab).float()
     assert_distribution(joint, torch.outer(p[0], p[0]).flatten())

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_osd.bench.serving import Maker
 from hf_osd.config import reason_of
+from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import InputError
 from hf_osd.evaluation.contenders import Sample, timed
 from hf_osd.evaluation.encoding import Inputs, end_tokens
@@ -192,6 +193,9 @@ class FlashSpec:
         name (`str`): What to call it.
         models (`dict[str, PreTrainedModel]`): `"target"`, and `"draft"` where it drafts too.
         length (`int`): Tokens of a lookup.
+
+    Raises:
+        InputError: The draft reads the target's states.
     """
 
     def __init__(self, name: str, models: dict[str, PreTrainedModel], length: int) -> None:
@@ -206,6 +210,8 @@ class FlashSpec:
             bandit=flashspec.BanditConfig(n_arms=1),
         )
         drafters, arm = [NgramDrafter()], ArmSpec(0, length)
+        if isinstance(draft, FeatureDraft):
+            raise InputError("flashspec would run the draft without the target's states, which it reads")
         if draft is not None:
             drafters.append(HuggingFaceDrafter("draft", draft.device, draft.dtype, model=draft))
             arm = ArmSpec(0, length, fallback=1, fallback_gamma=min(_FALLBACK_LENGTH, length))

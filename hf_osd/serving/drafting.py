@@ -233,7 +233,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             logits = decoder.feed(self._readable(ids), ends, keep=1)
         if decoder.vocabulary is None or self._processors or self.samples:
             logits = _fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
-        return process(self._processors, ids, logits, ends, self.main_model_max_length)[:, 0]
+        return process(self._processors, ids, logits[:, 0], range(len(ends)), ends, self.main_model_max_length)
 
     def _choose(self, scores: torch.Tensor, names: torch.Tensor | None, others: int, looks: bool) -> Step:
         """Choose or sample a token by scores `(batch, vocab)` of the tokens `names`; `None` means all."""

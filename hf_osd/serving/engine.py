@@ -11,34 +11,12 @@ from ..records import Proposal, Verdict
 from .decoder import Decoder
 from .processing import is_context_free, process
 from .randomness import Randomness
+from .scores import History, PathScores, along
 from .sequences import Sequences
 from .speculation import Speculator
 from .stopping import StopCheck
 from .stopwatch import Stopwatch
-from .verification import verify_greedy, verify_sampling
-
-
-class History:
-    """
-    Scores or logits of every generated token, where the user asked for them.
-
-    Args:
-        batch (`int`): Rows.
-    """
-
-    def __init__(self, batch: int) -> None:
-        self._rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]  # (taken, vocab) each
-
-    def append(self, values: torch.Tensor, taken: Sequence[int]) -> None:
-        """Keep the first `taken[r]` positions of each row of `values`, shape `(batch, q, vocab)`."""
-        for row, count in enumerate(taken):
-            self._rows[row].append(values[row, :count].clone())
-
-    def columns(self, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """Return `(batch, vocab)` for each generated column; row r holds zeros behind its first `lengths[r]`."""
-        rows = [torch.cat(row)[:length] for row, length in zip(self._rows, lengths, strict=True)]
-        padded = [torch.nn.functional.pad(row, (0, 0, 0, max(lengths) - len(row))) for row in rows]
-        return torch.stack(padded).unbind(1)
+from .verification import Choose, Draw, best_of, best_of_all, verify
 
 
 @dataclass(slots=True)
@@ -104,8 +82,7 @@ class Engine:
         verdict, scores = self._verify(logits, starts, proposal)
         if proposal.parents is not None:
             self.target.select(starts, verdict.paths)
-            logits = _along(verdict.paths, logits)
-            scores = None if scores is None else _along(verdict.paths, scores)
+            logits = along(verdict.paths, logits)
         self._commit(logits, scores, verdict.tokens, in_place=proposal.parents is None)
         self.target.rollback([end - 1 for end in sequences.ends])
         self.watch.lap("")
@@ -123,23 +100,18 @@ class Engine:
     def _verify(
         self, logits: torch.Tensor, starts: Sequence[int], proposal: Proposal
     ) -> tuple[Verdict, torch.Tensor | None]:
-        """Judge a proposal; also return the processed scores `(batch, n + 1, vocab)`, if all were computed."""
-        if self.randomness is None:
-            scores = self._processed(logits, starts)
-            return verify_greedy(scores, proposal), scores
-        generator = self.randomness.on(logits.device)
-        if self.scores is None and is_context_free(self.processors):
-            return verify_sampling(logits, proposal, generator, self._warped), None
-        scores = self._processed(logits, starts)
-        return verify_sampling(scores, proposal, generator), scores
-
-    def _processed(self, logits: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-        sequences = self.sequences
-        return process(self.processors, sequences.ids, logits, starts, sequences.limit, sequences.eos_token_ids)
-
-    def _warped(self, logits: torch.Tensor) -> torch.Tensor:
-        """Process logits `(batch, vocab)` by processors that look at nothing else."""
-        return self._processed(logits[:, None], self.sequences.ends)[:, 0]
+        """Judge a proposal; also return the processed scores of the path, `(batch, taken, vocab)`, if kept."""
+        sequences, eos = self.sequences, self.sequences.eos_token_ids
+        room = [sequences.limit - end if sequences.is_active(row) else 0 for row, end in enumerate(starts)]
+        if self.randomness is None and is_context_free(self.processors):
+            scores = process(self.processors, sequences.ids, logits.flatten(0, 1)).view_as(logits)
+            verdict = verify(proposal, best_of_all(scores), room, eos)
+            return verdict, along(verdict.paths, scores) if self.scores is not None else None
+        read = PathScores(self.processors, sequences.ids, starts, logits, keep=self.scores is not None)
+        choose: Choose = best_of(read)
+        if self.randomness is not None:
+            choose = Draw(read, proposal, self.randomness.on(logits.device))
+        return verify(proposal, choose, room, eos), read.kept
 
     def _commit(
         self, logits: torch.Tensor, scores: torch.Tensor | None, tokens: Sequence[Sequence[int]], in_place: bool
@@ -160,11 +132,3 @@ class Engine:
             for column in self.sequences.finished_columns(self._streamed):
                 self.streamer.put(column.cpu())
                 self._streamed += 1
-
-
-def _along(paths: Sequence[Sequence[int]], values: torch.Tensor) -> torch.Tensor:
-    """Pick from `(batch, n + 1, vocab)` the positions of each path, the text's end first; short rows are padded."""
-    longest = max(map(len, paths))
-    places = [[0, *(node + 1 for node in path), *[0] * (longest - len(path))] for path in paths]
-    rows = torch.arange(len(paths), device=values.device)[:, None]
-    return values[rows, torch.tensor(places, device=values.device)]

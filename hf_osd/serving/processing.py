@@ -1,7 +1,8 @@
 """transformers' logits processors over rows of different lengths."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -21,6 +22,22 @@ _CONTEXT_FREE: tuple[type, ...] = (
     lp.InfNanRemoveLogitsProcessor,
     lp.SuppressTokensLogitsProcessor,
 )
+# Processors that look at each row alone, so that one call takes some rows of a batch.
+_BY_ROW: tuple[type, ...] = (
+    lp.RepetitionPenaltyLogitsProcessor,
+    lp.NoRepeatNGramLogitsProcessor,
+    lp.SequenceBiasLogitsProcessor,
+    lp.NoBadWordsLogitsProcessor,
+    lp.ExponentialDecayLengthPenalty,
+)
+# Those that act behind texts of some lengths, on all in the same way, and at others leave the scores as they are.
+_ACTS_AT: dict[type, Callable[[Any, int], bool]] = {
+    lp.MinLengthLogitsProcessor: lambda own, length: length < own.min_length,
+    lp.MinNewTokensLengthLogitsProcessor: lambda own, length: length < own.prompt_length_to_skip + own.min_new_tokens,
+    lp.ForcedBOSTokenLogitsProcessor: lambda own, length: length == 1,
+    lp.ForcedEOSTokenLogitsProcessor: lambda own, length: length == own.max_length - 1,
+    lp.SuppressTokensAtBeginLogitsProcessor: lambda own, length: length == own.begin_index,
+}
 
 
 def on_device(
@@ -47,37 +64,34 @@ def process(
     processors: Sequence[LogitsProcessor],
     ids: torch.Tensor,
     scores: torch.Tensor,
-    ends: Sequence[int],
+    rows: Sequence[int] = (),
+    lengths: Sequence[int] = (),
     limit: int | None = None,
-    eos_token_ids: Collection[int] = (),
 ) -> torch.Tensor:
     """
-    Apply processors to the scores of consecutive positions of every row, exactly as token-by-token decoding would.
+    Apply processors to scores behind texts of any lengths, exactly as token-by-token decoding would.
 
-    A processor sees the whole batch at the length that it would have had, so that it may depend on the length and on
-    the index of a row.
+    A processor that may look at other rows or at the number of a row sees the whole batch, cut at the length that it
+    would have had; rows without scores of that length bring zeros.
 
     Args:
         processors (`Sequence[LogitsProcessor]`): In order.
-        ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer, proposals included.
-        scores (`torch.FloatTensor` of shape `(batch, q, vocab)`): Not modified.
-        ends (`Sequence[int]`): For each row, the column that `scores[:, 0]` predicts.
+        ids (`torch.LongTensor` of shape `(batch, columns)`): The token buffer.
+        scores (`torch.FloatTensor` of shape `(n, vocab)`): Not modified.
+        rows (`Sequence[int]`): The row of the buffer that each of the `n` scores belongs to, in ascending order.
+            Processors that are context-free need neither these nor `lengths`.
+        lengths (`Sequence[int]`): How many columns of this row each of them stands behind.
         limit (`int`, *optional*): Most columns of the output. Processors that look at the text are not called for
-            positions beyond it, which token-by-token decoding would never reach.
-        eos_token_ids (`Collection[int]`): Tokens that end a row; positions behind a proposed one are skipped, too.
+            scores beyond it, which token-by-token decoding would never reach.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch, q, vocab)`.
+        `torch.FloatTensor` of shape `(n, vocab)`.
     """
-    reachable = (
-        [scores.shape[1]] * len(ends) if is_context_free(processors) else _reachable(ids, scores, ends, eos_token_ids)
-    )
     for processor in processors:
         if is_context_free([processor]):
-            flat = scores.flatten(0, 1)  # (batch * q, vocab)
-            scores = processor(ids[:, :1].expand(-1, scores.shape[1]).reshape(-1, 1), flat).view_as(scores)
+            scores = processor(ids[:1, :1].expand(len(scores), -1), scores)
         else:
-            scores = _by_length(processor, ids, scores, ends, reachable, limit)
+            scores = _by_length(processor, ids, scores, rows, lengths, limit)
     return scores
 
 
@@ -86,54 +100,35 @@ def is_context_free(processors: Sequence[LogitsProcessor]) -> bool:
     return all(type(processor) in _CONTEXT_FREE for processor in processors)
 
 
-def _reachable(
-    ids: torch.Tensor, scores: torch.Tensor, ends: Sequence[int], eos_token_ids: Collection[int]
-) -> list[int]:
-    """Count the positions of each row up to its first proposed eos."""
-    last = scores.shape[1] - 1
-    proposed = [ids[row, end : end + last].tolist() for row, end in enumerate(ends)] if eos_token_ids else []
-    stops = [next((i for i, token in enumerate(row) if token in eos_token_ids), last) for row in proposed]
-    return [stop + 1 for stop in stops] or [last + 1] * len(ends)
-
-
 def _by_length(
     processor: LogitsProcessor,
     ids: torch.Tensor,
     scores: torch.Tensor,
-    ends: Sequence[int],
-    reachable: list[int],
+    rows: Sequence[int],
+    lengths: Sequence[int],
     limit: int | None,
 ) -> torch.Tensor:
-    batch, q, _ = scores.shape
-    processed = scores.clone()
-    lengths = {end + step for end, count in zip(ends, reachable, strict=True) for step in range(count)}
-    for length in sorted(length for length in lengths if limit is None or length < limit):
-        steps = [length - end for end in ends]
-        rows = [row for row in range(batch) if 0 <= steps[row] < reachable[row]]
-        if not rows:
-            continue
-        # Rows without a position of this length bring other scores of theirs, so that the batch is full.
-        picked = scores[torch.arange(batch), torch.tensor(steps).clamp(0, q - 1)]  # (batch, vocab)
-        result = processor(ids[:, :length], picked)
-        processed[rows, [steps[row] for row in rows]] = result[rows]
-        if _runs_user_code(processor):
-            _stop_at_forbidden(ids[:, : length + 1], result, steps, rows, reachable)
+    acts = _ACTS_AT.get(type(processor))
+    calls: dict[int, list[int]] = {}  # which scores each call is for, by the length of its text
+    for place, length in enumerate(lengths):
+        if (limit is None or length < limit) and (acts is None or acts(processor, length)):
+            calls.setdefault(length if acts is None or not calls else min(calls), []).append(place)
+    processed = scores.clone() if calls else scores
+    for length, places in sorted(calls.items()):
+        processed[places] = _called(processor, ids[:, :length], scores[places], [rows[place] for place in places])
     return processed
 
 
-def _runs_user_code(processor: LogitsProcessor) -> bool:
-    """Whether a processor may raise on a text that plain decoding would never show it; transformers' own do not."""
-    own = type(processor).__module__ == lp.__name__
-    return not own or isinstance(processor, lp.PrefixConstrainedLogitsProcessor)
+def _called(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Call a processor for some rows of texts `(batch, length)`."""
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = processor
+    if len(rows) == len(ids) or _looks_at_rows_alone(processor):
+        return call(ids[rows], scores)
+    whole = scores.new_zeros(len(ids), scores.shape[1])
+    whole[rows] = scores
+    return call(ids, whole)[rows]
 
 
-def _stop_at_forbidden(
-    ids: torch.Tensor, scores: torch.Tensor, steps: Sequence[int], rows: Sequence[int], reachable: list[int]
-) -> None:
-    """Skip what follows a proposed token that the processor has just forbidden, as behind an eos."""
-    rows = [row for row in rows if steps[row] + 1 < reachable[row]]
-    if rows:
-        length = ids.shape[1] - 1
-        forbidden = (scores[rows, ids[rows, length]] == -torch.inf).tolist()
-        for row, stops in zip(rows, forbidden, strict=True):
-            reachable[row] = steps[row] + 1 if stops else reachable[row]
+def _looks_at_rows_alone(processor: LogitsProcessor) -> bool:
+    has_rows_of_its_own = isinstance(getattr(processor, "prompt_ignore_length", None), torch.Tensor)
+    return type(processor) in (*_BY_ROW, *_ACTS_AT) and not has_rows_of_its_own

@@ -1,162 +1,152 @@
 """
-Which proposed tokens the target accepts: pure functions of both models' distributions.
+Which proposed tokens the target accepts: those that it chooses itself, on a walk down the tree.
 
-Greedy: a node stands while it is the target's own choice behind its parent. Sampling: the children of a node are tried
-in turn, each against what is left of the target's distribution after those before it were refused (SpecInfer,
-https://arxiv.org/abs/2305.09781, Algorithm 2). With one child a node, that is Leviathan et al., "Fast Inference from
-Transformers via Speculative Decoding" (https://arxiv.org/abs/2211.17192), Algorithm 1. The output has the target's
-distribution for any proposal whatever.
+At the end of the text, and then behind every node that it comes to, the target chooses its next token as in plain
+decoding. The walk goes on to the nodes that propose this token, and ends where there is none. So the output is the
+target's for any proposal whatever. Greedy, the choice is the argmax. Sampling, it is drawn from the target's
+distribution p: for nodes that were proposed without chance, that is recursive rejection (SpecInfer,
+https://arxiv.org/abs/2305.09781, Algorithm 2). A node that the draft has drawn itself, from q, is tried first, as in
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding" (https://arxiv.org/abs/2211.17192,
+Algorithm 1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..records import Proposal, Verdict
-from .tree import ROOT, chain, lineage
+from .tree import ROOT, chain
 
 
-def verify_greedy(scores: torch.Tensor, proposal: Proposal) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Places:
     """
-    Accept while the proposal is the target's argmax.
+    Where the rows are that still walk down their trees.
+
+    Attributes:
+        depth (`int`): Tokens that each of them has accepted.
+        rows (`list[int]`): Their numbers, ascending.
+        nodes (`list[list[int]]`): For each, the nodes of its text: [`ROOT`], or those that propose its last token.
+            Several may propose the same.
+        last (`list[int]`): Their last tokens; empty at depth 0.
+    """
+
+    depth: int
+    rows: list[int]
+    nodes: list[list[int]]
+    last: list[int]
+
+
+ReadScores = Callable[[Places], torch.Tensor]
+"""Returns the target's processed scores behind the text of every row, `(rows, vocab)`."""
+
+Choose = Callable[[Places], list[int]]
+"""Returns the target's next token for every row."""
+
+
+def verify(proposal: Proposal, choose: Choose, room: Sequence[int], eos_token_ids: Collection[int] = ()) -> Verdict:
+    """
+    Follow the target's own tokens through a proposal. All rows go down one level at a time.
 
     Args:
-        scores (`torch.FloatTensor` of shape `(batch, n + 1, vocab)`): The target's processed scores: behind the text,
-            and behind each node.
         proposal (`Proposal`): `n` nodes a row; `n` may be 0.
+        choose (`Callable`): Chooses the next token; asked once for each token that a row takes, and for no other.
+        room (`Sequence[int]`): The most tokens that each row takes.
+        eos_token_ids (`Collection[int]`, *optional*): Tokens behind which nothing is chosen.
     """
-    found = torch.cat([proposal.tokens, scores.argmax(dim=-1)], dim=1).tolist()  # the host waits here
-    n = proposal.tokens.shape[1]
-    paths = [_greedy_path(parents, row[:n], row[n:]) for parents, row in zip(_parents(proposal), found, strict=True)]
-    ends = [path[-1] if path else ROOT for path in paths]
-    tokens = [
-        [*(row[node] for node in path), row[n + 1 + end]] for path, end, row in zip(paths, ends, found, strict=True)
-    ]
-    return Verdict(paths, tokens)
-
-
-def _greedy_path(parents: Sequence[int], tokens: Sequence[int], choices: Sequence[int]) -> list[int]:
-    """The longest path of right tokens; `choices` stand behind the text, then behind each node."""
-    right: set[int] = {ROOT}
-    paths = lineage(parents)
-    best: list[int] = []
-    for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
-        if parent in right and token == choices[parent + 1]:
-            right.add(node)
-            best = max(best, paths[node], key=len)
-    return best
-
-
-def _parents(proposal: Proposal) -> Sequence[Sequence[int]]:
     batch, n = proposal.tokens.shape
-    return proposal.parents if proposal.parents is not None else [chain(n)] * batch
+    proposed, parents = proposal.tokens.tolist(), proposal.parents or [chain(n)] * batch
+    followers = [_followers(*row) for row in zip(proposed, parents, strict=True)]
+    tokens: list[list[int]] = [[] for _ in room]
+    ends = [ROOT] * batch  # the last accepted node of each row
+    going = {row: [ROOT] for row, left in enumerate(room) if left > 0}
+    depth = 0
+    while going:
+        rows = list(going)
+        chosen = choose(Places(depth, rows, list(going.values()), [tokens[row][-1] for row in rows] if depth else []))
+        depth += 1
+        for row, token in zip(rows, chosen, strict=True):
+            tokens[row].append(token)
+            over = token in eos_token_ids or depth == room[row]
+            nodes = [] if over else [node for place in going[row] for node in followers[row].get((place, token), ())]
+            if nodes:
+                going[row], ends[row] = nodes, nodes[0]
+            else:
+                del going[row]
+    return Verdict([_path(nodes, end) for nodes, end in zip(parents, ends, strict=True)], tokens)
 
 
-def verify_sampling(
-    scores: torch.Tensor,
-    proposal: Proposal,
-    generator: torch.Generator | None = None,
-    warp: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Verdict:
+def _path(parents: Sequence[int], node: int) -> list[int]:
+    """The ancestors of a node and itself, from the text on; nothing for [`ROOT`]."""
+    found: list[int] = []
+    while node != ROOT:
+        found.append(node)
+        node = parents[node]
+    return found[::-1]
+
+
+def _followers(tokens: Sequence[int], parents: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """The nodes behind each node that propose a token."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for node, place in enumerate(zip(parents, tokens, strict=True)):
+        found.setdefault(place, []).append(node)
+    return found
+
+
+def best_of_all(scores: torch.Tensor) -> Choose:
+    """Choose the best token, by scores `(batch, n + 1, vocab)` behind the text and behind each node."""
+    best = scores.argmax(dim=-1).tolist()  # the host waits here
+    return lambda places: [best[row][nodes[0] + 1] for row, nodes in zip(places.rows, places.nodes, strict=True)]
+
+
+def best_of(read: ReadScores) -> Choose:
+    """Choose the best token, by scores that are read where the walk comes to."""
+    return lambda places: read(places).argmax(dim=-1).tolist()
+
+
+class Draw:
     """
-    Accept token x with probability min(1, p(x) / q(x)), else go on with max(p - q, 0), normalised, in the place of p.
+    Draws the target's tokens from p, the softmax of its scores.
 
-    q is what x was sampled from; of a token chosen without chance it is 1 at this token, so that p(x) is the chance of
-    its acceptance. Where no child of a node is accepted, the next token is sampled from what is left of p.
+    Where the draft has drawn a token x from q, it is accepted with probability min(1, p(x) / q(x)); else the token is
+    drawn from max(p - q, 0), normalised. Its distribution is p either way.
 
     Args:
-        scores (`torch.FloatTensor` of shape `(batch, n + 1, vocab)`): The target's processed scores; p is their
-            softmax.
-        proposal (`Proposal`): Tokens, with the probabilities q that the first of them were sampled from.
-        generator (`torch.Generator`, *optional*): Source of randomness, on the device of `scores`.
-        warp (`Callable`, *optional*): Processes scores `(batch, vocab)` of the nodes that are reached, where `scores`
-            are raw logits.
+        read (`Callable`): Reads the scores.
+        proposal (`Proposal`): With the probabilities q that its first tokens were drawn from, if they were.
+        generator (`torch.Generator`, *optional*): Source of randomness, on the device of the scores.
     """
-    walk = _Walk(scores, proposal, generator, warp or (lambda values: values))
-    while walk.descend():
-        pass
-    return walk.verdict(sample(walk.left, generator))
 
-
-class _Walk:
-    """Walks all rows of a batch down their trees, one level at a time."""
-
-    def __init__(
-        self,
-        scores: torch.Tensor,
-        proposal: Proposal,
-        generator: torch.Generator | None,
-        warp: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._scores, self._proposal, self._generator, self._warp = scores, proposal, generator, warp
-        self._children = _children(_parents(proposal)).to(scores.device)  # (batch, n + 1, most)
-        self._rows = torch.arange(len(scores), device=scores.device)
-        self._q = proposal.probabilities
+    def __init__(self, read: ReadScores, proposal: Proposal, generator: torch.Generator | None = None) -> None:
+        self._read, self._tokens, self._q, self._generator = read, proposal.tokens, proposal.probabilities, generator
         self._drawn = 0 if self._q is None else self._q.shape[1]
-        self._places = torch.zeros_like(self._rows)  # index of each row in dimension 1 of the scores
-        self._steps: list[torch.Tensor] = []  # the node that each row moved to at a level, or ROOT
-        self._going = torch.ones_like(self._rows, dtype=torch.bool)
-        self.left = warp(scores[:, 0]).softmax(dim=-1)  # (batch, vocab): what is left of p where each row is
 
-    def descend(self) -> bool:
-        """Move every unfinished row to the child that it accepts; return whether any row moved."""
-        moved = torch.full_like(self._rows, ROOT)
-        for rank in range(self._children.shape[2]):
-            child = self._children[self._rows, self._places, rank]
-            tries = self._going & (moved == ROOT) & (child != ROOT)
-            if not bool(tries.any()):
-                break
-            moved = torch.where(self._try(child.clamp(min=0), tries), child, moved)
-        self._going = moved != ROOT
-        if not bool(self._going.any()):
-            return False
-        self._steps.append(moved)
-        self._places = torch.where(self._going, moved + 1, self._places)
-        p = self._warp(self._scores[self._rows, self._places]).softmax(dim=-1)
-        self.left = torch.where(self._going[:, None], p, self.left)
-        return True
+    def __call__(self, places: Places) -> list[int]:
+        """Draw for every row; see [`Choose`]."""
+        p = self._read(places).softmax(dim=-1)
+        step = places.depth  # what the draft has drawn is a chain, whose nodes come first
+        with_draw = [i for i, nodes in enumerate(places.nodes) if step < self._drawn and step - 1 in nodes]
+        if not with_draw:
+            return sample(p, self._generator).tolist()
+        rows = [places.rows[i] for i in with_draw]
+        assert self._q is not None
+        chosen = self._couple(p, with_draw, self._tokens[rows, step], self._q[rows, step])
+        if left := [i for i in range(len(places.rows)) if i not in chosen]:
+            chosen |= zip(left, sample(p[left], self._generator).tolist(), strict=True)
+        return [chosen[i] for i in range(len(places.rows))]
 
-    def _try(self, child: torch.Tensor, tries: torch.Tensor) -> torch.Tensor:
-        """Accept or refuse a child in each row; a refusal replaces `left` by the residual distribution."""
-        tokens = self._proposal.tokens[self._rows, child]
-        taken = self._taken(child, tokens)
-        p_token, q_token = (values.gather(1, tokens[:, None])[:, 0] for values in (self.left, taken))
+    def _couple(self, p: torch.Tensor, places: list[int], tokens: torch.Tensor, q: torch.Tensor) -> dict[int, int]:
+        """Accept drawn tokens at some places, which are returned; elsewhere, leave what remains of p in its place."""
+        here = p[places]
+        p_token, q_token = (values.gather(1, tokens[:, None])[:, 0] for values in (here, q))
         u = torch.rand(p_token.shape, generator=self._generator, dtype=p_token.dtype, device=p_token.device)
         # u < p / q without the division. Where p is 0 this never holds: a forbidden token is refused for certain.
-        accepted = tries & (u * q_token < p_token)
-        self.left = torch.where((tries & ~accepted)[:, None], residual(self.left, taken), self.left)
-        return accepted
-
-    def _taken(self, child: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The distribution q that each child was chosen from, `(batch, vocab)`."""
-        sure = torch.zeros_like(self.left).scatter_(1, tokens[:, None], 1.0)
-        if self._q is None or not self._drawn:
-            return sure
-        drawn = self._q[self._rows, child.clamp(max=self._drawn - 1)]
-        return torch.where((child < self._drawn)[:, None], drawn, sure)
-
-    def verdict(self, last: torch.Tensor) -> Verdict:
-        """Return the accepted paths, with the last token of each row."""
-        batch = len(self._rows)
-        steps = torch.stack(self._steps, dim=1) if self._steps else self._rows.new_zeros(batch, 0)
-        tokens = self._proposal.tokens[self._rows[:, None], steps.clamp(min=0)]
-        found = torch.cat([steps, tokens, last[:, None]], dim=1).tolist()
-        levels = steps.shape[1]
-        paths = [[node for node in row[:levels] if node != ROOT] for row in found]
-        counted = [(len(path), row) for path, row in zip(paths, found, strict=True)]
-        return Verdict(paths, [[*row[levels : levels + count], row[-1]] for count, row in counted])
-
-
-def _children(parents: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The children of the text, then of each node, in order: `(batch, n + 1, most)`, filled up with ROOT."""
-    n = len(parents[0])
-    lists: list[list[list[int]]] = [[[] for _ in range(n + 1)] for _ in parents]
-    for row, nodes in zip(lists, parents, strict=True):
-        for node, parent in enumerate(nodes):
-            row[parent + 1].append(node)
-    most = max((len(one) for row in lists for one in row), default=0)
-    filled = [[[*one, *[ROOT] * (most - len(one))] for one in row] for row in lists]
-    return torch.tensor(filled, dtype=torch.long).view(len(parents), n + 1, most)
+        accepted = u * q_token < p_token
+        if not bool(accepted.all()):
+            p[places] = torch.where(accepted[:, None], here, residual(here, q))
+        pairs = zip(places, accepted.tolist(), tokens.tolist(), strict=True)
+        return {place: token for place, is_accepted, token in pairs if is_accepted}
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
