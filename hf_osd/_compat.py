@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import (
     DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -64,13 +65,70 @@ def cache_of(values: Mapping[str, Any]) -> Cache | None:
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
 
 
-def text_length(input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int:
+def decoder_prefix(model: PreTrainedModel) -> str:
+    """Return what the names of inputs about the output begin with: without it, they are those of an encoder."""
+    return "decoder_" if model.config.is_encoder_decoder else ""
+
+
+def empty_cache(model: PreTrainedModel, reads_encoder: bool) -> Cache:
+    """
+    Return an empty dynamic cache, as `generate` makes it (5.17 to 5.24).
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        reads_encoder (`bool`): Whether its passes get the outputs of an encoder.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not reads_encoder:
+        return DynamicCache(config=config)
+    # A decoder's windows are not for the encoder's outputs, and a decoder alone may count the layers of an encoder.
+    text = DynamicCache(config=config) if model.config.is_encoder_decoder else DynamicCache()
+    return EncoderDecoderCache(text, DynamicCache())
+
+
+def text_cache(cache: Cache) -> Any:
+    """Return the part of a cache that grows with the text; keys of an encoder's outputs lie beside it."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+def encoder_inputs(model: PreTrainedModel, rows: int, model_kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """
+    Find what the encoder has read in the `generate` call that is running a custom decoding callable.
+
+    transformers (5.17 to 5.24) computes its outputs, and hands on nothing else to a callable.
+
+    Args:
+        model (`PreTrainedModel`): The target.
+        rows (`int`): Rows of the batch; several may go back to one input.
+        model_kwargs (`Mapping[str, Any]`): What `generate` prepared.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The input, by its name, and its mask, if any. Empty without an encoder, and where
+        the caller gave its outputs.
+    """
+    frame = _generate_frame() if model.config.is_encoder_decoder else None
+    found, name = (frame.f_locals.get(part) for part in ("inputs_tensor", "model_input_name")) if frame else (None, "")
+    if not isinstance(found, torch.Tensor) or not name:
+        return {}
+    if not found.is_floating_point() and bool((found < 0).any()):  # stands for an input that was not given
+        return {}
+    mask = model_kwargs.get("attention_mask")
+    inputs = {name: found.repeat_interleave(rows // len(found), dim=0)}
+    return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
+def text_length(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: Mapping[str, Any],
+) -> int:
     """
     Return how many tokens the caller's attention mask covers, those in a cache included.
 
     `generate` drops a mask of ones, and notes its length privately (5.23); before, the position ids show it.
     """
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    mask, positions = (model_kwargs.get(decoder_prefix(model) + name) for name in ("attention_mask", "position_ids"))
     noted = getattr(generation_config, "_mask_length", None)
     if mask is None and noted is not None:
         return int(noted)
@@ -141,7 +199,7 @@ def plain_logits(
     config.do_sample = config.output_attentions = config.output_hidden_states = config.output_scores = False
     config.num_beams, config.return_dict_in_generate, config.output_logits = 1, True, True
     config.prompt_lookup_num_tokens = config.prefill_chunk_size = None
-    fresh = DynamicCache(config=model.config.get_text_config(decoder=True))
+    fresh = empty_cache(model, reads_encoder="encoder_outputs" in model_kwargs)
     inputs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
     output = decode_plainly(
         model,
@@ -162,14 +220,17 @@ def dropped_streamer() -> BaseStreamer | None:
     as `custom_generate` (`_extract_generation_mode_kwargs`), so that nothing would be streamed and nobody told. This
     can go once transformers passes it on.
     """
+    frame = _generate_frame()
+    streamer = frame.f_locals.get("streamer") if frame is not None else None
+    return streamer if isinstance(streamer, BaseStreamer) or hasattr(streamer, "put") else None
+
+
+def _generate_frame() -> FrameType | None:
     code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is code:
-            streamer = frame.f_locals.get("streamer")
-            return streamer if isinstance(streamer, BaseStreamer) or hasattr(streamer, "put") else None
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    return None
+    return frame
 
 
 def pad_token_of(generation_config: GenerationConfig) -> int | None:

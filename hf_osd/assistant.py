@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ._compat import execution_device, is_offloaded
@@ -27,7 +27,7 @@ from .journal import Journal
 from .learning.online import OnlineLearner
 from .records import Observation
 from .reporting import write_report
-from .saving import load_config, load_tokenizer, saved_config
+from .saving import load_config, load_draft, load_tokenizer, saved_config
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
@@ -171,7 +171,8 @@ class OnlineAssistant:
             draft (`str` or `Path`): Hub id or local folder.
             target (`PreTrainedModel`): The model it drafts for.
             config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to those of the draft.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`; `dtype` and `device_map` default to the target's.
+            kwargs: For `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` where the target has an
+                encoder and the draft reads text by one; `dtype` and `device_map` default to the target's.
 
         Raises:
             UnsupportedModelError: With `OnlineConfig(unsupported="error")`, the draft's tokenizer differs from the
@@ -179,7 +180,7 @@ class OnlineAssistant:
         """
         kwargs.setdefault("dtype", target.dtype)
         kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
-        model = AutoModelForCausalLM.from_pretrained(draft, **kwargs)
+        model = load_draft(draft, has_encoder=target.config.is_encoder_decoder, **kwargs)
         tokenizer = load_tokenizer(str(draft))
         state = Path(draft) / STATE_FOLDER
         if config is None and (state / "config.json").is_file():

@@ -1,8 +1,8 @@
 """Decodes a request that transformers has prepared: checks it, sets it up, runs the loop, hands on what to learn."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from transformers.utils import logging
 
 from ._compat import (
     cache_argument,
     cache_of,
     decode_plainly,
+    decoder_prefix,
     execution_device,
     is_callers_own,
     pad_token_of,
@@ -27,10 +29,11 @@ from .errors import UnsupportedError
 from .serving.choice import choose_decoder, choose_draft_decoder
 from .serving.decoder import Decoder
 from .serving.drafting import OnlineAssistedGenerator
+from .serving.encoding import draft_preparation, reads_encoder, source_texts
 from .serving.engine import Engine
 from .serving.inputs import holds_cached_text, padding_of
 from .serving.measured import MeasuredSpeculator
-from .serving.preparation import prepare
+from .serving.preparation import Preparation, prepare
 from .serving.probe import Trial
 from .serving.processing import on_device
 from .serving.randomness import Randomness, seeded
@@ -43,7 +46,9 @@ from .serving.stopwatch import Stopwatch
 from .serving.support import MODELS, REQUESTS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
-Output = GenerateDecoderOnlyOutput | torch.Tensor
+logger = logging.get_logger(__name__)
+
+Output = GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,8 @@ class Call:
         text (`int`): Columns of the prompt and of a cached text before it.
         generator (`torch.Generator`, *optional*): Source of randomness.
         streamer (`BaseStreamer`, *optional*): Gets tokens as soon as they are final.
+        encoder_inputs (`Mapping[str, torch.Tensor]`, *optional*): What the target's encoder has read, where there is
+            one and that is known.
     """
 
     model: PreTrainedModel
@@ -72,6 +79,7 @@ class Call:
     text: int
     generator: torch.Generator | None = None
     streamer: BaseStreamer | None = None
+    encoder_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
         """Return the value of a generation setting or model input, `None` where it is not set."""
@@ -87,14 +95,14 @@ class Setup:
         sequences (`Sequences`): Its rows.
         make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; without `make_draft` nothing is drafted.
         states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
-        sees_more (`bool`): Whether the target reads more than tokens, such as images, which are not recorded.
+        records (`bool`): Whether what learning would have to read is known; images, for one, are not recorded.
     """
 
     sequences: Sequences
     make_target: Callable[[], Decoder]
     make_draft: Callable[[], Decoder] | None
     states: TargetStates | None
-    sees_more: bool
+    records: bool
 
 
 @torch.no_grad()
@@ -141,7 +149,7 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     """Make all checks and choices, before anything is fed or streamed."""
     model, config, inputs = call.model, call.config, call.model_kwargs
     check_limits((*SETTINGS, *MODELS), Asked(model, call.setting))
-    mask = inputs.get("attention_mask")
+    mask = inputs.get(decoder_prefix(model) + "attention_mask")
     padding = padding_of(call.input_ids, mask)
     cache, rows, width = _callers_cache(inputs), *call.input_ids.shape
     is_prefix = holds_cached_text(cache, rows, width, call.text)
@@ -154,10 +162,21 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     assistant.check_usable(model)
     trial = Trial(sequences.ids[:, :width], padding, preparation, config, bool(config.return_dict_in_generate))
     make_target = choose_decoder(model, trial, sequences.ids.shape[1], length=length, cache=cache, is_prefix=is_prefix)
-    make_draft, states = _draft(assistant, model, sequences)
+    make_draft, states = _draft(call, assistant, sequences, preparation)
     if states is not None:
         make_target = partial(make_target, states=states)
-    return Setup(sequences, make_target, make_draft, states, not preparation.is_plain)
+    return Setup(sequences, make_target, make_draft, states, _records(assistant, preparation, sequences))
+
+
+def _records(assistant: OnlineAssistant, preparation: Preparation, sequences: Sequences) -> bool:
+    """Whether learning could read all that the draft, and the target where it runs, have read: tokens are recorded."""
+    draft, has_source = assistant.draft, sequences.sources is not None
+    if preparation.every_pass and reads_encoder(draft) and not (has_source and draft.config.is_encoder_decoder):
+        if assistant.config.learn:
+            logger.warning_once("The draft does not learn from these requests: what its encoder reads is not kept.")
+        return False
+    is_text = preparation.is_plain and (has_source or not preparation.every_pass)
+    return is_text or not assistant.config.needs_target
 
 
 def _callers_cache(inputs: dict[str, Any]) -> Any:
@@ -182,20 +201,22 @@ def _sequences(call: Call, padding: Sequence[int], settings: OnlineConfig) -> Se
         pad_token_id=pad if pad is not None else 0,
         eos_token_ids=eos,
         pads=any(hasattr(criterion, "eos_token_id") for criterion in call.criteria),
+        sources=source_texts(call.encoder_inputs),
     )
 
 
 def _draft(
-    assistant: OnlineAssistant, target: PreTrainedModel, sequences: Sequences
+    call: Call, assistant: OnlineAssistant, sequences: Sequences, preparation: Preparation
 ) -> tuple[Callable[[], Decoder] | None, TargetStates | None]:
     """Choose the draft's decoder, and what it reads; `None` leaves proposals to the lookup."""
     if assistant.config.draft_length == 0:
         return None, None
-    draft, padding = assistant.draft, sequences.padding
+    draft, target, padding = assistant.draft, call.model, sequences.padding
     try:
         with assistant.weights:  # the trial reads them
-            prompts = sequences.ids[:, : sequences.prompt_length]
-            make = choose_draft_decoder(draft, prompts, padding, sequences.limit)
+            prompts, read = sequences.ids[:, : sequences.prompt_length], preparation.every_pass
+            prepared = draft_preparation(draft, target, prompts, padding, call.encoder_inputs, read)
+            make = choose_draft_decoder(draft, prompts, padding, sequences.limit, prepared, call.config)
         if not isinstance(draft, FeatureDraft):
             return make, None
         columns = sequences.ids.shape[1]
@@ -211,8 +232,7 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
     config, sequences = call.config, setup.sequences
     config.max_length = sequences.limit
     started = time.perf_counter()
-    records = not (setup.sees_more and assistant.config.needs_target)  # learning runs the target on tokens alone
-    with assistant.request(sequences.batch, records, setup.states) as request:
+    with assistant.request(sequences.batch, setup.records, setup.states) as request:
         engine = _engine(call, setup, assistant, request)
         try:
             engine.run()
@@ -221,7 +241,7 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
             raise
         engine.speculator.finish(sequences.lengths)
         request.finish(engine, time.perf_counter() - started)
-    output = _output(engine, config, call.input_ids.device)
+    output = _output(engine, call)
     engine.speculator.drafter.release()
     engine.target.release()
     return output
@@ -281,9 +301,9 @@ def _speculator(
     return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup, nodes, branches)
 
 
-def _output(engine: Engine, config: GenerationConfig, device: torch.device) -> Output:
-    sequences = engine.sequences
-    ids = sequences.padded(max(sequences.ends)).to(device)
+def _output(engine: Engine, call: Call) -> Output:
+    sequences, config = engine.sequences, call.config
+    ids = sequences.padded(max(sequences.ends)).to(call.input_ids.device)
     if not config.return_dict_in_generate:
         return ids
     recorded: dict[str, Any] = {
@@ -291,4 +311,5 @@ def _output(engine: Engine, config: GenerationConfig, device: torch.device) -> O
         "logits": engine.logits.columns(sequences.lengths) if engine.logits is not None else None,
     }
     recorded |= cache_argument((), engine.target.export())
-    return GenerateDecoderOnlyOutput(sequences=ids, **recorded)  # type: ignore[arg-type]
+    kind = GenerateEncoderDecoderOutput if call.model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+    return kind(sequences=ids, **recorded)  # type: ignore[arg-type]

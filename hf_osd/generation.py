@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ._compat import dropped_streamer, text_length
+from ._compat import dropped_streamer, encoder_inputs, text_length
 from .assistant import OnlineAssistant
 from .decoding import Call, Output, decode
 from .drafts.compatibility import check_target
@@ -107,7 +107,7 @@ def generate(
             return _call(model, inputs, generator, generation_config=generation_config, **kwargs)
         kwargs = _with_stop_strings(model, generation_config, tokenizer, kwargs)
 
-        mask = kwargs.get("attention_mask")
+        mask = None if model.config.is_encoder_decoder else kwargs.get("attention_mask")  # else of the encoder's text
         text = int(mask.shape[-1]) if isinstance(mask, torch.Tensor) and mask.ndim else None
 
         def decode_prepared(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Output:
@@ -224,5 +224,6 @@ def _prepared(
         model_kwargs=model_kwargs,
         generator=generator,
         streamer=streamer,
-        text=text if text is not None else text_length(input_ids, generation_config, model_kwargs),
+        text=text if text is not None else text_length(model, input_ids, generation_config, model_kwargs),
+        encoder_inputs=encoder_inputs(model, len(input_ids), model_kwargs),
     )

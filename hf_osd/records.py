@@ -66,6 +66,8 @@ class Observation:
         accepted (`torch.BoolTensor` of shape `(output,)`): Whether that is the token in the output.
         states (`torch.BFloat16Tensor` of shape `(prompt + output - 1, size)`, *optional*): Hidden states of the target
             at every token but the last, for a draft that reads them; `None` where they are not kept.
+        source_ids (`torch.LongTensor` of shape `(source,)`, *optional*): What the target's encoder has read, without
+            padding; `None` without an encoder, and where it reads no text.
     """
 
     prompt_ids: torch.Tensor
@@ -76,6 +78,7 @@ class Observation:
     draft_ids: torch.Tensor
     accepted: torch.Tensor
     states: torch.Tensor | None = None
+    source_ids: torch.Tensor | None = None
 
     @property
     def rejected(self) -> torch.Tensor:

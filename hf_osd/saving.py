@@ -1,4 +1,4 @@
-"""Saves and loads the settings of an assistant beside its draft, and loads tokenizers."""
+"""Saves and loads the settings of an assistant beside its draft, and loads drafts and tokenizers."""
 
 import json
 from collections.abc import Mapping
@@ -6,12 +6,22 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from .config import OnlineConfig, reason_of
 
 logger = logging.get_logger(__name__)
+
+_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")  # where a config lies
 
 
 def saved_config(config: OnlineConfig) -> dict[str, Any]:
@@ -35,6 +45,25 @@ def load_config(path: Path) -> OnlineConfig:
     """Load settings of [`saved_config`]; those that this version does not have are left out."""
     known = {field.name for field in fields(OnlineConfig)}
     return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
+
+
+def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> PreTrainedModel:
+    """
+    Load a draft.
+
+    Args:
+        source (`str` or `Path`): Hub id or local folder.
+        has_encoder (`bool`): Whether the target has an encoder; the draft then keeps its own, if that reads text. Of
+            a draft that hears, the decoder is loaded, which reads what the target's encoder has heard.
+        kwargs: For `from_pretrained` of the model's class.
+    """
+    loader: Any = AutoModelForCausalLM
+    if has_encoder:
+        config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in _HUB if name in kwargs})
+        if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            loader = AutoModelForSeq2SeqLM
+    model: PreTrainedModel = loader.from_pretrained(source, **kwargs)
+    return model
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:

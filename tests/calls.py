@@ -37,6 +37,22 @@ def eos_of(target, inputs, steps):
     return [int(output[row, inputs["input_ids"].shape[1] + step]) for row, step in enumerate(steps)]
 
 
+def chi_square(counts, probabilities):
+    """
+    The chance of counts at least this far from their probabilities, by Pearson's chi-square.
+
+    Outcomes that are expected fewer than 8 times are merged into one. The samplers here are seeded, so in practice a
+    test fails always or never; a correct sampler fails with a probability of about FALSE_ALARM.
+    """
+    expected = probabilities.double() * counts.sum()
+    often = expected >= 8
+    merged = [torch.cat([each[often], each[~often].sum()[None]]) for each in (counts.double(), expected)]
+    observed, expected = (each[merged[1] > 0] for each in merged)
+    assert counts[probabilities == 0].sum() == 0
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
+
+
 class FavourByLength(LogitsProcessor):
     """A user's own: depends on the length, the row and the last token."""
 

@@ -13,7 +13,8 @@ from hf_osd.records import Observation
 from hf_osd.storage import Snapshot, StateDirectory
 from hf_osd.storage.shards import list_shards
 
-FIELDS = tuple(field.name for field in fields(Observation) if field.name != "states")  # which stay in memory
+OPTIONAL = ("states", "source_ids")  # states stay in memory
+FIELDS = tuple(field.name for field in fields(Observation) if field.name not in OPTIONAL)
 NEVER = 3600.0  # seconds until a flush that no test waits for
 
 

@@ -57,6 +57,16 @@ def test_logits_that_depend_on_how_many_tokens_are_fed(rows):
     assert assistant.stats().fallbacks == rows
 
 
+def test_a_verdict_on_a_draft_is_none_on_a_target():
+    """Catches a model that passed as a draft, and later serves as a target with errors that a draft may have."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Rounded(layer.mlp.down_proj, levels=127)
+    trial = Trial(prompts(1)["input_ids"], [0], Preparation({}, 9), is_draft=True)
+    assert probe(model, "ragged", lambda *a: RaggedDecoder(model, *a), trial).suits
+    assert not found(model).suits
+
+
 def test_a_hook_added_later_is_noticed():
     """Catches a verdict that outlives what it was about: the model's hooks change after its first request."""
     target = tiny_model("llama")

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from calls import chi_square
 from fakes import ARCHITECTURES, VOCAB, Collector, prompts, tiny_model, wrong_draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,22 +193,6 @@ def test_nothing_is_asked_behind_an_eos(kind, step, looks, monkeypatch):
 
 
 # Sampling.
-
-
-def chi_square(counts, probabilities):
-    """
-    The chance of counts at least this far from their probabilities, by Pearson's chi-square.
-
-    Outcomes that are expected fewer than 8 times are merged into one. The samplers here are seeded, so in practice a
-    test fails always or never; a correct sampler fails with a probability of about FALSE_ALARM.
-    """
-    expected = probabilities.double() * counts.sum()
-    often = expected >= 8
-    merged = [torch.cat([each[often], each[~often].sum()[None]]) for each in (counts.double(), expected)]
-    observed, expected = (each[merged[1] > 0] for each in merged)
-    assert counts[probabilities == 0].sum() == 0
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
 
 
 @torch.no_grad()

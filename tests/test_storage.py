@@ -20,7 +20,7 @@ from hf_osd.records import Observation
 from hf_osd.storage import Snapshot, StateDirectory, read_state, write_state
 from hf_osd.storage.replay_log import ReplayLog
 from hf_osd.storage.rows import from_table, to_row, to_table
-from hf_osd.storage.shards import list_shards, read_observations
+from hf_osd.storage.shards import list_shards, read_observations, write_shard
 
 
 @st.composite
@@ -41,6 +41,7 @@ def observations(draw: st.DrawFn) -> Observation:
         teacher_tail=tensor(floats, torch.float32, output),
         draft_ids=tensor(ids, torch.long, output),
         accepted=tensor(st.booleans(), torch.bool, output),
+        source_ids=draw(st.none() | st.integers(0, 3).map(lambda size: torch.arange(size))),
     )
 
 
@@ -57,6 +58,15 @@ def test_rows_are_exact(made: list[Observation], data: st.DataObject) -> None:
             assert left.dtype == right.dtype
             assert left.shape == right.shape
             assert left.numpy().tobytes() == right.numpy().tobytes()  # NaN and -0.0 included
+        assert (before.source_ids is None) == (after.source_ids is None)
+        assert before.source_ids is None or torch.equal(before.source_ids, after.source_ids)
+
+
+def test_shards_of_before_there_were_encoders(tmp_path: Path) -> None:
+    """Catches a replay that an update of hf_osd throws away, because a column is missing in its files."""
+    table = to_table([to_row(observation(number)) for number in range(4)], first=0)
+    write_shard(tmp_path, table.drop_columns("source_ids"))
+    assert numbers(read_observations(tmp_path)) == [0, 1, 2, 3]
 
 
 def test_datasets_reads_the_replay(tmp_path: Path) -> None:
@@ -67,7 +77,7 @@ def test_datasets_reads_the_replay(tmp_path: Path) -> None:
     )
     files = [str(path) for path in replay_of(tmp_path / "state")]
     assert loaded.to_list() == datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path)).to_list()
-    assert set(loaded.column_names) == {*FIELDS, "number", "recorded_at"}
+    assert set(loaded.column_names) == {*FIELDS, "source_ids", "number", "recorded_at"}
     for number, row in enumerate(loaded):
         assert all(row[name] == getattr(observation(number), name).tolist() for name in FIELDS)
     assert abs(loaded[0]["recorded_at"].timestamp() - time.time()) < 3600

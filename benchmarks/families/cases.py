@@ -24,6 +24,7 @@ class Case:
             `str` is a folder to load one from.
         draft (`PreTrainedModel` or `str`, *optional*): What is tried as a draft.
         host (`PreTrainedModel`, *optional*): The target that it is tried for.
+        host_inputs (`Callable[[int, int], dict]`): Likewise, inputs of that target.
         inputs (`Callable[[int, int], dict]`): Inputs of the target for a batch size and a seed. Made anew for each
             call, since a cache among them is filled by it.
         settings (`Mapping[str, Any]`): Further arguments of `generate`.
@@ -38,6 +39,7 @@ class Case:
     drafts: Mapping[str, PreTrainedModel | str] = field(default_factory=dict)
     draft: PreTrainedModel | str | None = None
     host: PreTrainedModel | None = None
+    host_inputs: Inputs = prompts
     inputs: Inputs = prompts
     settings: Mapping[str, Any] = field(default_factory=dict)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext

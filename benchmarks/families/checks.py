@@ -14,7 +14,6 @@ import torch
 
 import hf_osd
 
-from .building import prompts
 from .cases import Case
 
 NEW_TOKENS = 32  # of an output
@@ -128,7 +127,7 @@ def _as_target(case: Case) -> Iterator[tuple[str, Cell]]:
 
 
 def _as_draft(case: Case) -> Iterator[tuple[str, Cell]]:
-    case = replace(case, target=case.host, inputs=prompts, truths={})
+    case = replace(case, target=case.host, inputs=case.host_inputs, truths={})
     for batch in BATCHES:
         yield f"as draft, batch {batch}", decoding(case, case.draft, batch)
     if case.learns:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .building import LLAMA_LIKE, VOCAB, build, configure, prompts
-from .cases import Case, Inputs, family
+from .building import LLAMA_LIKE, VOCAB, build, configure, prompts, with_noise
+from .cases import Case, Inputs
 
 _IDS = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
 _T5 = dict(
@@ -65,7 +65,10 @@ def _make(name: str, settings: Mapping[str, Any], architecture: str, weights: fl
 
 
 def _case(name: str, settings: Mapping[str, Any], architecture: str, inputs: Inputs, weights: float) -> Case:
-    return family(partial(_make, name, settings, architecture, weights), inputs=inputs)
+    """As a target, with drafts of the family, whose encoders are their own; and as such a draft."""
+    make = partial(_make, name, settings, architecture, weights)
+    drafts = {"wrong": make(77), "near": with_noise(make(0))}
+    return Case(target=make(0), drafts=drafts, draft=make(9), host=make(5), host_inputs=inputs, inputs=inputs)
 
 
 def _distilled() -> Case:

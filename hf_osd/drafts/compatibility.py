@@ -78,12 +78,14 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         draft (`PreTrainedModel`): The draft.
 
     Raises:
-        UnsupportedModelError: The draft is an encoder-decoder model, keeps a recurrent state, or has another
-            vocabulary.
+        UnsupportedModelError: The draft has an encoder, and the target none for the same kind of input; or the draft
+            keeps a recurrent state, or has another vocabulary.
     """
-    if draft.config.is_encoder_decoder:
+    is_alike = target.config.is_encoder_decoder and target.main_input_name == draft.main_input_name
+    if draft.config.is_encoder_decoder and not is_alike:
         raise UnsupportedModelError(
-            f"the draft {type(draft).__name__} is an encoder-decoder model; use a decoder-only one",
+            f"the draft {type(draft).__name__} is an encoder-decoder model, whose encoder reads "
+            f"{draft.main_input_name}, and the target {type(target).__name__} has none for that: use a draft without",
             "draft: encoder-decoder",
         )
     if has_recurrent_state(draft):
@@ -129,7 +131,12 @@ def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTo
 
 
 def check_settings(config: OnlineConfig, draft: Any) -> None:
-    """Raise `ConfigError` for a setting that does not go with a draft that reads its target's states."""
+    """Raise `ConfigError` for a setting that does not go with a draft with an encoder, or that reads states."""
+    if config.lmbda > 0.0 and draft.config.is_encoder_decoder:
+        raise ConfigError(
+            f"lmbda={config.lmbda!r} does not go with a draft that has an encoder: it learns from recorded texts "
+            "alone; leave it out"
+        )
     if not isinstance(draft, FeatureDraft):
         return
     for name, given in (("full_teacher", config.full_teacher), ("lmbda", config.lmbda > 0.0)):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ..drafts.encoders import decoder_logits, decoder_options, has_encoder
 from ..records import Observation
 
 LONGEST_PART = 0.01  # seconds that a part of a batch takes at most, since a request may have to wait for it
@@ -68,8 +69,9 @@ class ObservationCollator:
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `position_ids` of shape `(batch, time)`;
-        `teacher_ids` and `teacher_log_probs` of shape `(batch, verified, k)`, `teacher_tail` and the bool `learn_mask`
-        of shape `(batch, verified)`: what the last `verified` inputs have to predict, and where that counts.
+        `source_ids` and `source_mask` of shape `(batch, source)`, padded on the right; `teacher_ids` and
+        `teacher_log_probs` of shape `(batch, verified, k)`, `teacher_tail` and the bool `learn_mask` of shape `(batch,
+        verified)`: what the last `verified` inputs have to predict, and where that counts.
     """
 
     def __init__(self, max_length: int, positions: str, known: int | None = None) -> None:
@@ -79,21 +81,23 @@ class ObservationCollator:
         """Pad a batch; see the class."""
         k = min(observation.teacher_ids.shape[1] for observation in observations)
         rows = [self._row(observation, k) for observation in observations]
-        batch = {
-            name: pad_sequence([row[name] for row in rows], batch_first=True, padding_side="left") for name in rows[0]
-        }
+        sides = {name: "right" if name.startswith("source") else "left" for name in rows[0]}
+        batch = {name: pad_sequence([row[name] for row in rows], True, 0.0, side) for name, side in sides.items()}
         batch["learn_mask"] &= _is_known(batch["teacher_ids"], self.known)
         return batch
 
     def _row(self, observation: Observation, k: int) -> Batch:
         # Nothing is predicted after the last token, so it is no input.
         ids = torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
+        source = ids[:0] if observation.source_ids is None else observation.source_ids[: self.max_length]
         last = slice(-len(ids), None)  # of the output: it may be longer than what is kept
         log_probs, rejected = observation.teacher_log_probs[last].float(), observation.rejected[last]
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.arange(len(ids)),
+            "source_ids": source,
+            "source_mask": torch.ones_like(source),
             "teacher_ids": observation.teacher_ids[last, :k],
             "teacher_log_probs": log_probs[:, :k],
             # Requests recorded with a larger k fold what is cut off into the tail.
@@ -164,10 +168,10 @@ class Reader:
 
     def options(self, inputs: Batch) -> dict[str, Any]:
         """Return the arguments of a forward pass over a batch of [`ObservationCollator`]."""
-        options: dict[str, Any] = {
-            "input_ids": self.readable(inputs["input_ids"]),
-            "attention_mask": inputs["attention_mask"],
-        }
+        if has_encoder(self.parameters):
+            read = {name: self.readable(inputs[name]) for name in ("input_ids", "source_ids")}
+            return decoder_options(inputs, read)
+        options = {"input_ids": self.readable(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]}
         if "position_ids" in self.parameters:  # models without it count from the attention mask
             options["position_ids"] = inputs["position_ids"]
         if "logits_to_keep" in self.parameters:
@@ -192,6 +196,8 @@ class Reader:
     def logits(self, model: Callable[..., Any], inputs: Batch) -> torch.Tensor:
         """Run a model over a batch; return its logits where the target was recorded, `(batch, verified, vocab)`."""
         logits: torch.Tensor = model(**self.options(inputs)).logits
+        if has_encoder(self.parameters):
+            return self.proposable(decoder_logits(logits, inputs))
         return self.proposable(logits[:, -inputs["learn_mask"].shape[1] :])
 
 

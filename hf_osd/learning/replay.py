@@ -134,4 +134,5 @@ class ReplayBuffer:
 
 
 def _length(observation: Observation) -> int:
-    return observation.prompt_ids.numel() + observation.output_ids.numel()
+    texts = observation.source_ids, observation.prompt_ids, observation.output_ids
+    return sum(ids.numel() for ids in texts if ids is not None)

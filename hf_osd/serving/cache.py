@@ -1,9 +1,9 @@
 """
 A ragged static key/value cache: each row of a batch has its own length, and rolls back by lowering it.
 
-Not covered: sliding windows that the text outgrows, which go through
-[`~hf_osd.serving.croppable_decoder.CroppableDecoder`]; linear attention and encoder-decoder models, which the
-target's own decoding serves.
+The keys of an encoder's outputs lie beside it, in a cache of their own. Not covered: sliding windows that the text
+outgrows, which go through [`~hf_osd.serving.croppable_decoder.CroppableDecoder`]; linear attention, which the target's
+own decoding serves.
 """
 
 from collections.abc import Sequence

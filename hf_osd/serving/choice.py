@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .._compat import attention_implementation, execution_device, has_recurrent_state
@@ -40,7 +40,7 @@ def choose_decoder(
     Choose the decoder for a model and a request.
 
     Args:
-        model (`PreTrainedModel`): A decoder-only model.
+        model (`PreTrainedModel`): The model.
         trial (`Trial`): The request.
         width (`int`): Columns that may ever be fed.
         length (`int`, *optional*): Positions that the longest row may reach; defaults to its columns.
@@ -103,7 +103,12 @@ def _feeds_tokens(trial: Trial) -> bool:
 
 
 def choose_draft_decoder(
-    model: PreTrainedModel, prompts: torch.Tensor, padding: Sequence[int], width: int
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    padding: Sequence[int],
+    width: int,
+    preparation: Preparation | None = None,
+    generation_config: GenerationConfig | None = None,
 ) -> MakeDecoder:
     """
     Choose the decoder of a draft; see [`choose_decoder`].
@@ -113,11 +118,14 @@ def choose_draft_decoder(
         prompts (`torch.LongTensor` of shape `(batch, prompt)`): On any device. May hold tokens that the draft lacks.
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns that may ever be fed.
+        preparation (`Preparation`, *optional*): The inputs of its passes, where it reads an encoder's outputs.
+        generation_config (`GenerationConfig`, *optional*): As `generate` prepared it for the target; then needed.
     """
     known = model.config.get_text_config(decoder=True).vocab_size
     prompts = prompts.to(execution_device(model)).clamp(max=known - 1)
     ragged: Callable[..., RaggedDecoder] = FeatureDecoder if isinstance(model, FeatureDraft) else RaggedDecoder
-    made = choose_decoder(model, Trial(prompts, padding), width, role="draft", ragged=ragged)
+    trial = Trial(prompts, padding, preparation, generation_config, is_draft=True)
+    made = choose_decoder(model, trial, width, role="draft", ragged=ragged)
     if isinstance(model, FeatureDraft) and getattr(made, "func", None) is not FeatureDecoder:
         raise UnsupportedModelError(
             f"the draft {describe(model)} reads its target's states, for which it needs the ragged cache; its layers "
@@ -162,7 +170,7 @@ def _may_be_ragged(model: PreTrainedModel) -> bool:
 
 
 def _can_roll_back(model: PreTrainedModel) -> bool:
-    if model.config.is_encoder_decoder or has_recurrent_state(model):
+    if has_recurrent_state(model):
         return False
     return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
 

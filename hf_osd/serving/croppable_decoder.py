@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import cache_argument, show_windows_only, stop_recording
+from .._compat import cache_argument, empty_cache, show_windows_only, stop_recording, text_cache
 from ..errors import UnsupportedModelError
 from .decoder import Decoder, Parents
 from .preparation import Preparation
@@ -40,14 +40,14 @@ class CroppableDecoder(Decoder):
         super().__init__(model, padding, width, preparation, states)
         held = cache.get_seq_length() if cache is not None else 0
         self.cached = [self.padding[0] + (held if is_prefix else 0)]
-        self._adopt(cache if cache is not None else DynamicCache(config=model.config.get_text_config(decoder=True)))
+        self._adopt(cache if cache is not None else empty_cache(model, bool(self._every_pass)))
         self._ahead = held - (self.cached[0] - self.padding[0])  # cached tokens that are no columns of the buffer
         self._zero = (self.padding[0] - self._ahead, torch.zeros(1, 1, dtype=torch.long))  # a column, its position
 
     def _adopt(self, cache: Cache) -> None:
         self.cache = cache
         cache.activate_past_recording()
-        show_windows_only(cache)
+        show_windows_only(text_cache(cache))
 
     def feed(self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None) -> torch.Tensor:
         """Feed the row's new columns, without its padding; see [`Decoder.feed`]."""
@@ -70,17 +70,18 @@ class CroppableDecoder(Decoder):
         return logits
 
     def _plain(self, ids: torch.Tensor, start: int, end: int) -> dict[str, Any]:
-        inputs = {"input_ids": ids[:, start:end], **cache_argument(self._parameters, self.cache)}
-        if "position_ids" in self._parameters:
+        inputs = {"input_ids": ids[:, start:end]}
+        if self._prefix + "position_ids" in self._parameters:
             column, position = self._zero
             distances = torch.arange(start - column, end - column, device=ids.device)
             inputs["position_ids"] = position.to(ids.device) + distances
-        return inputs
+        return {**self._named(**inputs), **cache_argument(self._parameters, self.cache)}
 
     def _prepared(self, ids: torch.Tensor, start: int, end: int) -> dict[str, Any]:
         """Let the model's own code make the inputs, as `generate` does for its first pass."""
         assert self._preparation is not None
-        kept = {name: value for name, value in self._preparation.model_kwargs.items() if name != "attention_mask"}
+        mask = self._prefix + "attention_mask"
+        kept = {name: value for name, value in self._preparation.model_kwargs.items() if name != mask}
         own: Any = self.model.prepare_inputs_for_generation
         inputs: dict[str, Any] = own(
             ids[:, self.padding[0] : end],
@@ -96,7 +97,7 @@ class CroppableDecoder(Decoder):
         if cache is not None and cache is not self.cache:
             self._adopt(cache)
         self._ahead = self.cache.get_seq_length() - (end - self.padding[0])
-        last = inputs.get("position_ids")
+        last = inputs.get(self._prefix + "position_ids")
         if last is None:
             last = torch.full((1, 1), self.cache.get_seq_length() - 1)
         self._zero = (end - 1, last[..., -1:])
@@ -115,4 +116,4 @@ class CroppableDecoder(Decoder):
 
     def release(self, failed: bool = False) -> None:
         """Leave the cache as `generate` would, for a caller who goes on from it; see [`Decoder.release`]."""
-        stop_recording(self.cache)
+        stop_recording(text_cache(self.cache))

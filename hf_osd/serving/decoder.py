@@ -1,4 +1,4 @@
-"""A causal language model together with its cache, for one batch: feed tokens, read logits, roll back."""
+"""A language model together with its cache, for one batch: feed tokens, read logits, roll back."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -7,10 +7,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import attention_implementation, cache_argument, cache_of, execution_device, grouped_attention
+from .._compat import (
+    attention_implementation,
+    cache_argument,
+    cache_of,
+    decoder_prefix,
+    execution_device,
+    grouped_attention,
+)
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back
@@ -51,7 +58,7 @@ class Decoder(ABC):
         model (`PreTrainedModel`): The model, in eval mode.
         padding (`Sequence[int]`): Padding columns of each row.
         width (`int`): Columns of the buffer that may ever be fed.
-        preparation (`Preparation`, *optional*): The inputs of the first pass, where they are more than tokens.
+        preparation (`Preparation`, *optional*): The inputs of the passes, where they are more than tokens.
         states (`TargetStates`, *optional*): Takes the hidden states of the tokens that are fed.
 
     Attributes:
@@ -77,6 +84,8 @@ class Decoder(ABC):
         self.context = context_length(model)
         self.cached = list(padding)  # first column of each row that is not in the cache
         self._preparation = preparation if preparation is not None and not preparation.is_plain else None
+        self._every_pass = preparation.every_pass if preparation is not None else {}
+        self._prefix = decoder_prefix(model)
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._first = True
 
@@ -137,12 +146,19 @@ class Decoder(ABC):
     def _run(self, keep: int, **inputs: Any) -> Pass:
         if "logits_to_keep" in self._parameters:
             inputs["logits_to_keep"] = keep
-        forward = partial(self.model, **{**inputs, "use_cache": True, "return_dict": True})
+        forward = partial(self.model, **{**self._every_pass, **inputs, "use_cache": True, "return_dict": True})
         with grouped_attention(self._device):
             output, states = self._states.read(forward) if self._states is not None else (forward(), None)
         self._first = False
         logits = output.logits[:, -keep:].to(torch.float32)  # before any processor, as there
         return Pass(logits, states, cache_of(output))
+
+    def _named(self, **inputs: Any) -> dict[str, Any]:
+        """Give inputs the names that the model has for them; a decoder behind an encoder may take no positions."""
+        if not self._prefix:
+            return inputs
+        named = {self._prefix + name: value for name, value in inputs.items()}
+        return {name: value for name, value in named.items() if name in self._parameters}
 
     def _take(self, states: torch.Tensor | None, ends: Sequence[int]) -> None:
         """Keep the states of a pass, whose last columns are those before `ends`, for a draft that reads them."""
@@ -173,6 +189,7 @@ class RaggedDecoder(Decoder):
         self._takes_trees = takes_trees
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
+        self._whole = EncoderDecoderCache(self.cache, DynamicCache()) if self._every_pass else self.cache
         self._padding = upload(self.padding, self._device)[:, None]  # (batch, 1)
         self._additive_mask = attention_implementation(model) == "eager"
         self._positions = self._preparation if self._preparation and self._preparation.positions is not None else None
@@ -196,7 +213,7 @@ class RaggedDecoder(Decoder):
         """One forward over a rectangle of columns that ends at every row's own end."""
         q = max(keep, self._lag(ends))
         graphs, width = self._kept.graphs, captured_width(q)
-        if graphs is not None and width is not None and self._preparation is None:
+        if graphs is not None and width is not None and self._preparation is None and not self._every_pass:
             span = captured_span(self._span(ends), self.cache.capacity)
             tokens, places = self._columns(ids, ends, width)
             tree, read = self._tree(parents, width), self._read(places)
@@ -302,10 +319,12 @@ class RaggedDecoder(Decoder):
             positions = self._positions.positions_at(positions + self._padding)
         return self._run(
             keep,
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=None if mask is None else self._as_model_mask(mask),
-            **cache_argument(self._parameters, self.cache),
+            **self._named(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=None if mask is None else self._as_model_mask(mask),
+            ),
+            **cache_argument(self._parameters, self._whole),
             **extras,
             **read,
         )
@@ -337,10 +356,13 @@ class RaggedDecoder(Decoder):
                 view[rows.to(view.device), :, slots.to(view.device)].transpose(1, 2) for view in layer.by_row()
             )
             exported.update(keys, values, index)
+        if isinstance(self._whole, EncoderDecoderCache):
+            return EncoderDecoderCache(exported, self._whole.cross_attention_cache)
         return exported
 
 
 def context_length(model: PreTrainedModel) -> int:
     """Return how many positions a model was built for; unlimited where its configuration does not say."""
     config = model.config.get_text_config(decoder=True)
-    return int(getattr(config, "max_position_embeddings", None) or 2**62)
+    names = ("max_position_embeddings", "max_target_positions")  # of a decoder behind an encoder of sounds
+    return int(next((value for name in names if (value := getattr(config, name, None))), 2**62))

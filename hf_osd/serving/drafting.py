@@ -38,7 +38,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         assistant_model (`PreTrainedModel`): The draft.
         generation_config (`GenerationConfig`): Of the target's call.
         model_kwargs (`dict`): As in transformers; only the attention mask matters here.
-        inputs_tensor (`torch.Tensor`, *optional*): Ignored; encoder-decoder drafts are not supported.
+        inputs_tensor (`torch.Tensor`, *optional*): Ignored. A draft with an encoder needs `draft_length` and
+            `make_decoder`, so it drafts in hf_osd's own loop alone.
         logits_processor (`LogitsProcessorList`, *optional*): Applied to the draft's logits as to the target's, so that
             the two agree more often.
         draft_length (`int`, *optional*): Tokens to propose; defaults to the draft's `num_assistant_tokens`.
@@ -79,7 +80,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
     ) -> None:
         attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
         prompt: Any = input_ids  # torch.LongTensor to its parent, which no tensor is to a type checker
-        super().__init__(prompt, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
+        if assistant_model.config.is_encoder_decoder:  # its parent would run the encoder, as the decoder's maker has
+            self.main_model_max_length = generation_config.max_length
+        else:
+            super().__init__(prompt, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
         if draft_length is not None:
             self.num_assistant_tokens = draft_length
         self.counts = Counts()

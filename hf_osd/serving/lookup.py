@@ -12,7 +12,7 @@ from dataclasses import dataclass
 LOOKUP_LENGTH = 16  # tokens: longest guess
 _LONGEST_MATCH = 16  # tokens: longest match that is distinguished; longer ones are accepted no more often
 _CANDIDATES = 4  # latest places of a pair of tokens that are searched for the longest match
-_END = -1  # id between two texts, which matches nothing
+END = -1  # id between two texts, which matches nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class TokenIndex:
         for token in tokens:
             self.tokens.append(token)  # before its places: another thread may be reading
             place = len(self.tokens) - 1
-            if place and token != _END:
+            if place and token != END:
                 before = self.tokens[place - 1]
                 self._followed[before] = place - 1
                 places = self._places.setdefault((before, token), [])
@@ -70,7 +70,7 @@ class TokenIndex:
     def _match(self, suffix: Sequence[int], place: int) -> int:
         tokens, length = self.tokens, 2
         longest = min(place + 1, len(suffix), _LONGEST_MATCH)
-        while length < longest and tokens[place - length] == suffix[-1 - length] != _END:
+        while length < longest and tokens[place - length] == suffix[-1 - length] != END:
             length += 1
         return length
 
@@ -78,7 +78,7 @@ class TokenIndex:
         """Return up to `count` tokens from a place on; a text that repeats itself up to its end goes on repeating."""
         period = len(self.tokens) - place
         found = [self.tokens[place + step % period] for step in range(count)]
-        return found[: found.index(_END)] if _END in found else found
+        return found[: found.index(END)] if END in found else found
 
 
 class RecentOutputs:
@@ -100,7 +100,7 @@ class RecentOutputs:
             if len(self.index.tokens) + len(tokens) > self._capacity:
                 kept, self.index = self.index.tokens[-self._capacity // 2 :], TokenIndex()
                 self.index.extend(kept)
-            self.index.extend([*tokens, _END])
+            self.index.extend([*tokens, END])
 
 
 class Lookup:

@@ -9,7 +9,7 @@ from ..records import Proposal
 from .draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
 from .drafting import OnlineAssistedGenerator
 from .experience import RANKS, Experience
-from .lookup import LOOKUP_LENGTH, Guess, Lookup
+from .lookup import END, LOOKUP_LENGTH, Guess, Lookup
 from .sequences import Sequences
 from .speculation import Speculator
 from .steps import Step
@@ -79,7 +79,7 @@ class MeasuredSpeculator(Speculator):
         self._lengths = MeasuredLength(experience, sequences.batch)
         self._looks = drafter.device.type == "cpu"
         self._nodes, self._branches = nodes, branches
-        prompts = [sequences.text(row)[0].tolist() for row in range(sequences.batch)] if lookup else []
+        prompts = [_known_text(sequences, row) for row in range(sequences.batch)] if lookup else []
         self._lookup = Lookup(prompts, experience.outputs) if lookup else None
         self._guesses: dict[int, Guess] = {}
         self._guessed: dict[int, int] = {}  # how much of each row's guess was submitted
@@ -294,6 +294,12 @@ class MeasuredSpeculator(Speculator):
             self._experience.gain_share(self._lengths.batch).note(min(max(saved / self._gained, 0.0), 1.0))
         if self._lookup is not None:
             self._lookup.finish(lengths)
+
+
+def _known_text(sequences: Sequences, row: int) -> list[int]:
+    """Return what the output may quote: the prompt, behind what an encoder has read."""
+    prompt = sequences.text(row)[0].tolist()
+    return prompt if sequences.sources is None else [*sequences.sources[row].tolist(), END, *prompt]
 
 
 def _submitted(guess: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._compat import CACHE_NAMES, FIRST_PASS_INPUTS, cache_argument, cache_of
+from .._compat import CACHE_NAMES, FIRST_PASS_INPUTS, cache_argument, cache_of, decoder_prefix
 
-_OURS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "logits_to_keep", *CACHE_NAMES}
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}  # perhaps behind a prefix
+_OURS = {"use_cache", "logits_to_keep", *CACHE_NAMES}
 _TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}  # (batch, prompt) each
 
 
@@ -23,6 +24,7 @@ class Preparation:
         width (`int`): Columns of the prompt.
         extras (`dict[str, Any]`): What the first pass gets beside tokens, positions, mask and cache: image features
             and the like. Later passes do not get it.
+        every_pass (`dict[str, Any]`): What every pass gets beside these: an encoder's outputs, and their mask.
         positions (`torch.LongTensor` of shape `(..., batch, prompt)`, *optional*): Position ids of the prompt, where
             they are not 0, 1, 2, ... from each row's first token; later tokens continue from the last one.
         feeds_tokens (`bool`): Whether the first pass reads the prompt as tokens, and nothing before them. A soft
@@ -32,12 +34,13 @@ class Preparation:
     model_kwargs: dict[str, Any]
     width: int
     extras: dict[str, Any] = field(default_factory=dict)
+    every_pass: dict[str, Any] = field(default_factory=dict)
     positions: torch.Tensor | None = None
     feeds_tokens: bool = True
 
     @property
     def is_plain(self) -> bool:
-        """Whether the first pass takes only tokens at their usual positions."""
+        """Whether the first pass takes no more than later ones, and tokens are at their usual positions."""
         return self.feeds_tokens and not self.extras and self.positions is None
 
     @property
@@ -48,7 +51,7 @@ class Preparation:
     @property
     def kind(self) -> tuple[str, ...]:
         """Names of the inputs beside tokens; a "+" marks token types that are not all zero."""
-        names = (f"{name}{_marks(value)}" for name, value in self.extras.items())
+        names = (f"{name}{_marks(value)}" for name, value in (self.extras | self.every_pass).items())
         unusual = {"positions": self.positions is not None, "soft prompt": not self.feeds_tokens}
         return (*sorted(names), *(name for name, applies in unusual.items() if applies))
 
@@ -80,18 +83,22 @@ def prepare(
         padding (`Sequence[int]`): Padding columns of each row.
     """
     kept = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES and is_given(value)}
+    prefix = decoder_prefix(model)
+    ours = _OURS | {prefix + name for name in _TEXT}
+    every_pass = {"encoder_outputs", "attention_mask"} - ours
     own: Any = model.prepare_inputs_for_generation
     made = own(input_ids, is_first_iteration=True, **cache_argument((), None), **kept)
     made = {name: value for name, value in made.items() if is_given(value)}
-    tokens = made.get("input_ids")
+    tokens = made.get(prefix + "input_ids")
     return Preparation(
         model_kwargs=kept,
         width=input_ids.shape[1],
-        extras={name: value for name, value in made.items() if name not in _OURS},
-        positions=_unusual(made.get("position_ids"), padding, input_ids),
+        extras={name: value for name, value in made.items() if name not in ours | every_pass},
+        every_pass={name: value for name, value in made.items() if name in every_pass},
+        positions=_unusual(made.get(prefix + "position_ids"), padding, input_ids),
         feeds_tokens=tokens is not None
         and tokens.shape == input_ids.shape
-        and made.get("inputs_embeds") is None
+        and made.get(prefix + "inputs_embeds") is None
         and cache_of(made) is None,
     )
 

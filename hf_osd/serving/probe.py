@@ -75,9 +75,10 @@ class Trial:
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch, prompt)`): Its prompts.
         padding (`Sequence[int]`): Padding columns of each row.
-        preparation (`Preparation`, *optional*): The inputs of its first pass; `None` for a draft.
-        generation_config (`Any`): As `generate` prepared it; `None` for a draft.
+        preparation (`Preparation`, *optional*): The inputs of its passes; `None` for tokens alone.
+        generation_config (`Any`): As `generate` prepared it.
         returns_cache (`bool`): Whether the caller gets the cache.
+        is_draft (`bool`): Whether the model drafts: it is fed chains, and need not be exact.
     """
 
     input_ids: torch.Tensor
@@ -85,11 +86,12 @@ class Trial:
     preparation: Preparation | None = None
     generation_config: Any = None
     returns_cache: bool = False
+    is_draft: bool = False
 
     @property
     def has_extras(self) -> bool:
-        """Whether the first pass gets more than tokens, so that only the request itself can be tried."""
-        return self.preparation is not None and bool(self.preparation.extras)
+        """Whether passes get more than tokens, so that only the request itself can be tried."""
+        return self.preparation is not None and bool(self.preparation.extras or self.preparation.every_pass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,7 @@ def _note_failure(model: PreTrainedModel, kind: str, failures: _Failures, error:
 
 def _key(model: PreTrainedModel, kind: str, trial: Trial) -> tuple[Any, ...]:
     extras = trial.preparation.kind if trial.preparation is not None else None
-    return kind, len(trial.padding) > 1, extras, autocast_dtype(trial.input_ids.device), _state(model)
+    return kind, trial.is_draft, len(trial.padding) > 1, extras, autocast_dtype(trial.input_ids.device), _state(model)
 
 
 def _state(model: PreTrainedModel) -> int:
@@ -225,14 +227,14 @@ def _compare(
     allowed = _tolerance(model, trial) * float(expected.std())
     if difference > allowed:
         return Finding(False, f"its logits depend on how many tokens it is fed at once, by up to {difference:.2g}")
-    is_target = trial.preparation is not None  # drafts are fed chains
-    takes_trees = is_target and decoder.takes_trees and _tree_difference(decoder, text, width, expected) <= allowed
+    may_branch = decoder.takes_trees and not trial.is_draft
+    takes_trees = may_branch and _tree_difference(decoder, text, width, expected) <= allowed
     decoder.release()
     return Finding(True, takes_trees=takes_trees)
 
 
 def _tolerance(model: PreTrainedModel, trial: Trial) -> float:
-    if trial.preparation is None:
+    if trial.is_draft:
         return _DRAFT_TOLERANCE
     exact = model.dtype in (torch.float32, torch.float64) and autocast_dtype(trial.input_ids.device) is None
     return _TOLERANCE if exact else _HALF_TOLERANCE

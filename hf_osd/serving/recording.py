@@ -1,7 +1,7 @@
 """Turns the rounds of a request into observations: the target's distribution at each position of its output."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,7 +89,9 @@ class Recorder:
             prompt_ids, output_ids = sequences.text(row)
             if self._rows[row] and len(output_ids):
                 states = self._states_of(row, sequences.ends[row] - 1)
-                self._deliver(_observation(rounds, row, prompt_ids.cpu(), output_ids.cpu(), states))
+                observation = _observation(rounds, row, prompt_ids.cpu(), output_ids.cpu(), states)
+                source = sequences.sources[row] if sequences.sources is not None else None
+                self._deliver(observation if source is None else replace(observation, source_ids=source.cpu().clone()))
 
     def _states_of(self, row: int, end: int) -> torch.Tensor | None:
         """The states of a row in bfloat16: half the memory, with the range of float32."""

@@ -21,6 +21,8 @@ class Sequences:
         pads (`bool`, *optional*): Whether a row ends where a criterion stops it, and is padded from there on. If not,
             it goes on until every row has stopped, as in transformers' own loop. Defaults to whether there are
             `eos_token_ids`.
+        sources (`Sequence[torch.LongTensor]`, *optional*): What an encoder has read for each row, where that is text;
+            1D each.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Sequences:
         pad_token_id: int,
         eos_token_ids: Sequence[int] = (),
         pads: bool | None = None,
+        sources: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self.batch, self.prompt_length = prompt_ids.shape
         self.padding = list(padding)
         self.pad_token_id = pad_token_id
+        self.sources = sources
         self.eos_token_ids = frozenset(eos_token_ids)
         self.pads = bool(eos_token_ids) if pads is None else pads
         self.limit = max_length  # falls to the last stop once all rows have stopped

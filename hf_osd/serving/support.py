@@ -80,12 +80,6 @@ def _setting(name: str, mode: str, asks: Callable[[Any], bool] = bool) -> Limit:
     return Limit(mode, found)
 
 
-def _encoder_decoder(asked: Asked) -> str | None:
-    if not asked.model.config.is_encoder_decoder:
-        return None
-    return f"{describe(asked.model)} is an encoder-decoder model; only decoder-only targets are speculated for"
-
-
 def _recurrent(asked: Asked) -> str | None:
     if not has_recurrent_state(asked.model):
         return None
@@ -143,6 +137,13 @@ def _cache_with_padding(asked: Asked) -> str | None:
     return "past_key_values together with padding: the cache does not say which of its tokens are padding"
 
 
+def _padded_decoder(asked: Asked) -> str | None:
+    """Decoders behind an encoder may count positions by column, and so the padding before their prompt (BART)."""
+    if not (asked.is_padded and asked.model.config.is_encoder_decoder):
+        return None
+    return "decoder_attention_mask hides padding in front of the decoder's prompt, which may count as positions"
+
+
 def _activated_lora(asked: Asked) -> str | None:
     """PEFT (0.21) locates the tokens that activate an aLoRA (arXiv 2504.12397) from the end of each forward."""
     owner = getattr(asked.model.prepare_inputs_for_generation, "__self__", asked.model)
@@ -177,10 +178,7 @@ SETTINGS: tuple[Limit, ...] = (
 )
 """Limits that the call alone shows."""
 
-MODELS: tuple[Limit, ...] = (
-    Limit("encoder-decoder target", _encoder_decoder, UnsupportedModelError),
-    Limit("target with a recurrent state", _recurrent, UnsupportedModelError),
-)
+MODELS: tuple[Limit, ...] = (Limit("target with a recurrent state", _recurrent, UnsupportedModelError),)
 """Limits of the target, checked before transformers prepares anything."""
 
 REQUESTS: tuple[Limit, ...] = (
@@ -189,6 +187,7 @@ REQUESTS: tuple[Limit, ...] = (
     Limit("model inputs of every pass", _model_inputs),
     Limit("cache of another kind", _cache_kind),
     Limit("cache with padding", _cache_with_padding),
+    Limit("padding of a decoder's prompt", _padded_decoder),
     Limit("activated LoRA", _activated_lora),
 )
 """Limits that show once transformers has prepared the request."""

@@ -25,6 +25,7 @@ _FLAT = {
     "draft_ids": np.dtype(np.int32),
     "accepted": np.dtype(np.bool_),
 }
+_OPTIONAL = {"source_ids": np.dtype(np.int32)}  # null where an observation has none
 _NESTED = {"teacher_ids": np.dtype(np.int32), "teacher_log_probs": np.dtype(np.float32)}
 _IN_MEMORY = {np.dtype(np.int32): np.dtype(np.int64)}
 _LARGEST = np.iinfo(np.int32).max
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
         ("recorded_at", pa.timestamp("us", tz="UTC")),
         *((name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in _FLAT.items()),
         *((name, pa.list_(pa.list_(pa.from_numpy_dtype(dtype)))) for name, dtype in _NESTED.items()),
+        *((name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in _OPTIONAL.items()),
     ]
 )
 
@@ -70,11 +72,13 @@ def to_row(observation: Observation) -> Row:
     """
     arrays = {name: _array(observation, name, 1, dtype) for name, dtype in _FLAT.items()}
     arrays |= {name: _array(observation, name, 2, dtype) for name, dtype in _NESTED.items()}
+    given = {name: dtype for name, dtype in _OPTIONAL.items() if getattr(observation, name) is not None}
+    optional = {name: _array(observation, name, 1, dtype) for name, dtype in given.items()}
     lengths = {len(array) for name, array in arrays.items() if name != "prompt_ids"}
     if len(lengths) != 1 or arrays["teacher_ids"].shape != arrays["teacher_log_probs"].shape:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ValueError(f"the shapes of an observation contradict each other: {shapes}")
-    return Row(time.time_ns() // 1000, arrays)
+    return Row(time.time_ns() // 1000, arrays | optional)
 
 
 def _array(observation: Observation, name: str, dimensions: int, dtype: "np.dtype[Any]") -> Array:
@@ -101,7 +105,17 @@ def to_table(rows: Sequence[Row], first: int) -> pa.Table:
         widths = np.concatenate([np.full(len(part), part.shape[1]) for part in parts])
         positions = _lists(widths, pa.array(np.concatenate([part.ravel() for part in parts])))
         columns[name] = _lists([len(part) for part in parts], positions)
+    for name in _OPTIONAL:
+        columns[name] = pa.array([row.arrays.get(name) for row in rows], SCHEMA.field(name).type)
     return pa.table(columns, schema=SCHEMA)
+
+
+def completed(table: pa.Table) -> pa.Table:
+    """Return a table with the columns that earlier versions did not write, all null, where they are missing."""
+    for name in _OPTIONAL:
+        if name not in table.column_names:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(table.num_rows, SCHEMA.field(name).type))
+    return table
 
 
 def _lists(lengths: Sequence[int] | Array, values: pa.Array) -> pa.ListArray:
@@ -111,15 +125,19 @@ def _lists(lengths: Sequence[int] | Array, values: pa.Array) -> pa.ListArray:
 
 def from_table(table: pa.Table) -> list[Observation]:
     """Turn rows of `SCHEMA` into observations, in their order."""
-    readers = {name: _flat_reader(table[name].combine_chunks()) for name in _FLAT}
+    readers: dict[str, Callable[[int], Array | None]] = {}
+    readers |= {name: _flat_reader(table[name].combine_chunks()) for name in _FLAT}
     readers |= {name: _nested_reader(table[name].combine_chunks()) for name in _NESTED}
+    readers |= {name: _optional_reader(table[name].combine_chunks()) for name in _OPTIONAL}
     return [
         Observation(**{name: _tensor(read(index)) for name, read in readers.items()})
         for index in range(table.num_rows)
     ]
 
 
-def _tensor(array: Array) -> torch.Tensor:
+def _tensor(array: Array | None) -> Any:
+    if array is None:
+        return None
     return torch.from_numpy(array.astype(_IN_MEMORY.get(array.dtype, array.dtype)))
 
 
@@ -127,6 +145,11 @@ def _flat_reader(column: pa.ListArray) -> Callable[[int], Array]:
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy(zero_copy_only=False)  # booleans are single bits in Arrow
     return lambda index: values[offsets[index] : offsets[index + 1]]
+
+
+def _optional_reader(column: pa.ListArray) -> Callable[[int], Array | None]:
+    read, given = _flat_reader(column), column.is_valid().to_numpy(zero_copy_only=False)
+    return lambda index: read(index) if given[index] else None
 
 
 def _nested_reader(column: pa.ListArray) -> Callable[[int], Array]:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ..records import Observation
 from .files import DamagedError, write_file
-from .rows import SCHEMA, from_table
+from .rows import SCHEMA, completed, from_table
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read_shard(shard: Shard) -> pa.Table:
     if _digest(data) != shard.digest:  # before Parquet sees it: a parser of damaged bytes may do anything
         raise DamagedError(f"{shard.path} is not as it was written")
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        table = completed(pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False))
     except (OSError, pa.ArrowException) as error:
         raise DamagedError(f"{shard.path} is no Parquet file: {error}") from error
     if not table.schema.equals(SCHEMA):
