@@ -59,6 +59,11 @@ def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str
     return {next((name for name in CACHE_NAMES if name in parameters), _CACHE_NAME): cache}
 
 
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
+
+
 def cache_of(values: Mapping[str, Any]) -> Cache | None:
     """Return the cache among model inputs or outputs, whatever it is called there."""
     return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
