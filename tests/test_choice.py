@@ -9,6 +9,7 @@ from hf_osd.serving.choice import attention_span, choose_decoder, choose_draft_d
 from hf_osd.serving.croppable_decoder import CroppableDecoder
 from hf_osd.serving.decoder import RaggedDecoder
 from hf_osd.serving.probe import Trial
+from hf_osd.serving.recurrent_decoder import RecurrentDecoder
 
 
 def chosen(model, width, rows=1, role="target"):
@@ -32,8 +33,9 @@ def test_choice_of_cache():
     assert isinstance(chosen(mistral, 33), CroppableDecoder)  # whose memory is that of the window
     with pytest.raises(UnsupportedModelError, match="batch of 2"):
         chosen(tiny_model("neo"), 17, rows=2)
+    assert isinstance(chosen(tiny_model("lfm2"), 9), RecurrentDecoder)
     with pytest.raises(UnsupportedModelError, match="roll back"):
-        chosen(tiny_model("mamba", dtype=torch.float32), 9)
+        chosen(tiny_model("rwkv", dtype=torch.float32), 9)
 
 
 def test_a_model_without_a_cache():

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import attention_implementation, execution_device, has_recurrent_state
+from .._compat import attention_implementation, carries_state, execution_device, hides_state, is_croppable
 from ..drafts.features import FeatureDraft
 from ..errors import UnsupportedModelError
 from .croppable_decoder import CroppableDecoder
@@ -16,6 +16,7 @@ from .decoder import Decoder, RaggedDecoder
 from .feature_decoder import FeatureDecoder
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
+from .recurrent_decoder import RecurrentDecoder
 from .weights import describe
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a 4D mask as it is
@@ -58,7 +59,8 @@ def choose_decoder(
     """
     padding, preparation = trial.padding, trial.preparation
     name, length = f"the {role} {describe(model)}", width - min(padding) if length is None else length
-    if not _can_roll_back(model):
+    single = _decoder_of_one_row(model, cache is not None)
+    if single is None:
         raise UnsupportedModelError(
             f"{name} keeps a state that cannot roll back rejected tokens", f"{role}: state that cannot roll back"
         )
@@ -71,8 +73,8 @@ def choose_decoder(
             if finding.suits:
                 options = {"takes_trees": finding.takes_trees, "own_masks": own_masks}
                 return partial(ragged, model, padding, width, preparation, **options)
-    _check_dynamic(model, trial, length, name, role, finding.why)
-    return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
+    _check_dynamic(partial(single, model), trial, length, (name, role, finding.why))
+    return partial(single, model, padding, width, preparation, cache, is_prefix)
 
 
 def _may_be_ragged(model: PreTrainedModel, trial: Trial, columns: int, length: int) -> bool:
@@ -90,8 +92,25 @@ def _masks_to_try(model: PreTrainedModel, trial: Trial, length: int) -> tuple[bo
     return (False, True) if trial.has_extras else (False,)
 
 
-def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str, role: str, why: str) -> None:
-    """Raise the reason if transformers' dynamic cache cannot serve a request; `why` is that of the ragged cache."""
+def _decoder_of_one_row(model: PreTrainedModel, continues: bool) -> type[CroppableDecoder] | None:
+    """Return the decoder on transformers' own cache, fresh or the caller's; `None` where neither rolls back."""
+    if model.config.is_encoder_decoder or hides_state(model):
+        return None
+    if carries_state(model):
+        return None if continues else RecurrentDecoder
+    return CroppableDecoder if is_croppable(model) else None
+
+
+def _check_dynamic(single: partial[CroppableDecoder], trial: Trial, length: int, named: tuple[str, str, str]) -> None:
+    """
+    Raise the reason if transformers' dynamic cache cannot serve a request.
+
+    Args:
+        single (`partial`): Makes the decoder from a model.
+        trial (`Trial`), length (`int`): See [`choose_decoder`].
+        named (`tuple[str, str, str]`): The model, its role, and why the ragged cache does not serve it.
+    """
+    (model,), (name, role, why) = single.args, named
     if len(trial.padding) > 1:
         raise UnsupportedModelError(
             f"{name} cannot decode up to {length} tokens in a batch of {len(trial.padding)}, since {why}: pass one "
@@ -109,7 +128,7 @@ def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str,
             f"{name} decodes a single prompt without its padding, which its soft prompt or the returned cache counts",
             f"{role}: padding of a single prompt",
         )
-    finding = probe(model, "dynamic", partial(CroppableDecoder, model), trial)
+    finding = probe(model, "dynamic", single, trial)
     if not finding.suits:
         raise UnsupportedModelError(
             f"{name} cannot check several tokens at once: {finding.why}", f"{role}: checking several tokens at once"
@@ -177,12 +196,6 @@ def _takes_masks(model: PreTrainedModel) -> bool:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     return attention_implementation(model) in RAGGED_ATTENTION and not set(kinds) - attention
-
-
-def _can_roll_back(model: PreTrainedModel) -> bool:
-    if model.config.is_encoder_decoder or has_recurrent_state(model):
-        return False
-    return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
 
 
 def holds_ragged_cache(model: PreTrainedModel) -> bool:

@@ -14,7 +14,6 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import logits_process as lp
 
-from .._compat import has_recurrent_state
 from ..errors import UnsupportedError, UnsupportedGenerationError, UnsupportedModelError
 from .preparation import Preparation, is_given
 from .weights import describe
@@ -84,12 +83,6 @@ def _encoder_decoder(asked: Asked) -> str | None:
     if not asked.model.config.is_encoder_decoder:
         return None
     return f"{describe(asked.model)} is an encoder-decoder model; only decoder-only targets are speculated for"
-
-
-def _recurrent(asked: Asked) -> str | None:
-    if not has_recurrent_state(asked.model):
-        return None
-    return f"{describe(asked.model)} keeps a recurrent state, which cannot roll back rejected tokens"
 
 
 def _rotary_switch(asked: Asked) -> str | None:
@@ -177,10 +170,7 @@ SETTINGS: tuple[Limit, ...] = (
 )
 """Limits that the call alone shows."""
 
-MODELS: tuple[Limit, ...] = (
-    Limit("encoder-decoder target", _encoder_decoder, UnsupportedModelError),
-    Limit("target with a recurrent state", _recurrent, UnsupportedModelError),
-)
+MODELS: tuple[Limit, ...] = (Limit("encoder-decoder target", _encoder_decoder, UnsupportedModelError),)
 """Limits of the target, checked before transformers prepares anything."""
 
 REQUESTS: tuple[Limit, ...] = (
