@@ -107,11 +107,14 @@ def test_up_to_the_end_of_what_a_target_sees(kind, batch, monkeypatch):
     assert bool(plans.shapes) == (kind != "neo")  # whose window goes by columns: only up to where proposals end
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("kind", [*WINDOWED, "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("captured", [False, True])
 def test_trees_past_a_window(kind, batch, captured, request, monkeypatch):
-    """Catches a window that counts the slots of a tree, and graphs that read the window of the round before."""
+    """
+    Catches a window that counts the slots of a tree, graphs that read the window of the round before, and paths that
+    are moved in layers without keys of their own.
+    """
     if captured:
         request.getfixturevalue("replayed")
     target, inputs = tiny_model(kind), repeating(batch)

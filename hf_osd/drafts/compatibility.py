@@ -38,7 +38,8 @@ def made_draft(name: str, target: PreTrainedModel) -> FeatureDraft:
         raise UnsupportedModelError(
             f"the draft must be a model or {AUTO!r}, got {shown(name)}: load it with OnlineAssistant.from_pretrained"
         )
-    if target.config.is_encoder_decoder or carries_state(target) or is_offloaded(target):
+    has_state = carries_state(target) or hides_state(target)
+    if target.config.is_encoder_decoder or has_state or is_offloaded(target):
         raise UnsupportedModelError(
             f"no draft can be made of the layers of {type(target).__name__}, which has an encoder, keeps a recurrent "
             "state or is offloaded: pass a draft",

@@ -264,7 +264,8 @@ class RaggedCache(Cache):
         from_slots, to_slots = offsets[0] * self.slots + offsets[1], offsets[0] * self.slots + offsets[2]
         for layer in self.layers:
             assert isinstance(layer, RaggedLayer)
-            layer.move(from_slots, to_slots)
+            if layer.is_initialized:  # otherwise it reads the keys of another one
+                layer.move(from_slots, to_slots)
 
 
 def windows_of(model: PreTrainedModel) -> list[int | None]:
