@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import (
@@ -58,6 +58,11 @@ logging.getLogger(__package__).parent = logging.getLogger("transformers")
 def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str, Any]:
     """Return a cache as a keyword argument of a function with these parameters, some of which may be unnamed."""
     return {next((name for name in CACHE_NAMES if name in parameters), _CACHE_NAME): cache}
+
+
+def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def cache_of(values: Mapping[str, Any]) -> Cache | None:
@@ -244,9 +249,29 @@ def is_callers_own(cache: Cache) -> bool:
     return bool(getattr(cache, "_is_user_defined", False))
 
 
-def has_recurrent_state(model: PreTrainedModel) -> bool:
-    """Whether transformers says, privately (5.17), that a model keeps a state that cannot be rolled back."""
-    return bool(getattr(model, "_is_stateful", False))
+def carries_state(model: PreTrainedModel) -> bool:
+    """Whether a model carries a state from token to token in transformers' own cache, which cannot be cropped."""
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def hides_state(model: PreTrainedModel) -> bool:
+    """Whether transformers says, privately (5.17), that a model carries a state elsewhere than in its own cache."""
+    own: Any = getattr(model, "_supports_default_dynamic_cache", lambda: True)
+    return not own() and (bool(getattr(model, "_is_stateful", False)) or carries_state(model))
+
+
+def is_croppable(model: PreTrainedModel) -> bool:
+    """Whether transformers' own cache of a model can drop its last tokens (not said before 5.23)."""
+    return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
+
+
+def tokens_held(cache: Cache) -> int:
+    """Return how many tokens a cache holds; 0 for one of states alone, which does not count them (5.17)."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return 0
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

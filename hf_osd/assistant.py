@@ -89,8 +89,8 @@ class OnlineAssistant:
         UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself; or
             `"auto"` cannot make one of this target. With
             `OnlineConfig(unsupported="error")` also where it cannot work for the target: another vocabulary, a
-            recurrent state, an encoder. By default such a draft is left out, with a warning, and requests are served
-            by the target's own decoding.
+            state that cannot be restored, an encoder. By default such a draft is left out, with a warning, and
+            requests are served by the target's own decoding.
 
     Example:
 

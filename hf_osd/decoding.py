@@ -43,7 +43,7 @@ from .serving.speculation import DraftSpeculator, Speculator
 from .serving.states import TargetStates
 from .serving.stopping import StopCheck
 from .serving.stopwatch import Stopwatch
-from .serving.support import MODELS, REQUESTS, SETTINGS, Asked, check_limits
+from .serving.support import REQUESTS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
 logger = logging.get_logger(__name__)
@@ -148,7 +148,7 @@ def _plain(call: Call) -> Output:
 def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     """Make all checks and choices, before anything is fed or streamed."""
     model, config, inputs = call.model, call.config, call.model_kwargs
-    check_limits((*SETTINGS, *MODELS), Asked(model, call.setting))
+    check_limits(SETTINGS, Asked(model, call.setting))
     mask = inputs.get(decoder_prefix(model) + "attention_mask")
     padding = padding_of(call.input_ids, mask)
     cache, rows, width = _callers_cache(inputs), *call.input_ids.shape

@@ -20,7 +20,7 @@ from .drafts.compatibility import check_target
 from .errors import InputError, UnsupportedError
 from .resolving import resolve_assistant
 from .serving.randomness import seeded
-from .serving.support import MODELS, SETTINGS, Asked, check_limits
+from .serving.support import SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
 
 
@@ -136,7 +136,7 @@ def _check_call(model: PreTrainedModel, config: GenerationConfig | None, kwargs:
         values = [kwargs[name]] if name in kwargs else [getattr(one, name, None) for one in configs]
         return next((value for value in values if value is not None), None)
 
-    check_limits((*SETTINGS, *MODELS), Asked(model, setting))
+    check_limits(SETTINGS, Asked(model, setting))
 
 
 def _rows(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> int:

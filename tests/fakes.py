@@ -1,6 +1,7 @@
 """Small real models for the tests: random weights, and drafts that are wrong in every way we could think of."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable
 
@@ -9,23 +10,35 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    Mamba2Config,
     MambaConfig,
     MistralConfig,
     OpenAIGPTConfig,
     PreTrainedModel,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    RwkvConfig,
 )
+from transformers.masking_utils import create_chunked_causal_mask
 
 DEVICE = os.environ.get("HF_OSD_TEST_DEVICE", "cpu")  # of the models and the prompts below
 VOCAB = 61
 CONTEXT = 128
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "neox", "gemma")
+
+# Up to 5.17, transformers' own function makes no masks of chunks for `generate`.
+_TAKES_CHUNKS = "block_sequence_ids" in inspect.signature(create_chunked_causal_mask).parameters
+RECURRENT = ("mamba2", "qwen3.5", "lfm2")
+WINDOWED = ("mistral", "gemma3", *["llama4"][: int(_TAKES_CHUNKS)])
 
 _SHARED = dict(vocab_size=VOCAB, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 _LLAMA_LIKE = dict(
@@ -39,9 +52,31 @@ _CONFIGS: dict[str, Callable[..., object]] = {
     ),
     "neox": lambda **k: GPTNeoXConfig(**{**_LLAMA_LIKE, **k}),
     "gemma": lambda **k: GemmaConfig(num_key_value_heads=1, head_dim=8, **{**_LLAMA_LIKE, **k}),
-    "mistral": lambda **k: MistralConfig(num_key_value_heads=2, sliding_window=8, **{**_LLAMA_LIKE, **k}),
+    "mistral": lambda **k: MistralConfig(num_key_value_heads=2, **{**_LLAMA_LIKE, "sliding_window": 8, **k}),
     "gemma3": lambda **k: Gemma3TextConfig(
-        num_key_value_heads=1, head_dim=8, sliding_window=8, **{**_LLAMA_LIKE, **k}
+        num_key_value_heads=1, head_dim=8, **{**_LLAMA_LIKE, "sliding_window": 8, **k}
+    ),
+    "gemma3n": lambda num_hidden_layers, **k: Gemma3nTextConfig(
+        num_key_value_heads=1,
+        head_dim=8,
+        num_hidden_layers=2 * num_hidden_layers,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 2 * num_hidden_layers,
+        layer_types=["sliding_attention", "full_attention"] * num_hidden_layers,
+        num_kv_shared_layers=2,
+        **{**_LLAMA_LIKE, "sliding_window": 8, **k},
+    ),
+    "llama4": lambda **k: Llama4TextConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        no_rope_layers=[1, 0],
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+        **{**_LLAMA_LIKE, "attention_chunk_size": 8, **k},
     ),
     "bloom": lambda num_hidden_layers, **k: BloomConfig(
         **{**_SHARED, "hidden_size": 32, "n_head": 4, "n_layer": num_hidden_layers, **k}
@@ -62,6 +97,29 @@ _CONFIGS: dict[str, Callable[..., object]] = {
         **{**_SHARED, "n_embd": 32, "n_head": 4, "n_positions": CONTEXT, "n_layer": num_hidden_layers, **k}
     ),
     "mamba": lambda **k: MambaConfig(hidden_size=32, **{**_SHARED, **k}),
+    "mamba2": lambda **k: Mamba2Config(
+        hidden_size=32, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8, **{**_SHARED, **k}
+    ),
+    "qwen3.5": lambda num_hidden_layers, **k: Qwen3_5TextConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=num_hidden_layers,
+        layer_types=["linear_attention", "full_attention"] * (num_hidden_layers // 2),
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        **{**_LLAMA_LIKE, **k},
+    ),
+    "lfm2": lambda num_hidden_layers, **k: Lfm2Config(
+        num_key_value_heads=2,
+        num_hidden_layers=num_hidden_layers,
+        layer_types=["conv", "full_attention"] * (num_hidden_layers // 2),
+        **{**_LLAMA_LIKE, **k},
+    ),
+    "rwkv": lambda **k: RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, intermediate_size=48, context_length=CONTEXT, **{**_SHARED, **k}
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from hf_osd.serving.choice import attention_span, choose_decoder, choose_draft_d
 from hf_osd.serving.croppable_decoder import CroppableDecoder
 from hf_osd.serving.decoder import RaggedDecoder
 from hf_osd.serving.probe import Trial
+from hf_osd.serving.recurrent_decoder import RecurrentDecoder
 
 
 def chosen(model, width, rows=1, role="target"):
@@ -27,12 +28,14 @@ def test_choice_of_cache():
     assert not holds_ragged_cache(tiny_model("bloom"))  # builds its positions from a 2D mask
     mistral = tiny_model("mistral")
     assert attention_span(mistral) == 8
-    assert isinstance(chosen(mistral, 8, rows=2), RaggedDecoder)  # within the window, it is full attention
-    assert isinstance(chosen(mistral, 9), CroppableDecoder)
+    for width, rows in ((8, 2), (9, 2), (9, 1), (32, 1), (33, 2)):
+        assert isinstance(chosen(mistral, width, rows), RaggedDecoder)
+    assert isinstance(chosen(mistral, 33), CroppableDecoder)  # whose memory is that of the window
     with pytest.raises(UnsupportedModelError, match="batch of 2"):
-        chosen(mistral, 9, rows=2)
+        chosen(tiny_model("neo"), 17, rows=2)
+    assert isinstance(chosen(tiny_model("lfm2"), 9), RecurrentDecoder)
     with pytest.raises(UnsupportedModelError, match="roll back"):
-        chosen(tiny_model("mamba", dtype=torch.float32), 9)
+        chosen(tiny_model("rwkv", dtype=torch.float32), 9)
 
 
 def test_a_model_without_a_cache():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from calls import LLAMA, NOISY, TARGETS, both, eos_of, static
-from fakes import ARCHITECTURES, CONTEXT, DRAFTS, VOCAB, prompts, tiny_model, wrong_draft
+from fakes import ARCHITECTURES, CONTEXT, DRAFTS, VOCAB, WINDOWED, prompts, tiny_model, wrong_draft
 
 import hf_osd
 
@@ -153,12 +153,25 @@ def test_draft_in_another_dtype():
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3", "bloom"])
 def test_croppable_cache(kind):
-    """Catches sliding windows on the full cache: the window (8) is much shorter than the text. One row at a time."""
+    """Catches what transformers' own cache drops too early: the window (8) is a sixth of the text."""
     target = tiny_model(kind)
     inputs = {"input_ids": prompts(1, length=14)["input_ids"]}
     for draft in (wrong_draft(target, "noisy"), tiny_model("mistral", seed=8)):
         expected, actual = both(target, draft, inputs, max_new_tokens=40)
         assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_text_past_the_window(kind, rows):
+    """Catches windows and chunks of 8 tokens that the keys of a longer text are not masked by, target's or draft's."""
+    target = tiny_model(kind)
+    pairs = [(target, wrong_draft(target, "noisy")), (target, tiny_model("llama", seed=8)), (LLAMA, target)]
+    for model, draft in pairs:
+        assistant = static(draft, model)
+        expected, actual = both(model, assistant, prompts(rows), max_new_tokens=20)
+        assert torch.equal(expected, actual)
+        assert assistant.stats().fallbacks == 0
 
 
 def test_window_that_the_configuration_calls_otherwise():

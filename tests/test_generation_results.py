@@ -3,10 +3,11 @@
 import pytest
 import torch
 from calls import LLAMA, NOISY, EndsWith, FavourByLength, both, eos_of, static, tiny_tokenizer
-from fakes import Collector, prompts, wrong_draft
+from fakes import Collector, prompts, tiny_model, wrong_draft
 from transformers import LogitsProcessorList, pipeline
 
 import hf_osd
+from hf_osd._compat import cache_argument, cache_of
 
 
 def test_arguments_by_position():
@@ -81,20 +82,27 @@ def test_scores_behind_a_criterion():
         assert ((scores == 0).all(dim=1) == ended[:, step]).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3n"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_returned_cache_can_be_continued(batch):
-    """Catches an exported cache with rejected tokens in it, or in the wrong columns."""
-    inputs = prompts(batch)
+def test_returned_cache_can_be_continued(kind, batch):
+    """
+    Catches an exported cache with rejected tokens in it, or in the wrong columns, with more than a window (8), or that
+    fails for layers which read the keys of another.
+    """
+    target, inputs = tiny_model(kind), prompts(batch)
     ours = hf_osd.generate(
-        LLAMA, **inputs, online_assistant=static(NOISY), max_new_tokens=10, do_sample=False,
+        target, **inputs, online_assistant=static(NOISY, target), max_new_tokens=10, do_sample=False,
         return_dict_in_generate=True,
     )  # fmt: skip
+    plain = target.generate(**inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    held = [[layer.keys.shape for layer in cache_of(one).layers if layer.keys is not None] for one in (ours, plain)]
+    assert held[0] == held[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(batch, 10, dtype=torch.long)], dim=1)
-    longer = LLAMA.generate(
-        input_ids=ours.sequences, attention_mask=mask, past_key_values=ours.past_key_values, max_new_tokens=8,
-        do_sample=False,
+    longer = target.generate(
+        input_ids=ours.sequences, attention_mask=mask, max_new_tokens=8, do_sample=False,
+        **cache_argument((), cache_of(ours)),
     )  # fmt: skip
-    assert torch.equal(longer, LLAMA.generate(**inputs, max_new_tokens=18, do_sample=False))
+    assert torch.equal(longer, target.generate(**inputs, max_new_tokens=18, do_sample=False))
 
 
 def test_continues_a_given_cache():

@@ -54,8 +54,8 @@ def llava():
     return made(LlavaForConditionalGeneration, config)
 
 
-def gemma3():
-    text = Gemma3TextConfig(**TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=64)
+def gemma3(window=64):
+    text = Gemma3TextConfig(**TEXT, head_dim=8, query_pre_attn_scalar=8, sliding_window=window)
     vision = SiglipVisionConfig(**VISION, vision_use_head=False)
     config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=IMAGE, mm_tokens_per_image=4)
     return made(Gemma3ForConditionalGeneration, config)
@@ -132,9 +132,13 @@ def test_images_of_the_first_pass(rows):
 def test_images_that_change_mask_or_positions(rows):
     """Catches images whose tokens see each other, or have positions in three dimensions, on a plain mask."""
     draft = tiny_model("llama", seed=1, layers=1)
-    seen = {"token_type_ids": lambda count, ids: (ids == IMAGE).long()}
-    expected, actual = both(target := gemma3(), static(draft, target), image_prompts(rows, pictures, **seen))
-    assert torch.equal(expected, actual)
+    image = {"token_type_ids": lambda count, ids: (ids == IMAGE).long()}
+    prefix = {"token_type_ids": lambda count, ids: torch.zeros_like(ids)}  # all of it is read both ways
+    for target, seen in ((gemma3(), image), (gemma3(window=6), image), (paligemma(), prefix)):
+        assistant, inputs = static(draft, target), image_prompts(rows, pictures, **seen)
+        expected, actual = both(target, assistant, inputs)
+        assert torch.equal(expected, actual)
+        assert assistant.stats().fallbacks == 0
     grid = {"mm_token_type_ids": lambda count, ids: (ids == IMAGE).long()}
     grid |= {"image_grid_thw": lambda count, ids: torch.tensor([[1, 4, 4]] * count)}
 

@@ -137,7 +137,10 @@ def test_a_processor_sees_each_text_once(batch, monkeypatch):
 
 
 def test_on_the_croppable_cache(monkeypatch):
-    """Catches a windowed cache, the target's or the draft's, that rounds without the draft leave behind."""
+    """
+    Catches a windowed cache, the target's or the draft's, that rounds without the draft leave behind. The text is
+    longer than what is kept of windows otherwise.
+    """
     target, inputs = TARGETS["mistral"], {"input_ids": repeating(1, length=14)["input_ids"]}
     expected = target.generate(**inputs, max_new_tokens=40, do_sample=False)
     RandomPlans(5).install(monkeypatch)

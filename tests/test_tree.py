@@ -16,6 +16,12 @@ from hf_osd.serving.tree import ROOT, Candidates, chain, depths, lineage, visibl
 VOCAB = 61
 MODELS = {kind: tiny_model(kind) for kind in ("llama", "gpt2", "neox", "gemma")}
 MODELS["eager"] = tiny_model("llama", attn_implementation="eager")
+BOTH = ["sliding_attention", "full_attention"]
+WINDOWED = {
+    "mistral": tiny_model("mistral", sliding_window=4),
+    "gemma3": tiny_model("gemma3", sliding_window=3, layer_types=BOTH, attn_implementation="eager"),
+}
+MODELS |= WINDOWED
 LAYERS = (1, 2)
 
 
@@ -143,7 +149,8 @@ class Fed:
         generator = torch.Generator().manual_seed(self.draw(st.integers(0, 99)))
         self.ids = torch.randint(0, VOCAB, (self.batch, self.width), generator=generator)
         self.states = TargetStates(self.model, LAYERS, self.padding, self.width)
-        self.decoder = RaggedDecoder(self.model, self.padding, self.width, states=self.states)
+        options = {"states": self.states, "own_masks": kind in WINDOWED}
+        self.decoder = RaggedDecoder(self.model, self.padding, self.width, **options)
 
     def text(self, row):
         return self.ids[row, self.padding[row] : self.ends[row]]
@@ -197,7 +204,10 @@ class Fed:
 @given(data=st.data())
 @settings(max_examples=12, deadline=None)
 def test_trees_of_any_shape_in_ragged_batches(kind, data):
-    """Catches nodes at wrong positions, nodes that see each other, and a path that is kept in the wrong place."""
+    """
+    Catches nodes at wrong positions, nodes that see each other, a path that is kept in the wrong place, and windows
+    that are counted in slots or in another row's positions.
+    """
     fed = Fed(data, kind)
     fed.feed_some()
     for _ in range(data.draw(st.integers(1, 2))):
@@ -205,16 +215,17 @@ def test_trees_of_any_shape_in_ragged_batches(kind, data):
         fed.feed_on()
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
-def test_a_tree_of_one_row_is_staged_as_any_rows_are(data):
+def test_a_tree_of_one_row_is_staged_as_any_rows_are(kind, data):
     """Catches a shortcut for one row that reads other tokens, or at other positions, than the general way."""
     nodes, text, cached = (data.draw(st.integers(*ends)) for ends in ((1, 6), (1, 4), (0, 3)))
     cached, parents = min(cached, text - 1), [data.draw(trees(nodes))]
     ids = torch.randint(0, VOCAB, (1, text + nodes), generator=torch.Generator().manual_seed(nodes))
     calls = []
     for general in (False, True):
-        decoder = RaggedDecoder(MODELS["llama"], [0], text + nodes)
+        decoder = RaggedDecoder(MODELS[kind], [0], text + nodes, own_masks=kind in WINDOWED)
         call = decoder._call
         decoder._call = lambda *given, call=call: calls.append(given) or call(*given)
         if general:
@@ -227,11 +238,12 @@ def test_a_tree_of_one_row_is_staged_as_any_rows_are(data):
         assert torch.equal(shortcut, plainly)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_every_query_sees_something(data):
+def test_every_query_sees_something(kind, data):
     """Catches padding that sees nothing at all: softmax over nothing is nan, and nan spreads wherever rows meet."""
-    fed, masks = Fed(data, "llama"), []
+    fed, masks = Fed(data, kind), []
     call = fed.decoder._call
     fed.decoder._call = lambda *given: masks.append(given[2]) or call(*given)
     nodes = data.draw(st.integers(1, 6))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fakes import VOCAB, tiny_model, wrong_draft
+from fakes import VOCAB, WINDOWED, tiny_model, wrong_draft
 from plans import RandomPlans, repeating
 from test_graphs import replayed  # noqa: F401 -- a fixture
 
@@ -105,6 +105,28 @@ def test_up_to_the_end_of_what_a_target_sees(kind, batch, monkeypatch):
         for _ in range(4):
             assert torch.equal(hf_osd.generate(target, **inputs, **call, online_assistant=assistant), expected)
     assert bool(plans.shapes) == (kind != "neo")  # whose window goes by columns: only up to where proposals end
+
+
+@pytest.mark.parametrize("kind", [*WINDOWED, "gemma3n"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("captured", [False, True])
+def test_trees_past_a_window(kind, batch, captured, request, monkeypatch):
+    """
+    Catches a window that counts the slots of a tree, graphs that read the window of the round before, and paths that
+    are moved in layers without keys of their own.
+    """
+    if captured:
+        request.getfixturevalue("replayed")
+    target, inputs = tiny_model(kind), repeating(batch)
+    plans = RandomPlans(batch).install(monkeypatch)
+    call = dict(max_new_tokens=22, do_sample=False)
+    for how in ("noisy", "shifted"):
+        assistant = OnlineAssistant(wrong_draft(target, how), target, CONFIG)
+        for _ in range(3):
+            actual = hf_osd.generate(target, **inputs, **call, online_assistant=assistant)
+            assert torch.equal(actual, target.generate(**inputs, **call))
+    assert plans.shapes
+    assert assistant.stats().fallbacks == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -91,7 +91,7 @@ def test_said_once_for_each_reason(caplog):
 def test_drafts_that_cannot_draft():
     """Catches a draft of the wrong kind that costs the user the request, or is not named."""
     for draft, match in [
-        (tiny_model("mamba", dtype=torch.float32), "recurrent"),
+        (tiny_model("rwkv", dtype=torch.float32), "recurrent"),
         (tiny_model("llama", vocab_size=5000), "tokenizers differ"),
     ]:
         with pytest.raises(UnsupportedModelError, match=match):
@@ -105,7 +105,7 @@ def test_drafts_that_cannot_draft():
 @pytest.mark.parametrize("schedule", ["constant", "measured"])
 def test_a_draft_that_does_not_fit_the_batch(schedule):
     """Catches a refusal after tokens have been streamed: such a draft used to be found out when it first drafted."""
-    streamer, draft = Collector(), tiny_model("mistral", seed=4)
+    streamer, draft = Collector(), tiny_model("neo", seed=4)
     assistant = static(draft, draft_length_schedule=schedule)
     kwargs = {**prompts(4), "max_new_tokens": 24, "do_sample": False}
     actual = hf_osd.generate(LLAMA, **kwargs, online_assistant=assistant, streamer=streamer)
@@ -113,18 +113,21 @@ def test_a_draft_that_does_not_fit_the_batch(schedule):
     assert streamer.ended == 1
     assert assistant.stats().fallback_reasons == {"draft: batches of this model or length": 4}
     streamer = Collector()
-    with pytest.raises(UnsupportedModelError, match="draft MistralForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="draft GPTNeoForCausalLM"):
         hf_osd.generate(LLAMA, **kwargs, streamer=streamer, online_assistant=static(draft, unsupported="error"))
     assert not streamer.values
 
 
-def test_a_target_with_a_recurrent_state():
-    """Catches targets that plain decoding serves and nobody else."""
-    target = tiny_model("mamba", dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("kind", "why"), [("rwkv", "state that cannot roll back"), ("mamba", "checking several tokens at once")]
+)
+def test_a_target_with_a_recurrent_state(kind, why):
+    """Catches targets that plain decoding alone serves: a state is hidden, or several tokens do not go on from it."""
+    target = tiny_model(kind, dtype=torch.float32)
     assistant = static(NOISY, target)
     expected, actual = both(target, assistant, {"input_ids": prompts(1)["input_ids"]})
     assert torch.equal(expected, actual)
-    assert assistant.stats().fallback_reasons == {"target with a recurrent state": 1}
+    assert assistant.stats().fallback_reasons == {f"target: {why}": 1}
 
 
 def test_a_draft_that_cannot_draft_keeps_nothing_alive():

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import has_recurrent_state, is_offloaded
+from .._compat import carries_state, hides_state, is_offloaded
 from ..config import OnlineConfig, shown
 from ..errors import ConfigError, UnsupportedModelError
 from .features import FeatureDraft
@@ -38,7 +38,8 @@ def made_draft(name: str, target: PreTrainedModel) -> FeatureDraft:
         raise UnsupportedModelError(
             f"the draft must be a model or {AUTO!r}, got {shown(name)}: load it with OnlineAssistant.from_pretrained"
         )
-    if target.config.is_encoder_decoder or has_recurrent_state(target) or is_offloaded(target):
+    has_state = carries_state(target) or hides_state(target)
+    if target.config.is_encoder_decoder or has_state or is_offloaded(target):
         raise UnsupportedModelError(
             f"no draft can be made of the layers of {type(target).__name__}, which has an encoder, keeps a recurrent "
             "state or is offloaded: pass a draft",
@@ -79,7 +80,7 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: The draft has an encoder, and the target none for the same kind of input; or the draft
-            keeps a recurrent state, or has another vocabulary.
+            keeps a state where it cannot be copied, or has another vocabulary.
     """
     is_alike = target.config.is_encoder_decoder and target.main_input_name == draft.main_input_name
     if draft.config.is_encoder_decoder and not is_alike:
@@ -88,9 +89,9 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
             f"{draft.main_input_name}, and the target {type(target).__name__} has none for that: use a draft without",
             "draft: encoder-decoder",
         )
-    if has_recurrent_state(draft):
+    if hides_state(draft):
         raise UnsupportedModelError(
-            f"the draft {type(draft).__name__} keeps a recurrent state, which cannot roll back",
+            f"the draft {type(draft).__name__} keeps a recurrent state of its own, which cannot roll back",
             "draft: state that cannot roll back",
         )
     sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]

@@ -1,19 +1,78 @@
 """
 A ragged static key/value cache: each row of a batch has its own length, and rolls back by lowering it.
 
-The keys of an encoder's outputs lie beside it, in a cache of their own. Not covered: sliding windows that the text
-outgrows, which go through [`~hf_osd.serving.croppable_decoder.CroppableDecoder`]; linear attention, which the target's
-own decoding serves.
+The keys of an encoder's outputs lie beside it, in a cache of their own. Layers with a window keep all positions, as
+long as the text, and read those of the window. Not covered: recurrent states, which go through
+[`~hf_osd.serving.recurrent_decoder.RecurrentDecoder`].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .._compat import execution_device
+
+Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Says which queries see which keys, by positions of shape `(batch, 1, q, 1)` and `(batch or 1, 1, 1, keys)`."""
+
+
+def _causal(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return keys <= queries
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """
+    The tokens that are about to be fed.
+
+    Attributes:
+        slots (`torch.LongTensor` of shape `(batch, q)`): Where each goes in its row.
+        positions (`torch.LongTensor` of shape `(batch, q)`): Their positions. They differ from the slots for nodes of
+            a tree, and for padding, which has position 0: a row of nothing but -inf would turn into nan.
+        span (`int`): Slots of each row that they may read.
+        least (`int`): The least slot of a token, or less.
+        run (`int`, *optional*): The first slot, where a single row takes consecutive ones.
+        seen (`torch.BoolTensor` of shape `(batch, q, q)`, *optional*): Which of these tokens see one another, of those
+            before them; defaults to all.
+        valid (`torch.BoolTensor` of shape `(batch, q)`, *optional*): False for padding; defaults to True.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    span: int
+    least: int
+    run: int | None = None
+    seen: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+    def mask(self, keys: torch.Tensor, sees: Sees = _causal) -> torch.Tensor:
+        """
+        Return who sees what.
+
+        Args:
+            keys (`torch.LongTensor` of shape `(count,)`): The slots that are read, one after another.
+            sees (`Callable`, defaults to a causal mask): What a query sees, by positions.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch, 1, q, count)`: True where a query may look.
+        """
+        queries = self.positions[:, None, :, None]
+        mask = sees(queries, keys[None, None, None])
+        if self.seen is None:
+            return mask
+        inner = sees(queries, self.positions[:, None, None]) & self.seen[:, None]
+        first = self.span - len(keys)
+        if self.run is not None:
+            mask[..., self.run - first :] = inner
+            return mask
+        assert self.valid is not None
+        aside = torch.nn.functional.pad(mask, (0, 1))  # one more column, for padding
+        index = torch.where(self.valid, self.slots - first, len(keys))[:, None, None].expand_as(inner)
+        return aside.scatter_(3, index, inner | ~self.valid[:, None, :, None])[..., :-1]
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -22,14 +81,19 @@ class RaggedLayer(CacheLayerMixin):
 
     One `index_copy_` writes any pattern of rows and positions, and a view reads them back: nothing is moved when rows
     advance or roll back by different amounts.
+
+    Args:
+        cache (`RaggedCache`): The cache.
+        window (`int`, *optional*): Tokens that a query sees at most, itself included: no earlier ones are read.
     """
 
     is_compileable = False  # otherwise transformers builds masks where none are needed
-    is_sliding = False
 
-    def __init__(self, cache: "RaggedCache") -> None:
+    def __init__(self, cache: "RaggedCache", window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._window = window
+        self.is_sliding = window is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the slots with zeros: masked slots must be finite, since 0 * nan is nan."""
@@ -58,24 +122,26 @@ class RaggedLayer(CacheLayerMixin):
             key_states, value_states (`torch.Tensor` of shape `(batch, heads, q, head_dim)`): The new states.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Views of shape `(batch, heads, span, head_dim)`.
+            `tuple[torch.Tensor, torch.Tensor]`: Views of shape `(batch, heads, count, head_dim)`; see
+            [`get_mask_sizes`].
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         keys, values = self._readable
-        first, q, span = self._cache.staged_run, key_states.shape[2], self._cache.span
-        if first is not None:
-            keys.narrow(2, first, q).copy_(key_states)
-            values.narrow(2, first, q).copy_(value_states)
+        run, q = self._cache.staged.run, key_states.shape[2]
+        if run is not None:
+            keys.narrow(2, run, q).copy_(key_states)
+            values.narrow(2, run, q).copy_(value_states)
         else:
             self._scatter(self.keys, key_states)
             self._scatter(self.values, value_states)
-        return keys.narrow(2, 0, span), values.narrow(2, 0, span)
+        count, first = self.get_mask_sizes(q)
+        return keys.narrow(2, first, count), values.narrow(2, first, count)
 
     def _scatter(self, store: torch.Tensor, states: torch.Tensor) -> None:
-        slots = self._cache.staged_slots.to(store.device)
+        slots = self._cache.flat_slots.to(store.device)
         store.index_copy_(1, slots, states.transpose(0, 1).reshape(store.shape[0], -1, store.shape[2]))
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
@@ -85,12 +151,14 @@ class RaggedLayer(CacheLayerMixin):
             store.index_copy_(1, targets.to(store.device), store.index_select(1, sources.to(store.device)))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys. The mask itself is always passed, as a 4D tensor."""
-        return self._cache.span, 0
+        """Return how many slots are read, and the first of them. The mask itself is always passed, as a 4D tensor."""
+        staged = self._cache.staged
+        first = max(staged.least - self._window + 1, 0) if self._window is not None else 0
+        return staged.span - first, first
 
     def get_seq_length(self) -> int:
         """Tokens before those being fed, for models that build their own positions."""
-        return self._cache.start
+        return max(self._cache.staged.span - self._cache.staged.slots.shape[1], 0)
 
     def get_max_length(self) -> int:
         """Slots a row has."""
@@ -111,73 +179,79 @@ class RaggedCache(Cache):
     Args:
         batch (`int`): Rows.
         capacity (`int`): Positions a row can hold.
-        layers (`int`): Layers of the model.
+        windows (`Sequence[int | None]`): For each layer of the model its window, if it has one.
         device (`torch.device`): Where positions and masks are built.
         dtype (`torch.dtype`): The model's.
+
+    Attributes:
+        staged ([`Staged`]): What is about to be fed.
+        flat_slots (`torch.LongTensor` of shape `(batch * q,)`): Its slots, over all rows.
+        slot_ids (`torch.LongTensor` of shape `(slots,)`): 0, 1, 2 ...
     """
 
-    def __init__(self, batch: int, capacity: int, layers: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape = (batch, capacity, device, dtype)
+    def __init__(
+        self, batch: int, capacity: int, windows: Sequence[int | None], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.shape = (batch, capacity, tuple(windows), device, dtype)
         self.batch = batch
         self.capacity = capacity
         self.slots = capacity + 1
-        self.span = 0  # slots of each row that the staged queries may read
-        self.start = 0
-        self.staged_slots = torch.empty(0, dtype=torch.long, device=device)  # (batch * q,)
-        self.staged_run: int | None = None  # first slot, where a single row writes consecutive ones
+        self.flat_slots = torch.empty(0, dtype=torch.long, device=device)
+        self.slot_ids = torch.arange(self.slots, device=device)
         self._row_offsets = torch.arange(batch, device=device)[:, None] * self.slots  # (batch, 1)
-        self._slot_ids = torch.arange(self.slots, device=device)  # (slots,)
-        super().__init__(layers=[RaggedLayer(self) for _ in range(layers)])
+        none = self.slot_ids[None, :0]
+        self.staged = Staged(none, none, span=0, least=0)
+        super().__init__(layers=[RaggedLayer(self, window) for window in windows])
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch: int, capacity: int) -> "RaggedCache":
         """Make a cache for a model."""
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        return cls(batch, capacity, layers, execution_device(model), model.dtype)
+        return cls(batch, capacity, windows_of(model), execution_device(model), model.dtype)
 
-    def stage(self, places: torch.Tensor, span: int, seen: torch.Tensor | None = None) -> torch.Tensor:
+    def stage(
+        self,
+        places: torch.Tensor,
+        span: int,
+        least: int = 0,
+        back: torch.Tensor | int = 0,
+        seen: torch.Tensor | None = None,
+    ) -> Staged:
         """
-        Announce where the tokens about to be fed go, and build their mask.
+        Announce where the tokens about to be fed go.
 
         Args:
-            places (`torch.LongTensor` of shape `(batch, q)`): Slot of each token in its row: its position, unless the
-                tokens are a tree. Outside `[0, capacity)`: padding, written to the scratch slot.
+            places (`torch.LongTensor` of shape `(batch, q)`): Slot of each token in its row. Outside `[0, capacity)`:
+                padding, written to the scratch slot.
             span (`int`): One more than the largest slot inside the capacity.
-            seen (`torch.BoolTensor` of shape `(batch, q, q)`, *optional*): Which of these tokens see one another;
-                defaults to each seeing those before it.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch, 1, q, span)`: True where a query may look. A padding query sees slot
-            0, since a row of nothing but -inf would turn into nan.
+            least (`int`, defaults to 0): The least slot of a token that is no padding, or less.
+            back (`torch.LongTensor` of shape `(batch, q)`, defaults to 0): How far the position of each token is
+                before its slot: more than 0 in a tree.
+            seen (`torch.BoolTensor` of shape `(batch, q, q)`, *optional*): See [`Staged`].
         """
         valid = (places >= 0) & (places < self.capacity)
-        slots = torch.where(valid, places, self.capacity)
-        self.staged_slots, self.staged_run = (self._row_offsets + slots).flatten(), None
-        self.span, self.start = span, max(span - places.shape[1], 0)
-        mask = self.mask_of(places.clamp(min=0))
-        if seen is None:
-            return mask
-        aside = torch.nn.functional.pad(mask, (0, 1))  # one more column, for padding
-        index = torch.where(valid, places, span)[:, None, None].expand(-1, -1, places.shape[1], -1)
-        return aside.scatter_(3, index, (seen | ~valid[..., None])[:, None])[..., :span]
+        self.flat_slots = (self._row_offsets + torch.where(valid, places, self.capacity)).flatten()
+        self.staged = Staged(places, (places - back).clamp(min=0), span, max(least, 0), None, seen, valid)
+        return self.staged
 
-    def stage_run(self, first: int, count: int) -> torch.Tensor:
+    def stage_run(
+        self, first: int, count: int, back: torch.Tensor | int = 0, seen: torch.Tensor | None = None
+    ) -> Staged:
         """
         Announce consecutive slots of the only row: the same as [`stage`], at a fraction of its cost.
 
         Args:
             first (`int`): First slot, not negative.
             count (`int`): Slots; the last one lies inside the capacity.
-
-        Returns:
-            `torch.LongTensor` of shape `(1, count)`: The slots; see [`mask_of`].
+            back, seen: See [`stage`].
         """
-        self.staged_run, self.span, self.start = first, first + count, first
-        return self._slot_ids[None, first : first + count]
+        places = self.slot_ids[None, first : first + count]
+        positions = places if isinstance(back, int) else places - back
+        self.staged = Staged(places, positions, first + count, first, first, seen)
+        return self.staged
 
-    def mask_of(self, places: torch.Tensor) -> torch.Tensor:
-        """Return the mask of staged slots `(batch, q)` that are not negative: `(batch, 1, q, span)`."""
-        return (self._slot_ids[: self.span] <= places[..., None])[:, None]
+    def mask(self) -> torch.Tensor:
+        """Return the mask of the staged tokens where each sees all before it: `(batch, 1, q, span)`."""
+        return self.staged.mask(self.slot_ids[: self.staged.span])
 
     def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:
         """
@@ -191,4 +265,12 @@ class RaggedCache(Cache):
         from_slots, to_slots = offsets[0] * self.slots + offsets[1], offsets[0] * self.slots + offsets[2]
         for layer in self.layers:
             assert isinstance(layer, RaggedLayer)
-            layer.move(from_slots, to_slots)
+            if layer.is_initialized:  # otherwise it reads the keys of another one
+                layer.move(from_slots, to_slots)
+
+
+def windows_of(model: PreTrainedModel) -> list[int | None]:
+    """Return for each layer how many tokens its queries see, as transformers' own cache keeps them; `None` for all."""
+    config = model.config.get_text_config(decoder=True)
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    return [*windows, *[None] * (config.num_hidden_layers - len(windows))]

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import attention_implementation, execution_device, has_recurrent_state
+from .._compat import attention_implementation, carries_state, execution_device, hides_state, is_croppable
 from ..drafts.features import FeatureDraft
 from ..errors import UnsupportedModelError
 from .croppable_decoder import CroppableDecoder
@@ -16,10 +16,12 @@ from .decoder import Decoder, RaggedDecoder
 from .feature_decoder import FeatureDecoder
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
+from .recurrent_decoder import RecurrentDecoder
 from .weights import describe
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a 4D mask as it is
 _UNLIMITED = 2**62
+_WINDOWS_KEPT = 4  # times the narrowest window: up to this text, a single prompt keeps all of it, and takes trees
 
 MakeDecoder = Callable[..., Decoder]
 """Makes a decoder. `states` takes the hidden states of a target; `source` and `vocabulary` are for a feature draft."""
@@ -57,23 +59,58 @@ def choose_decoder(
     """
     padding, preparation = trial.padding, trial.preparation
     name, length = f"the {role} {describe(model)}", width - min(padding) if length is None else length
-    if not _can_roll_back(model):
+    single = _decoder_of_one_row(model, cache is not None)
+    if single is None:
         raise UnsupportedModelError(
             f"{name} keeps a state that cannot roll back rejected tokens", f"{role}: state that cannot roll back"
         )
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
-    sees_all = length <= attention_span(model) and width - min(padding) <= _local_window(model)
-    if cache is None and _feeds_tokens(trial) and sees_all and _may_be_ragged(model):
-        finding = probe(model, "ragged", partial(ragged, model), trial)
-        if finding.suits:
-            return partial(ragged, model, padding, width, preparation, takes_trees=finding.takes_trees)
-    _check_dynamic(model, trial, length, name, role, finding.why)
-    return partial(CroppableDecoder, model, padding, width, preparation, cache, is_prefix)
+    if cache is None and _may_be_ragged(model, trial, width - min(padding), length):
+        for own_masks in _masks_to_try(model, trial, length):
+            kind = "ragged, with the model's masks" if own_masks else "ragged"
+            finding = probe(model, kind, partial(ragged, model, own_masks=own_masks), trial)
+            if finding.suits:
+                options = {"takes_trees": finding.takes_trees, "own_masks": own_masks}
+                return partial(ragged, model, padding, width, preparation, **options)
+    _check_dynamic(partial(single, model), trial, length, (name, role, finding.why))
+    return partial(single, model, padding, width, preparation, cache, is_prefix)
 
 
-def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str, role: str, why: str) -> None:
-    """Raise the reason if transformers' dynamic cache cannot serve a request; `why` is that of the ragged cache."""
+def _may_be_ragged(model: PreTrainedModel, trial: Trial, columns: int, length: int) -> bool:
+    """Say whether the ragged cache is worth a trial for a request."""
+    fits = columns <= _local_window(model) and length <= _index_span(model)
+    # A single prompt's windows are kept by transformers' own cache, which holds no more than them.
+    fits &= len(trial.padding) > 1 or length <= _WINDOWS_KEPT * attention_span(model)
+    return fits and _feeds_tokens(trial) and _takes_masks(model)
+
+
+def _masks_to_try(model: PreTrainedModel, trial: Trial, length: int) -> tuple[bool, ...]:
+    """One mask for all layers, by which a token sees all before it, and the model's own."""
+    if length > attention_span(model):
+        return (True,)
+    return (False, True) if trial.has_extras else (False,)
+
+
+def _decoder_of_one_row(model: PreTrainedModel, continues: bool) -> type[CroppableDecoder] | None:
+    """Return the decoder on transformers' own cache, fresh or the caller's; `None` where neither rolls back."""
+    if hides_state(model):
+        return None
+    if carries_state(model):
+        return None if continues else RecurrentDecoder
+    return CroppableDecoder if is_croppable(model) else None
+
+
+def _check_dynamic(single: partial[CroppableDecoder], trial: Trial, length: int, named: tuple[str, str, str]) -> None:
+    """
+    Raise the reason if transformers' dynamic cache cannot serve a request.
+
+    Args:
+        single (`partial`): Makes the decoder from a model.
+        trial (`Trial`), length (`int`): See [`choose_decoder`].
+        named (`tuple[str, str, str]`): The model, its role, and why the ragged cache does not serve it.
+    """
+    (model,), (name, role, why) = single.args, named
     if len(trial.padding) > 1:
         raise UnsupportedModelError(
             f"{name} cannot decode up to {length} tokens in a batch of {len(trial.padding)}, since {why}: pass one "
@@ -91,7 +128,7 @@ def _check_dynamic(model: PreTrainedModel, trial: Trial, length: int, name: str,
             f"{name} decodes a single prompt without its padding, which its soft prompt or the returned cache counts",
             f"{role}: padding of a single prompt",
         )
-    finding = probe(model, "dynamic", partial(CroppableDecoder, model), trial)
+    finding = probe(model, "dynamic", single, trial)
     if not finding.suits:
         raise UnsupportedModelError(
             f"{name} cannot check several tokens at once: {finding.why}", f"{role}: checking several tokens at once"
@@ -139,7 +176,7 @@ def attention_span(model: PreTrainedModel) -> int:
     """
     Return the length of the text up to which every layer sees all of it.
 
-    Up to the narrowest window, windowed layers equal full ones, so the ragged cache holds both.
+    Up to the narrowest window, windowed layers equal full ones, so that one mask does for both.
     """
     config = model.config.get_text_config(decoder=True)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
@@ -163,16 +200,10 @@ def _index_span(model: PreTrainedModel) -> int:
     return getattr(config, "index_topk", None) or _UNLIMITED
 
 
-def _may_be_ragged(model: PreTrainedModel) -> bool:
+def _takes_masks(model: PreTrainedModel) -> bool:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     return attention_implementation(model) in RAGGED_ATTENTION and not set(kinds) - attention
-
-
-def _can_roll_back(model: PreTrainedModel) -> bool:
-    if has_recurrent_state(model):
-        return False
-    return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
 
 
 def holds_ragged_cache(model: PreTrainedModel) -> bool:
@@ -180,4 +211,4 @@ def holds_ragged_cache(model: PreTrainedModel) -> bool:
     prompts = torch.arange(1, 8, device=execution_device(model)).expand(2, -1)
     trials = (Trial(prompts[:rows], [0] * rows, Preparation({}, width=prompts.shape[1])) for rows in (1, 2))
     make = partial(RaggedDecoder, model)
-    return _may_be_ragged(model) and all(probe(model, "ragged", make, trial).suits for trial in trials)
+    return _takes_masks(model) and all(probe(model, "ragged", make, trial).suits for trial in trials)

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import cache_argument, empty_cache, show_windows_only, stop_recording, text_cache
+from .._compat import cache_argument, empty_cache, show_windows_only, stop_recording, text_cache, tokens_held
 from ..errors import UnsupportedModelError
 from .decoder import Decoder, Parents
 from .preparation import Preparation
@@ -38,7 +38,7 @@ class CroppableDecoder(Decoder):
         states: TargetStates | None = None,
     ) -> None:
         super().__init__(model, padding, width, preparation, states)
-        held = cache.get_seq_length() if cache is not None else 0
+        held = tokens_held(cache) if cache is not None else 0
         self.cached = [self.padding[0] + (held if is_prefix else 0)]
         self._adopt(cache if cache is not None else empty_cache(model, bool(self._every_pass)))
         self._ahead = held - (self.cached[0] - self.padding[0])  # cached tokens that are no columns of the buffer
@@ -62,12 +62,16 @@ class CroppableDecoder(Decoder):
         self._take(None if states is None else states[:, start - end :], [end])  # a soft prompt comes before the text
         if prepares:
             self._note_first_pass(inputs, cache, end)
-        if self.cache.get_seq_length() - self._ahead != end - self.padding[0]:
+        self.cached = [end]
+        self._check()
+        return logits
+
+    def _check(self) -> None:
+        """Raise an error for a model that ignores the cache it is given."""
+        if tokens_held(self.cache) - self._ahead != self.cached[0] - self.padding[0]:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be served: it does not keep its tokens in the cache it is given"
             )
-        self.cached = [end]
-        return logits
 
     def _plain(self, ids: torch.Tensor, start: int, end: int) -> dict[str, Any]:
         inputs = {"input_ids": ids[:, start:end]}
@@ -96,10 +100,10 @@ class CroppableDecoder(Decoder):
         """A soft prompt may have brought a cache of its own, or tokens before the text; positions go on behind it."""
         if cache is not None and cache is not self.cache:
             self._adopt(cache)
-        self._ahead = self.cache.get_seq_length() - (end - self.padding[0])
+        self._ahead = tokens_held(self.cache) - (end - self.padding[0])
         last = inputs.get(self._prefix + "position_ids")
         if last is None:
-            last = torch.full((1, 1), self.cache.get_seq_length() - 1)
+            last = torch.full((1, 1), tokens_held(self.cache) - 1)
         self._zero = (end - 1, last[..., -1:])
 
     def rollback(self, ends: Sequence[int]) -> None:

@@ -21,6 +21,7 @@ from .._compat import (
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back
+from .masks import Masks, OwnMasks
 from .preparation import Preparation
 from .states import TargetStates
 from .transfer import upload
@@ -174,6 +175,8 @@ class RaggedDecoder(Decoder):
         model, padding, width, preparation, states: See [`Decoder`].
         takes_trees (`bool`, defaults to `True`): Whether the model obeys a mask that hides earlier tokens from later
             ones.
+        own_masks (`bool`, defaults to `False`): Whether the model makes its masks, since some of its layers do not let
+            each token see all before it, and only these; see [`~hf_osd.serving.masks.OwnMasks`].
     """
 
     def __init__(
@@ -184,9 +187,11 @@ class RaggedDecoder(Decoder):
         preparation: Preparation | None = None,
         states: TargetStates | None = None,
         takes_trees: bool = True,
+        own_masks: bool = False,
     ) -> None:
         super().__init__(model, padding, width, preparation, states)
         self._takes_trees = takes_trees
+        self._own_masks = OwnMasks(model) if own_masks else None
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
         self._whole = EncoderDecoderCache(self.cache, DynamicCache()) if self._every_pass else self.cache
@@ -225,7 +230,8 @@ class RaggedDecoder(Decoder):
         else:
             tokens, places = self._columns(ids, ends, q)
             tree, read = self._tree(parents, q), self._read(places)
-            logits, states, _ = self._staged(tokens, places, self._span(ends), keep, read, tree)
+            least = min(end - q - pad for end, pad in zip(ends, self.padding, strict=True))
+            logits, states, _ = self._staged(tokens, places, self._span(ends), least, keep, read, tree)
         self._take(states, ends)
         self.cached = list(ends)
         return logits[:, -keep:]
@@ -233,14 +239,11 @@ class RaggedDecoder(Decoder):
     def _feed_run(self, ids: torch.Tensor, end: int, q: int, keep: int, parents: Parents | None) -> Pass:
         """The only row's last `q` columns before `end`."""
         first = end - q - self.padding[0]
-        places = positions = self.cache.stage_run(first, q)
+        positions = self.cache.stage_run(first, q, *self._tree(parents, q)).positions
         # Without a mask, transformers takes faster paths for a prompt and for a single token.
         is_known = (q == 1 or first == 0) and not self._additive_mask and self._positions is None and parents is None
-        mask = None if is_known else self.cache.mask_of(places)
-        if parents is not None:
-            assert mask is not None
-            back, seen = self._tree(parents, q)
-            mask[..., first:], positions = seen, places - back
+        mask = None if is_known and self._own_masks is None else self._mask()
+        places = self.cache.staged.slots
         return self._call(ids[:, end - q : end], positions, mask, keep, self._read(places))
 
     def _tree(self, parents: Parents | None, fed: int) -> tuple[torch.Tensor, ...]:
@@ -291,26 +294,26 @@ class RaggedDecoder(Decoder):
     ) -> Pass:
         """A forward and its mask, for a graph to capture; `more` is what `_read` gave, by `names`, then the tree."""
         named = dict(zip(names, more, strict=False))
-        return self._staged(tokens, places, span, tokens.shape[1], named, more[len(names) :])
+        return self._staged(tokens, places, span, 0, tokens.shape[1], named, more[len(names) :])
 
     def _staged(
         self,
         tokens: torch.Tensor,
         places: torch.Tensor,
         span: int,
+        least: int,
         keep: int,
         read: dict[str, torch.Tensor],
         tree: Sequence[torch.Tensor],
     ) -> Pass:
-        back, seen = tree or (0, None)
-        mask = self.cache.stage(places, span, seen)
-        return self._call(tokens, (places - back).clamp(min=0), mask, keep, read)
+        positions = self.cache.stage(places, span, least, *tree).positions
+        return self._call(tokens, positions, self._mask(), keep, read)
 
     def _call(
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Masks,
         keep: int,
         read: dict[str, torch.Tensor],
     ) -> Pass:
@@ -319,18 +322,24 @@ class RaggedDecoder(Decoder):
             positions = self._positions.positions_at(positions + self._padding)
         return self._run(
             keep,
-            **self._named(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=None if mask is None else self._as_model_mask(mask),
-            ),
+            **self._named(input_ids=tokens, position_ids=positions, attention_mask=mask),
             **cache_argument(self._parameters, self._whole),
             **extras,
             **read,
         )
 
-    def _as_model_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        if not self._additive_mask:
+    def _mask(self) -> Masks:
+        """The mask of the staged tokens, as the model reads it."""
+        if self._own_masks is None:
+            return self._as_model_mask(self.cache.mask())
+        types = self._preparation.token_types(self.padding) if self._preparation and self._first else None
+        masks = self._own_masks.of(self.cache, types)
+        if isinstance(masks, dict):
+            return {kind: self._as_model_mask(mask) for kind, mask in masks.items()}
+        return self._as_model_mask(masks)
+
+    def _as_model_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None or not self._additive_mask:
             return mask
         dtype = self.model.dtype
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -348,9 +357,11 @@ class RaggedDecoder(Decoder):
         """Copy into a `DynamicCache` with the buffer's columns, left padding included; see [`Decoder.export`]."""
         columns = torch.arange(max(self.cached), device=self._device)
         slots = (columns - self._padding).clamp(0, self.cache.capacity)  # (batch, columns)
-        exported = DynamicCache()
+        exported = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         for index, layer in enumerate(self.cache.layers):
             assert isinstance(layer, RaggedLayer)
+            if not layer.is_initialized:  # it reads the keys of another one
+                continue
             rows = torch.arange(self.cache.batch, device=slots.device)[:, None]
             keys, values = (
                 view[rows.to(view.device), :, slots.to(view.device)].transpose(1, 2) for view in layer.by_row()

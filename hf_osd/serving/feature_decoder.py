@@ -21,7 +21,7 @@ class FeatureDecoder(RaggedDecoder):
 
     Args:
         model ([`~hf_osd.drafts.features.FeatureDraft`]): The draft, in eval mode.
-        padding, width, preparation, takes_trees: See [`~hf_osd.serving.decoder.RaggedDecoder`].
+        padding, width, preparation, takes_trees, own_masks: See [`~hf_osd.serving.decoder.RaggedDecoder`].
         source (`TargetStates`, *optional*): The target's states; without, it goes on tokens alone.
         vocabulary (`torch.LongTensor` of shape `(tokens,)`, *optional*): Tokens that may be proposed; defaults to all.
     """
@@ -37,8 +37,9 @@ class FeatureDecoder(RaggedDecoder):
         source: TargetStates | None = None,
         vocabulary: torch.Tensor | None = None,
         takes_trees: bool = False,
+        own_masks: bool = False,
     ) -> None:
-        super().__init__(model, padding, width, preparation, takes_trees=takes_trees)
+        super().__init__(model, padding, width, preparation, takes_trees=takes_trees, own_masks=own_masks)
         self._source = source if model.state_layers else None
         self.vocabulary = None if vocabulary is None else vocabulary.to(self._device)
         self._head = model.head_of(self.vocabulary)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
+from .._compat import tokens_held
 from ..errors import InputError
 
 
@@ -62,7 +63,7 @@ def holds_cached_text(cache: Cache | None, rows: int, prompt: int, text: int) ->
         InputError: The cache holds more than the text, or the mask is of another length than both together, or the
             cache is of another batch size.
     """
-    held = int(cache.get_seq_length()) if cache is not None else 0
+    held = tokens_held(cache) if cache is not None else 0
     if held and text == prompt and held >= prompt:
         raise InputError(
             f"the cache in past_key_values holds {held} tokens and the text only {prompt}: pass the whole text, or "

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .._compat import execution_device
-from .cache import RaggedCache
+from .cache import RaggedCache, windows_of
 from .graphs import ForwardGraphs, can_capture, fingerprint
 from .transfer import autocast_dtype
 
@@ -59,7 +59,7 @@ def borrow(model: PreTrainedModel, batch: int, capacity: int) -> KeptCache:
 
 
 def _take(model: PreTrainedModel, batch: int, capacity: int, autocast: torch.dtype | None) -> KeptCache | None:
-    wanted = (batch, capacity, execution_device(model), model.dtype)
+    wanted = (batch, capacity, tuple(windows_of(model)), execution_device(model), model.dtype)
     with _lock:
         idle = _idle.setdefault(model, [])
         found = next((kept for kept in idle if kept.cache.shape == wanted and kept.autocast == autocast), None)

@@ -63,6 +63,15 @@ class Preparation:
         """Return the extras of a pass over the last `columns` columns of the prompt."""
         return {name: value[..., -columns:] if name in _TOKEN_TYPES else value for name, value in self.extras.items()}
 
+    def token_types(self, padding: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return what the first pass says of the type of each token, by position: without the padding of each row."""
+        columns = torch.arange(self.width)[None] + torch.tensor(padding)[:, None]
+        return {
+            name: value.gather(-1, columns.clamp(max=self.width - 1).to(value.device))
+            for name, value in self.extras.items()
+            if name in _TOKEN_TYPES
+        }
+
     def positions_at(self, columns: torch.Tensor) -> torch.Tensor:
         """Return the position ids of tokens in `columns`, shape `(batch, q)`: `(..., batch, q)`."""
         assert self.positions is not None

@@ -14,8 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import logits_process as lp
 
-from .._compat import has_recurrent_state
-from ..errors import UnsupportedError, UnsupportedGenerationError, UnsupportedModelError
+from ..errors import UnsupportedError, UnsupportedGenerationError
 from .preparation import Preparation, is_given
 from .weights import describe
 
@@ -78,12 +77,6 @@ def _setting(name: str, mode: str, asks: Callable[[Any], bool] = bool) -> Limit:
         return f"{shown} asks for {mode}, which has no lossless speculative form here"
 
     return Limit(mode, found)
-
-
-def _recurrent(asked: Asked) -> str | None:
-    if not has_recurrent_state(asked.model):
-        return None
-    return f"{describe(asked.model)} keeps a recurrent state, which cannot roll back rejected tokens"
 
 
 def _rotary_switch(asked: Asked) -> str | None:
@@ -176,10 +169,7 @@ SETTINGS: tuple[Limit, ...] = (
     _setting("synced_gpus", "generation over several ranks", is_given),
     _setting("negative_prompt_ids", "classifier-free guidance", is_given),
 )
-"""Limits that the call alone shows."""
-
-MODELS: tuple[Limit, ...] = (Limit("target with a recurrent state", _recurrent, UnsupportedModelError),)
-"""Limits of the target, checked before transformers prepares anything."""
+"""Limits that the call alone shows, checked before transformers prepares anything."""
 
 REQUESTS: tuple[Limit, ...] = (
     Limit("position embeddings that change with the length", _rotary_switch),
