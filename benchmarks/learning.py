@@ -9,7 +9,6 @@ docs/laboratory.md says what the figures are.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -167,19 +166,11 @@ def _about(model: Any) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any], folder: Path) -> None:
-    (folder / "learning.json").write_text(_compact(found) + "\n", encoding="utf-8")
+    (folder / "learning.json").write_text(report.compact(found) + "\n", encoding="utf-8")
     text = "\n".join((report.markdown(found), report.summary(found)))
     (folder / "learning.md").write_text(text + "\n", encoding="utf-8")
     plots.write_plot(found, folder / "learning.png")
     print(text)
-
-
-def _compact(value: Any, indent: str = "") -> str:
-    """Return JSON with a line for each entry of an object, and each list on its line."""
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value)
-    lines = [f"{indent}  {json.dumps(key)}: {_compact(one, indent + '  ')}" for key, one in value.items()]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ DOCUMENTS = (ROOT / "docs" / "laboratory.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 DOMAINS = {"spider": "text to SQL", "python": "code", "gsm8k": "maths", "general": "general", "finance": "finance"}
+DOMAINS |= {"summaries": "code to docstring"}
 RATES = {f"algorithm_1@{float(rate)}": f"Algorithm 1, {rate}" for rate in ("1e-4", "3e-4", "1e-3", "3e-3")}
 NAMES = {
     "static": "static draft",
@@ -224,6 +225,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "lora": lambda: variants(streams("learning_lora")),
     "variants": lambda: variants(streams("learning_variants")),
     "matched pair": lambda: domains(streams("learning_matched_pair")),
+    "encoder-decoder pair": lambda: domains(streams("learning_encoder_decoder")),
     "embedded pair": lambda: domains(streams("learning_embedded_pair")),
     "live": live,
     "hostile": lambda: _segments("learning_hostile", "shift-gsm8k"),

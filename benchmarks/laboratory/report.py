@@ -1,5 +1,6 @@
 """What came out, as JSON and as Markdown."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -141,3 +142,11 @@ def _worst(found: Mapping[str, Any], recipe: str, goal: str) -> str:
     sign = -1.0 if GOALS[goal][0] == "<=" else 1.0
     value, where = min(values, key=lambda pair: float("-inf") if pair[0] is None else sign * pair[0])
     return f"{_goal_cell(goal, {goal: value})} ({where})"
+
+
+def compact(value: Any, indent: str = "") -> str:
+    """Return JSON with a line for each entry of an object, and each list on its line."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    lines = [f"{indent}  {json.dumps(key)}: {compact(one, indent + '  ')}" for key, one in value.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
