@@ -205,6 +205,7 @@ def plain_logits(
     config.num_beams, config.return_dict_in_generate, config.output_logits = 1, True, True
     config.prompt_lookup_num_tokens = config.prefill_chunk_size = None
     fresh = empty_cache(model, reads_encoder="encoder_outputs" in model_kwargs)
+    name = "cache_params" if "cache_params" in parameters_of(model.forward) else _CACHE_NAME  # Mamba's, up to 5.23
     inputs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
     output = decode_plainly(
         model,
@@ -212,7 +213,7 @@ def plain_logits(
         logits_processor=LogitsProcessorList(),
         stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(max_length=input_ids.shape[1] + count)]),
         generation_config=config,
-        **{**inputs, "use_cache": True, _CACHE_NAME: fresh},
+        **{**inputs, "use_cache": True, name: fresh},
     )
     return output.sequences, torch.stack(output.logits, dim=1)
 

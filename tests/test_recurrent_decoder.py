@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd._compat import cache_argument, cache_of
+from hf_osd._compat import cache_argument, cache_of, parameters_of
 from hf_osd.serving import recurrent_decoder
 from hf_osd.serving.recurrent_decoder import RecurrentDecoder
 
@@ -180,10 +180,10 @@ def test_batches_and_caches_of_the_callers_are_served_plainly(kind):
     expected, actual = both(target, assistant, prompts(3))
     assert torch.equal(expected, actual)
     assert assistant.stats().fallback_reasons == {"target: batches of this model or length": 3}
-    ids, outputs = prompts(1)["input_ids"], []
+    ids, outputs, named = prompts(1)["input_ids"], [], parameters_of(target.forward)
     for call in (target.generate, lambda *a, **k: hf_osd.generate(*[target, *a], online_assistant=assistant, **k)):
         cache = DynamicCache(config=target.config)
-        target(ids[:, :5], **cache_argument((), cache))
-        outputs.append(call(ids, **cache_argument((), cache), max_new_tokens=9, do_sample=False))
+        target(ids[:, :5], **cache_argument(named, cache))
+        outputs.append(call(ids, **cache_argument(named, cache), max_new_tokens=9, do_sample=False))
     assert torch.equal(*outputs)
     assert assistant.stats().fallback_reasons["target: state that cannot roll back"] == 1
