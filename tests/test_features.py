@@ -229,6 +229,21 @@ def test_states_that_are_not_kept_are_read_again():
     assert all(one.states is not None for one in with_states(draft, observations))
 
 
+def test_only_the_end_of_a_prompt_is_read():
+    """Catches states or teachers that move against their tokens, and prompts whose tokens are no longer proposed."""
+    target = tiny_model(layers=4)
+    draft = draft_for(target)
+    observations = recorded(draft, target, 2)
+    whole, cut = FeatureCollator(64, "all", draft)(observations), FeatureCollator(64, "all", draft, 2)(observations)
+    width = max(len(one.output_ids) for one in observations) + 1
+    assert cut["input_ids"].shape[1] == width < whole["input_ids"].shape[1]
+    assert torch.equal(cut["states"][:, 1:], whole["states"][:, 1 - width :])
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(cut[name], whole[name][:, -width:])
+    for name in ("vocabulary", "teacher_ids", "teacher_tail", "learn_mask"):
+        assert torch.equal(cut[name], whole[name])
+
+
 def test_teacher_ids_are_places_in_the_vocabulary():
     """Catches a draft that is taught the token which stands at the place of another one."""
     target = tiny_model(layers=4)

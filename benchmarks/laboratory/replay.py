@@ -59,7 +59,9 @@ def score(draft: PreTrainedModel, request: Observation) -> tuple[Score, Observat
         `tuple[Score, Observation]`: The score, and the request as serving would record it where it drafts everywhere.
     """
     count, reader = len(request.output_ids), reader_of(draft)
-    batch = reader.collator(len(request.prompt_ids) + count, "all")([request])
+    collate = reader.collator(len(request.prompt_ids) + count, "all")
+    collate.context = len(request.prompt_ids)  # all of it, as in serving
+    batch = collate([request])
     logits = reader.logits(draft, batch)[0].float()  # (output, vocab)
     choices = logits.argmax(-1)
     if "vocabulary" in batch:  # what the draft proposes from

@@ -1,19 +1,21 @@
 """The offline trainer: TRL's, on recorded texts, for a number of minutes, evaluated and saved on the way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..config import OnlineConfig
-from ..learning.features import OWN_STEPS, FeatureReader, reader_of
+from ..learning.features import FeatureCollator, FeatureReader, reader_of
+from ..learning.reading import Batch, ObservationCollator, Pass, positions_of, rows_of
 from ..learning.trainer import OnlineGKDTrainer
 from ..records import Observation
 from .averaging import Average
@@ -28,6 +30,8 @@ logger = logging.get_logger(__name__)
 
 _NEVER = 2**31 - 1
 _LONGEST_TEXT = 2**24
+_OWN_STEPS = 1  # tokens, besides the first, that are drafted from the draft's own states behind a position
+_STEP_WEIGHT = 0.6  # weight of each in the loss, relative to the token before: it is judged only if that is accepted
 
 
 class Undisturbed:
@@ -116,7 +120,7 @@ class HalvesReader(FeatureReader):
     """
     Drafts a second token behind each position, from the draft's own states, for a random half of each batch only.
 
-    It costs as much as another pass, and another text teaches more.
+    It costs as much as another pass, and another text teaches more. Texts are read from their beginning.
 
     Attributes:
         chance (`Callable[[], torch.Generator]`): Returns what draws the halves of a batch.
@@ -124,12 +128,30 @@ class HalvesReader(FeatureReader):
 
     chance: Callable[[], torch.Generator] = torch.Generator
 
+    def collator(self, max_length: int, positions: str) -> ObservationCollator:
+        """See [`~hf_osd.learning.reading.Reader.collator`]."""
+        return FeatureCollator(max_length, positions, self.draft)
+
     def groups(self, rows: int) -> list[tuple[Any, int]]:
-        """See [`~hf_osd.learning.features.FeatureReader.groups`]."""
+        """Return groups of a batch's rows, each with the number of tokens that it goes on from the draft's states."""
         if rows == 1:
-            return [(slice(1), OWN_STEPS)]
+            return [(slice(1), _OWN_STEPS)]
         order = torch.randperm(rows, generator=self.chance())
-        return [(order[rows // 2 :], 0), (order[: rows // 2], OWN_STEPS)]
+        return [(order[rows // 2 :], 0), (order[: rows // 2], _OWN_STEPS)]
+
+    def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
+        """See [`~hf_osd.learning.reading.Reader.passes`]: one for each token behind a position, of each group."""
+        if not self.draft.state_layers:
+            yield from super(HalvesReader, self).passes(model, inputs)
+            return
+        groups = [(rows_of(inputs, rows), count) for rows, count in self.groups(len(inputs["learn_mask"]))]
+        steps = range(max(count for _, count in groups) + 1)
+        positions = [sum(positions_of(rows) for rows, count in groups if count >= step) for step in steps]
+        total = sum(_STEP_WEIGHT**step for step in steps)
+        for rows, count in groups:
+            logits = model(**self.options(rows), own_steps=count).logits
+            for step, scores in enumerate(logits if count else logits[None]):
+                yield Pass(_STEP_WEIGHT**step / total, positions[step], rows, scores)
 
 
 class OfflineTrainer(OnlineGKDTrainer):

@@ -1,20 +1,18 @@
 """Recorded requests for a draft that reads its target's states: these states, and places in its vocabulary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..drafts.features import FeatureDraft
 from ..drafts.states import with_states
 from ..drafts.vocabulary import places_in
 from ..records import Observation
-from .reading import Batch, ObservationCollator, Pass, Reader, base_model, positions_of, rows_of
+from .reading import ALL, Batch, ObservationCollator, Reader, base_model
 
-OWN_STEPS = 1  # tokens, besides the first, that the training copy drafts from its own states behind each position
-STEP_WEIGHT = 0.6  # weight of each in the loss, relative to the token before: it is judged only if that is accepted
+CONTEXT = 32  # tokens of a prompt that are read: the target's states carry the rest
 
 
 def reader_of(model: Any, proposed: int | None = None) -> Reader:
@@ -31,30 +29,12 @@ class FeatureReader(Reader):
 
     def collator(self, max_length: int, positions: str) -> ObservationCollator:
         """See [`~hf_osd.learning.reading.Reader.collator`]."""
-        return FeatureCollator(max_length, positions, self.draft)
+        return FeatureCollator(max_length, positions, self.draft, CONTEXT)
 
     def options(self, inputs: Batch) -> dict[str, Any]:
         """See [`~hf_osd.learning.reading.Reader.options`]."""
         more = {name: inputs[name] for name in ("states", "vocabulary") if name in inputs}
         return super(FeatureReader, self).options(inputs) | more
-
-    def groups(self, rows: int) -> list[tuple[Any, int]]:
-        """Return groups of a batch's rows, each with the number of tokens that it goes on from the draft's states."""
-        return [(slice(rows), OWN_STEPS)]
-
-    def passes(self, model: nn.Module, inputs: Batch) -> Iterator[Pass]:
-        """See [`~hf_osd.learning.reading.Reader.passes`]: one for each token behind a position, of each group."""
-        if not self.draft.state_layers:
-            yield from super(FeatureReader, self).passes(model, inputs)
-            return
-        groups = [(rows_of(inputs, rows), count) for rows, count in self.groups(len(inputs["learn_mask"]))]
-        steps = range(max(count for _, count in groups) + 1)
-        positions = [sum(positions_of(rows) for rows, count in groups if count >= step) for step in steps]
-        total = sum(STEP_WEIGHT**step for step in steps)
-        for rows, count in groups:
-            logits = model(**self.options(rows), own_steps=count).logits
-            for step, scores in enumerate(logits if count else logits[None]):
-                yield Pass(STEP_WEIGHT**step / total, positions[step], rows, scores)
 
 
 class FeatureCollator(ObservationCollator):
@@ -64,6 +44,7 @@ class FeatureCollator(ObservationCollator):
     Args:
         max_length, positions: See there.
         draft (`FeatureDraft`): The draft.
+        context (`int`, *optional*): See there.
 
     Returns:
         `dict[str, torch.Tensor]`: As there, with `vocabulary` of shape `(tokens,)`, the tokens that the draft proposes
@@ -71,14 +52,15 @@ class FeatureCollator(ObservationCollator):
         `teacher_ids` as places in the vocabulary, where its size stands for all other tokens.
     """
 
-    def __init__(self, max_length: int, positions: str, draft: FeatureDraft) -> None:
-        super().__init__(max_length, positions)
+    def __init__(self, max_length: int, positions: str, draft: FeatureDraft, context: int = ALL) -> None:
+        super().__init__(max_length, positions, context=context)
         self._draft = draft
 
     def __call__(self, observations: list[Observation]) -> Batch:
         """Pad a batch; see the class."""
         batch = super().__call__(observations)
-        batch["vocabulary"] = self._draft.vocabulary.tokens(batch["input_ids"].flatten().tolist())
+        texts = [part for one in observations for part in (one.prompt_ids, one.output_ids[:-1])]
+        batch["vocabulary"] = self._draft.vocabulary.tokens(torch.cat(texts).tolist())
         batch["teacher_ids"] = places_in(batch["vocabulary"], batch["teacher_ids"])
         batch["learn_mask"] &= (batch["teacher_ids"] < len(batch["vocabulary"])).any(-1)
         if self._draft.state_layers:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..drafts.encoders import decoder_logits, decoder_options, has_encoder
 from ..records import Observation
 
+ALL = 2**31  # tokens: more than any prompt has
 LONGEST_PART = 0.01  # seconds that a part of a batch takes at most, since a request may have to wait for it
 
 Batch = dict[str, Any]
@@ -66,6 +67,7 @@ class ObservationCollator:
         positions (`str`): `"all"` positions that the target verified, or the `"rejected"` ones.
         known (`int`, *optional*): Tokens that the draft knows. Where the teacher names none of them, there is nothing
             to learn. Defaults to counting every position.
+        context (`int`, *optional*): Tokens of a prompt, its end, that are read. Defaults to all.
 
     Returns:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask` and `position_ids` of shape `(batch, time)`;
@@ -74,8 +76,8 @@ class ObservationCollator:
         verified)`: what the last `verified` inputs have to predict, and where that counts.
     """
 
-    def __init__(self, max_length: int, positions: str, known: int | None = None) -> None:
-        self.max_length, self.positions, self.known = max_length, positions, known
+    def __init__(self, max_length: int, positions: str, known: int | None = None, context: int = ALL) -> None:
+        self.max_length, self.positions, self.known, self.context = max_length, positions, known, context
 
     def __call__(self, observations: list[Observation]) -> Batch:
         """Pad a batch; see the class."""
@@ -88,7 +90,7 @@ class ObservationCollator:
 
     def _row(self, observation: Observation, k: int) -> Batch:
         # Nothing is predicted after the last token, so it is no input.
-        ids = torch.cat((observation.prompt_ids, observation.output_ids))[:-1][-self.max_length :]
+        ids = torch.cat((observation.prompt_ids[-self.context :], observation.output_ids))[:-1][-self.max_length :]
         source = ids[:0] if observation.source_ids is None else observation.source_ids[: self.max_length]
         last = slice(-len(ids), None)  # of the output: it may be longer than what is kept
         log_probs, rejected = observation.teacher_log_probs[last].float(), observation.rejected[last]
