@@ -30,18 +30,21 @@ from hf_osd.evaluation.race import Race, Round, run_race, total
 from .common import load_requests, write_result
 
 PLAIN, STOCK, LOOKUP, STATIC, ONLINE = "plain", "transformers lookup", "lookup alone", "static", "online"
+COLD = "cold online"
 OVER = ((ONLINE, PLAIN), (ONLINE, STATIC), (ONLINE, LOOKUP), (STATIC, PLAIN), (LOOKUP, PLAIN), (STOCK, PLAIN))
 
 
-def contenders(pair: Pair, online: dict[str, Any], stack: ExitStack) -> list[Contender]:
+def contenders(pair: Pair, online: dict[str, Any], stack: ExitStack, with_cold: bool = False) -> list[Contender]:
     """Make the contenders; each has a draft of its own."""
     fixed = OnlineConfig(learn=False)
-    static, learner = copy.deepcopy(pair.draft), copy.deepcopy(pair.draft)
+    static, learner, cold = copy.deepcopy(pair.draft), copy.deepcopy(pair.draft), FeatureDraft.of(pair.target)
     ours = {
         LOOKUP: (FeatureDraft.of(pair.target), fixed),
         STATIC: (static, fixed),
         ONLINE: (learner, OnlineConfig.for_draft(learner, **online)),
     }
+    if with_cold:
+        ours[COLD] = cold, OnlineConfig.for_draft(cold, **online)
     return [
         Generate(PLAIN, pair.target),
         stock(STOCK, pair),
@@ -57,7 +60,7 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
     *requests, warm_up = load_requests(pair, [path], options.requests + 1, options.max_new_tokens)
     settings = generate_options(pair, options.max_new_tokens)
     with ExitStack() as stack:
-        racers = contenders(pair, options.online, stack)
+        racers = contenders(pair, options.online, stack, options.cold)
         done = stack.enter_context(open_steps(Console(stderr=True)))(Path(path).stem, len(requests))
         race = run_race(
             racers,
@@ -67,7 +70,9 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
             warm_up=warm_up,
             takes_part=lambda racer, index: index % options.every == 0 or isinstance(racer, Assisted),
         )
-        return figures(race, racers[-1].assistant) | {"outputs_that_differ_from_plain": different(race)}
+        assistants = {racer.name: racer.assistant for racer in racers if isinstance(racer, Assisted)}
+        found = figures(race, assistants[ONLINE]) | {"outputs_that_differ_from_plain": different(race)}
+        return found | ({COLD: cold_figures(race, assistants[COLD])} if options.cold else {})
 
 
 def different(race: Race) -> dict[str, int]:
@@ -78,9 +83,7 @@ def different(race: Race) -> dict[str, int]:
 def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
     """Say what a stream took and gave."""
     rounds = race.rounds
-    last, stats = rounds[-(len(rounds) // 4) :], online.stats()
-    judged = online.journal.requests
-    quarter = max(len(judged) // 4, 1)
+    last = rounds[-(len(rounds) // 4) :]
     static, learner = total(rounds, STATIC), total(rounds, ONLINE)
     return {
         "requests": len(rounds),
@@ -90,11 +93,30 @@ def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
         "tokens_per_second_last_quarter": {
             name: round(total(last, name).tokens_per_second_with_learning, 1) for name in rounds[0]
         },
+        "static_acceptance_of_drafted": round(static.acceptance or 0.0, 3),
+        "online_acceptance_of_drafted": round(learner.acceptance or 0.0, 3),
+        **learned(race, ONLINE, online),
+    }
+
+
+def cold_figures(race: Race, cold: OnlineAssistant) -> dict[str, Any]:
+    """Say what a stream took and gave with a draft that had learned nothing before it."""
+    rounds = race.rounds
+    parts = {"last_quarter": rounds[-(len(rounds) // 4) :], "whole_run": rounds}
+    over = {part: {f"{COLD} over {LOOKUP}": ratio(some, COLD, LOOKUP)} for part, some in parts.items()}
+    return over | learned(race, COLD, cold)
+
+
+def learned(race: Race, name: str, assistant: OnlineAssistant) -> dict[str, Any]:
+    """Say what a contender has learned, and what that cost."""
+    stats, judged = assistant.stats(), assistant.journal.requests
+    quarter = max(len(judged) // 4, 1)
+    published = [one.request for one in assistant.journal.updates if one.decision == "published"]
+    return {
         "acceptance_first_and_last_quarter": [
             round(fmean(one.acceptance for one in part), 3) for part in (judged[:quarter], judged[-quarter:])
         ],
-        "static_acceptance_of_drafted": round(static.acceptance or 0.0, 3),
-        "online_acceptance_of_drafted": round(learner.acceptance or 0.0, 3),
+        "first_live_after_requests": min(published, default=None),
         "learning_over_serving": round(stats.learn_seconds / stats.decode_seconds, 3),
         "learn_seconds": round(stats.learn_seconds, 1),
         "saved_seconds": round(stats.saved_seconds, 1),
@@ -102,7 +124,7 @@ def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
         "updates": stats.updates,
         "failed_updates": stats.failed_updates,
         "longest_wait_for_an_update_over_own_time": round(
-            max(one[ONLINE].learning_seconds / one[ONLINE].seconds for one in rounds), 2
+            max(one[name].learning_seconds / one[name].seconds for one in race.rounds), 2
         ),
     }
 
@@ -141,6 +163,7 @@ def main() -> None:
     parser.add_argument("--prompts", action="append", required=True, help=".jsonl with a prompt column; repeat it")
     parser.add_argument("--requests", type=int, default=200, help="of each stream")
     parser.add_argument("--every", type=int, default=1, help="transformers answers one request of so many")
+    parser.add_argument("--cold", action="store_true", help="also an online draft that begins with nothing")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
