@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_osd.learning.candidates import HALF, WHOLE
-from hf_osd.learning.pace import HIGHEST, LEAST_EAGERNESS, LOWEST, Pace
+from hf_osd.learning.pace import HIGHEST, LEAST_EAGERNESS, LOWEST, TRIAL, Pace
 
 GAINS = st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=40)
 
@@ -12,7 +12,10 @@ GAINS = st.lists(st.floats(-1.0, 1.0), min_size=1, max_size=40)
 @given(GAINS)
 def test_all_is_spent_after_a_record_and_less_after_anything_else(gains: list[float]) -> None:
     """Catches a share that falls while acceptance rises, one that stays where it does not, and one that ends at 0."""
-    pace, record = Pace(1e-4, adapts_rate=True), 0.0
+    pace = Pace(1e-4, adapts_rate=True)
+    for _ in range(TRIAL):
+        pace.spend_by(gains[0])
+    record = max(gains[0], 0.0)
     for gain in gains:
         before = pace.eagerness
         pace.spend_by(gain)
@@ -20,13 +23,25 @@ def test_all_is_spent_after_a_record_and_less_after_anything_else(gains: list[fl
         record = max(gain, record)
 
 
-def test_a_draft_that_gains_nothing_costs_an_eighth() -> None:
-    """Catches learning that goes on spending on a draft which has nothing to learn."""
+def test_a_trial_of_new_traffic_ends_where_nothing_is_gained() -> None:
+    """Catches learning that gives up before it had a chance, and one that goes on spending where nothing is gained."""
     pace = Pace(1e-4, adapts_rate=True)
-    for _ in range(10):
+    for _ in range(TRIAL):
+        pace.spend_by(0.0)
+        assert pace.eagerness == 1.0
+    for _ in range(6):
         pace.spend_by(0.0)
     assert pace.eagerness == LEAST_EAGERNESS
     pace.begin_anew()
+    pace.spend_by(0.0)
+    assert pace.eagerness == 1.0
+
+
+def test_chance_in_the_trial_is_no_record() -> None:
+    """Catches a gain over a few requests that later ones, which are means over more, cannot reach any more."""
+    pace = Pace(1e-4, adapts_rate=True)
+    for gain in (0.3, *[0.0] * (TRIAL - 1), 0.01):
+        pace.spend_by(gain)
     assert pace.eagerness == 1.0
 
 

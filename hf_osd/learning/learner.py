@@ -243,7 +243,7 @@ class Learner:
         if not len(self.replay):
             raise LearningError("no request has anything to learn from")
         self._fresh, self._waiting_since, began = 0, waiting_since, self._throttle.now()
-        self._pace.spend_by(self.expected() - self.expected(STATIC))
+        self._pace.spend_by(max(map(self.expected, self.candidates.names())) - self.expected(STATIC))
         self._take_back_harm()
         self._solve()
         trainer = self._trainer = self._trainer or self._make_trainer()

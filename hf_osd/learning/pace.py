@@ -9,8 +9,9 @@ FACTORS = {HALF: 0.9, WHOLE: 1.1}  # factor on the learning rate after an update
 AFTER_HARM = 0.3  # factor on the learning rate where what is learned has lost too much and is taken back
 RECOVERY = 1.1  # factor on a lowered learning rate after an update while other weights lead, up to the first rate
 LOWEST, HIGHEST = 0.01, 4.0  # bounds of the learning rate, in multiples of the first one
-EASING = 0.75  # factor on the eagerness before an update if acceptance is at no new record
-LEAST_EAGERNESS = 0.125  # lower bound of the eagerness, so that a change of the traffic is still noticed
+TRIAL = 6  # updates for which all is spent on new traffic: before, nobody knows what there is to gain
+EASING = 0.5  # factor on the eagerness before a later update if acceptance is at no new record
+LEAST_EAGERNESS = 0.03  # lower bound of the eagerness, so that a change of the traffic is still noticed
 
 
 class Pace:
@@ -33,12 +34,18 @@ class Pace:
     def begin_anew(self) -> None:
         """Learn from new traffic as fast as from the first."""
         self.learning_rate, self.eagerness = self._rate, 1.0
-        self._record = 0.0  # highest gain so far
+        self._updates, self._record = 0, 0.0  # on this traffic, and the highest gain so far
 
     def spend_by(self, gain: float) -> None:
-        """Take all of the allowed time if the gain in acceptance on the static draft is at a record, else less."""
-        self.eagerness = 1.0 if gain > self._record else max(self.eagerness * EASING, LEAST_EAGERNESS)
-        self._record = max(gain, self._record)
+        """
+        Choose what to spend after an update, by what the best candidate has gained in acceptance on the static draft.
+
+        All of the allowed time during the trial, and after a new record; half as much with each other update.
+        """
+        self._updates += 1
+        is_trial = self._updates <= TRIAL  # in which the gain is a mean over few requests, and no record
+        self.eagerness = 1.0 if is_trial or gain > self._record else max(self.eagerness * EASING, LEAST_EAGERNESS)
+        self._record = max(gain, 0.0 if is_trial else self._record)
 
     def follow(self, leader: str) -> None:
         """Adapt the learning rate to the candidate that leads after an update."""
@@ -57,9 +64,10 @@ class Pace:
 
     def state_dict(self) -> dict[str, float]:
         """Return everything, ready for JSON."""
-        return {"learning_rate": self.learning_rate, "eagerness": self.eagerness, "record": self._record}
+        numbers = {"learning_rate": self.learning_rate, "eagerness": self.eagerness}
+        return {**numbers, "record": self._record, "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.learning_rate, self._record = float(state["learning_rate"]), float(state["record"])
-        self.eagerness = float(state.get("eagerness", 1.0))
+        self.eagerness, self._updates = float(state.get("eagerness", 1.0)), int(state.get("updates", 0))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 IDLE_AFTER = 0.02  # seconds without a request after which serving counts as idle
-SCORING_SHARE = 0.25  # share of learning's time that scoring takes at most, so that most of it goes into training
+SCORING_SHARE = 0.5  # share of learning's time that scoring takes at most, so that as much goes into training
+MOST_SAVED = 0.25  # of the latest request: time to learn that is kept, so that none is left over from better times
 
 
 class Throttle:
@@ -18,8 +19,8 @@ class Throttle:
     not pause.
 
     `learning_share` limits learning that requests wait for. Each request earns a share of its own time, and learning
-    spends it. An update may begin while anything is left, and ends once it has taken as long as the latest request;
-    what it overdraws has to be earned before the next one.
+    spends it, soon: little is kept. An update may begin while anything is left, and ends once it has taken as long as
+    the latest request; what it overdraws has to be earned before the next one.
 
     Args:
         duty_cycle (`float`, defaults to 1.0): Share of the time that serving is not idle, in (0, 1]. 1.0 never pauses.
@@ -52,7 +53,8 @@ class Throttle:
         finally:
             with self._changed:
                 self._latest = time.perf_counter() - begun
-                self._earned += (self._share or 0.0) * self.eagerness * self._latest
+                earned = self._earned + (self._share or 0.0) * self.eagerness * self._latest
+                self._earned = min(earned, self._spent + MOST_SAVED * self._latest)
                 self._in_flight -= 1
                 self._idle_from = time.perf_counter() + IDLE_AFTER
                 self._changed.notify_all()
