@@ -17,7 +17,7 @@ OWN_STEPS = 1  # tokens, besides the first, that the training copy drafts from i
 STEP_WEIGHT = 0.6  # weight of each in the loss, relative to the token before: it is judged only if that is accepted
 
 
-def reader_of(model: Any, proposed: int | None = None) -> Reader:
+def reader_of(model: Any, proposed: int | torch.Tensor | None = None) -> Reader:
     """Return what reads recorded requests for a draft; see [`~hf_osd.learning.reading.Reader`]."""
     draft, plain = base_model(model), Reader.of(model, proposed)
     return FeatureReader(plain.parameters, plain.known, None, draft) if isinstance(draft, FeatureDraft) else plain
