@@ -161,7 +161,7 @@ def _number_alike(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBas
     """Return whether a draft's tokens are the target's, up to some that only one of them has."""
     ours, theirs = target.get_vocab(), draft.get_vocab()
     same = [index == ours[token] for token, index in theirs.items() if token in ours]
-    return all(same) and len(same) >= len(theirs) - MAX_PADDING
+    return all(same) and len(same) >= max(len(theirs) - MAX_PADDING, len(theirs) // 2 + 1)
 
 
 def check_settings(config: OnlineConfig, draft: Any, translated: bool = False) -> None:

@@ -66,16 +66,19 @@ class Translation:
                 "the tokenizers of target and draft have no token in common: pick another draft",
                 "draft: another tokenizer",
             )
-        pairs |= _same_marks(target, draft)
+        both = _marks(target, draft).items()
+        marks = {token: own for token, own in both if token < sizes[0] and own < sizes[1]}
+        proposed = {own: token for token, own in reversed(marks.items())}  # the first of several that are read alike
+        pairs |= {token: own for own, token in proposed.items()}
         names = {token: name.encode() for token, name in special_tokens(target).items()}
         return cls(
             targets=torch.tensor(sorted(pairs)),
             drafts=torch.tensor([pairs[token] for token in sorted(pairs)]),
             sizes=sizes,
-            begins=tuple(draft("")["input_ids"]) or (_first(draft),),
+            begins=_begins(draft, sizes[1]),
             spellings=spellings,
             texts=names | {token: piece.text for token, piece in ours.items()},
-            runs=dict.fromkeys(_silent(target), ()) | {token: (pairs[token],) for token in pairs},
+            runs=dict.fromkeys(_silent(target), ()) | {token: (own,) for token, own in (marks | pairs).items()},
         )
 
     def run(self, token: int) -> tuple[int, ...]:
@@ -120,20 +123,19 @@ def _silent(target: PreTrainedTokenizerBase) -> set[int]:
     return found - {target.eos_token_id, None}
 
 
-def _same_marks(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> dict[int, int]:
-    """Return special tokens that both have, by their names, and the end of a text."""
+def _marks(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Return special tokens that both have: the end of a text, and others by their names."""
     theirs = {name: token for token, name in special_tokens(draft).items()}
-    silent, ours = _silent(target), special_tokens(target)
-    same = {token: theirs[name] for token, name in ours.items() if name in theirs and token not in silent}
-    ends = target.eos_token_id, draft.eos_token_id
-    if None not in ends and ends[0] not in same and ends[1] not in same.values():
-        same[ends[0]] = ends[1]
-    return same
+    silent, end, own_end = _silent(target), target.eos_token_id, draft.eos_token_id
+    ends = {} if end is None or own_end is None else {end: own_end}
+    named = {token: theirs[name] for token, name in special_tokens(target).items() if name in theirs}
+    return ends | {token: own for token, own in named.items() if token not in silent}
 
 
-def _first(draft: PreTrainedTokenizerBase) -> int:
-    """Return what may begin a text where the tokenizer itself puts nothing there."""
-    return next((token for token in (draft.bos_token_id, draft.eos_token_id) if token is not None), 0)
+def _begins(draft: PreTrainedTokenizerBase, size: int) -> tuple[int, ...]:
+    """Return what a tokenizer puts before a text, else the mark of its beginning, or of its end."""
+    marks = [token for token in (draft.bos_token_id, draft.eos_token_id, 0) if token is not None]
+    return tuple(token for token in draft("")["input_ids"] or marks[:1] if token < size) or (0,)
 
 
 def _spelled(text: bytes, spellings: dict[bytes, int]) -> Iterable[int]:
