@@ -21,7 +21,7 @@ from ..records import Observation
 from .pieces import by_bytes, pieces_of, special_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Translation:
     """
     How a draft reads a target's tokens, and which of them it may propose.

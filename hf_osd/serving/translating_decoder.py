@@ -75,9 +75,11 @@ class TranslatingDecoder(Decoder):
         """Feed tokens of the target, and score what may follow them; see [`Decoder.feed`]."""
         assert keep == 1, "a draft is asked for one token at a time"
         assert parents is None, "a draft is fed chains"
+        start = min(self.cached)
+        read = ids[:, start : max(ends)].tolist()  # the host waits here, once for all rows
         for row, (first, end) in enumerate(zip(self.cached, ends, strict=True)):
             if first < end:
-                self._read(row, ids[row, first:end].tolist())
+                self._read(row, read[row][first - start : end - start])
         self.cached = list(ends)
         return self._inner.feed(self._ids, self._columns, keep)[..., self._drafts]
 
