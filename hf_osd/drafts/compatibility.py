@@ -143,7 +143,7 @@ def translation_for(
 
     Raises:
         UnsupportedModelError: The tokenizers have nothing in common, or differ for a draft that uses the target's own
-            embedding.
+            embedding, or for models with an encoder.
     """
     if target_tokenizer is None or tokenizer is None:
         return None
@@ -152,6 +152,12 @@ def translation_for(
     if isinstance(draft, FeatureDraft):
         raise UnsupportedModelError(
             "the draft was made for a target with another tokenizer: make one for this target",
+            "draft: another tokenizer",
+        )
+    if target.config.is_encoder_decoder or draft.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            "target and draft have different tokenizers, which goes with decoder-only models alone: pick a draft of the "
+            "target's family",
             "draft: another tokenizer",
         )
     return Translation.between(target_tokenizer, tokenizer, vocabulary_sizes(target, draft))

@@ -9,7 +9,7 @@ rolls back is never encoded again.
 Not covered: proposals that join or split tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -31,6 +31,7 @@ class Translation:
         drafts (`torch.LongTensor` of shape `(shared,)`): The same tokens, as the draft numbers them.
         sizes (`tuple[int, int]`): Tokens that the target and the draft know, as models.
         begins (`tuple[int, ...]`): What the draft reads before every text; at least one token.
+        leads (`frozenset[int]`): What stands for that where the target's tokenizer has put it before a text.
         spellings (`dict[bytes, int]`): The draft's tokens by what they stand for.
         texts (`dict[int, bytes]`): What tokens of the target stand for, where they have no run yet.
         runs (`dict[int, tuple[int, ...]]`): How tokens of the target are read, as far as it is known.
@@ -40,6 +41,7 @@ class Translation:
     drafts: torch.Tensor
     sizes: tuple[int, int]
     begins: tuple[int, ...]
+    leads: frozenset[int]
     spellings: dict[bytes, int]
     texts: dict[int, bytes]
     runs: dict[int, tuple[int, ...]]
@@ -70,27 +72,37 @@ class Translation:
         marks = {token: own for token, own in both if token < sizes[0] and own < sizes[1]}
         proposed = {own: token for token, own in reversed(marks.items())}  # the first of several that are read alike
         pairs |= {token: own for own, token in proposed.items()}
-        names = {token: name.encode() for token, name in special_tokens(target).items()}
+        leads, silent = frozenset(target("")["input_ids"]), (target.pad_token_id, target.unk_token_id)
+        names = {
+            token: name.encode() for token, name in special_tokens(target).items() if token not in {*leads, *silent}
+        }
         return cls(
             targets=torch.tensor(sorted(pairs)),
             drafts=torch.tensor([pairs[token] for token in sorted(pairs)]),
             sizes=sizes,
             begins=_begins(draft, sizes[1]),
+            leads=leads,
             spellings=spellings,
             texts=names | {token: piece.text for token, piece in ours.items()},
-            runs=dict.fromkeys(_silent(target), ()) | {token: (own,) for token, own in (marks | pairs).items()},
+            runs={token: (own,) for token, own in (marks | pairs).items()},
         )
 
     def run(self, token: int) -> tuple[int, ...]:
-        """Return the draft's tokens for one of the target's; none for what is no text, such as padding."""
+        """Return the draft's tokens for one of the target's, at least one: a mark for what is no text."""
         found = self.runs.get(token)
         if found is None:
-            found = self.runs[token] = tuple(_spelled(self.texts.get(token, b""), self.spellings))
+            spelled = tuple(_spelled(self.texts.get(token, b""), self.spellings))
+            found = self.runs[token] = spelled or self.begins[-1:]
         return found
 
-    def text(self, tokens: Iterable[int]) -> list[int]:
+    def first(self, token: int) -> tuple[int, ...]:
+        """Return what the draft reads, behind `begins`, of the first token of a text."""
+        return () if token in self.leads else self.run(token)
+
+    def text(self, tokens: Sequence[int]) -> list[int]:
         """Return what the draft reads of a text of the target's tokens."""
-        return [*self.begins, *chain.from_iterable(map(self.run, tokens))]
+        firsts = (self.first(token) for token in tokens[:1])
+        return [*self.begins, *chain.from_iterable(firsts), *chain.from_iterable(map(self.run, tokens[1:]))]
 
     def observation(self, seen: Observation) -> Observation:
         """
@@ -117,19 +129,13 @@ class Translation:
         )
 
 
-def _silent(target: PreTrainedTokenizerBase) -> set[int]:
-    """Return tokens that the draft does not read: what the target's tokenizer puts before a text, and padding."""
-    found = {*target("")["input_ids"], target.pad_token_id, target.unk_token_id}
-    return found - {target.eos_token_id, None}
-
-
 def _marks(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> dict[int, int]:
     """Return special tokens that both have: the end of a text, and others by their names."""
     theirs = {name: token for token, name in special_tokens(draft).items()}
-    silent, end, own_end = _silent(target), target.eos_token_id, draft.eos_token_id
+    end, own_end = target.eos_token_id, draft.eos_token_id
     ends = {} if end is None or own_end is None else {end: own_end}
     named = {token: theirs[name] for token, name in special_tokens(target).items() if name in theirs}
-    return ends | {token: own for token, own in named.items() if token not in silent}
+    return ends | named
 
 
 def _begins(draft: PreTrainedTokenizerBase, size: int) -> tuple[int, ...]:

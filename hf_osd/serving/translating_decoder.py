@@ -91,7 +91,7 @@ class TranslatingDecoder(Decoder):
         text, room = self._texts[row], self._ids.shape[1]
         first = len(text.tokens)
         for token in tokens:
-            text.extend(self._translation.run(token))
+            text.extend(self._translation.run(token) if len(text.marks) > 1 else self._translation.first(token))
         if first < text.start or text.columns > room:
             first = text.start = max(len(text.tokens) - room // 2, 0)
             self._inner.release()
