@@ -156,8 +156,8 @@ def translation_for(
         )
     if target.config.is_encoder_decoder or draft.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            "target and draft have different tokenizers, which goes with decoder-only models alone: pick a draft of the "
-            "target's family",
+            "target and draft have different tokenizers, which goes with decoder-only models alone: pick a draft of "
+            "the target's family",
             "draft: another tokenizer",
         )
     return Translation.between(target_tokenizer, tokenizer, vocabulary_sizes(target, draft))
