@@ -18,16 +18,17 @@ from transformers.utils import logging
 
 from ._compat import execution_device, is_offloaded
 from .config import OnlineConfig
-from .drafts.compatibility import check_draft, check_pair, check_target, check_tokenizers, made_draft
+from .drafts.compatibility import check_draft, check_pair, check_target, made_draft, proposable
 from .drafts.features import FeatureDraft
 from .drafts.sharing import shared_with
+from .drafts.translation import Translation
 from .drafts.wrapping import unwrap
 from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
 from .journal import Journal
 from .learning.online import OnlineLearner
 from .records import Observation
 from .reporting import write_report
-from .saving import load_config, load_draft, load_tokenizer, saved_config
+from .saving import load_config, load_draft, load_tokenizer, saved_config, translation_of
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.recording import Recorder
@@ -83,14 +84,18 @@ class OnlineAssistant:
         config (`OnlineConfig`, *optional*):
             Settings; defaults to what the draft recommends, [`OnlineConfig.for_draft`].
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Saved beside the draft by [`save_pretrained`]; not needed otherwise.
+            That of the draft, which [`save_pretrained`] saves beside it. Needed only for a draft with another
+            tokenizer than the target's.
+        target_tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            That of the target, likewise. Where the two vocabularies differ in size, tokenizers that are not given are
+            loaded from where the models came from.
 
     Raises:
         UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself; or
-            `"auto"` cannot make one of this target. With
-            `OnlineConfig(unsupported="error")` also where it cannot work for the target: another vocabulary, a
-            state that cannot be restored, an encoder. By default such a draft is left out, with a warning, and
-            requests are served by the target's own decoding.
+            `"auto"` cannot make one of this target. With `OnlineConfig(unsupported="error")` also where it cannot work
+            for the target: a vocabulary of another size without tokenizers, a state that cannot be restored, an
+            encoder. By default such a draft is left out, with a warning, and requests are served by the target's own
+            decoding.
 
     Example:
 
@@ -108,6 +113,7 @@ class OnlineAssistant:
         config: OnlineConfig | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         check_target(target)
         self._given = given = made_draft(draft, target) if isinstance(draft, str) else draft
@@ -125,8 +131,10 @@ class OnlineAssistant:
         self._reasons: Counter[str] = Counter()
         self._closed = False
         self._misfit: tuple[str, str] | None = None  # message and cause
+        self.translation: Translation | None = None
         try:
-            check_pair(target, draft)
+            self.translation = translation_of(target, draft, target_tokenizer, tokenizer)
+            check_pair(target, draft, self.translation)
         except UnsupportedError as error:
             self._leave_out(error)
         self._checked = weakref.WeakSet([target])  # targets that the draft was checked against
@@ -139,7 +147,7 @@ class OnlineAssistant:
             self._publish,
             target=target if self.config.needs_target else None,
             frozen=self._frozen,
-            vocab_size=target.config.get_text_config(decoder=True).vocab_size,
+            proposed=proposable(target, self.translation),
         )
 
     def _can_learn(self) -> bool:
@@ -162,6 +170,8 @@ class OnlineAssistant:
         draft: str | Path,
         target: PreTrainedModel,
         config: OnlineConfig | None = None,
+        *,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "OnlineAssistant":
         """
@@ -171,12 +181,12 @@ class OnlineAssistant:
             draft (`str` or `Path`): Hub id or local folder.
             target (`PreTrainedModel`): The model it drafts for.
             config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to those of the draft.
+            target_tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to that of where the target came from.
             kwargs: For `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` where the target has an
                 encoder and the draft reads text by one; `dtype` and `device_map` default to the target's.
 
         Raises:
-            UnsupportedModelError: With `OnlineConfig(unsupported="error")`, the draft's tokenizer differs from the
-                target's; see also the class.
+            UnsupportedModelError: See the class.
         """
         kwargs.setdefault("dtype", target.dtype)
         kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
@@ -185,11 +195,8 @@ class OnlineAssistant:
         state = Path(draft) / STATE_FOLDER
         if config is None and (state / "config.json").is_file():
             config = load_config(state / "config.json")
-        assistant = cls(model, target, config, tokenizer=tokenizer)
-        try:
-            check_tokenizers(load_tokenizer(target.config._name_or_path), tokenizer)
-        except UnsupportedError as error:
-            assistant._leave_out(error)
+        target_tokenizer = target_tokenizer or load_tokenizer(target.config._name_or_path)
+        assistant = cls(model, target, config, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
         try:
             if state.is_dir() and not assistant._learner.has_state:  # a state directory is newer
                 assistant._learner.load(state)
@@ -214,7 +221,7 @@ class OnlineAssistant:
             raise UnsupportedModelError(*self._misfit)
         if target not in self._checked:  # another one, or the inner model of a PEFT model
             check_draft(target, self.draft)
-            check_pair(target, self.draft)
+            check_pair(target, self.draft, self.translation)
             if not shared_with(self.draft, target) <= self._frozen:
                 raise InputError(
                     f"the draft shares weights with {describe(target)}, which learning would change: make an "
@@ -263,7 +270,8 @@ class OnlineAssistant:
         request = Request(self, self._choose_rows(rows) if records else [False] * rows, states)
         with self._learner.serving():
             yield request
-        for observation in request.observations:
+        seen = request.observations
+        for observation in seen if self.translation is None else map(self.translation.observation, seen):
             self._learner.observe(observation)
 
     def _publish(self, parameters: Mapping[str, torch.Tensor], acceptance: float) -> None:

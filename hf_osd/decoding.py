@@ -216,7 +216,8 @@ def _draft(
         with assistant.weights:  # the trial reads them
             prompts, read = sequences.ids[:, : sequences.prompt_length], preparation.every_pass
             prepared = draft_preparation(draft, target, prompts, padding, call.encoder_inputs, read)
-            make = choose_draft_decoder(draft, prompts, padding, sequences.limit, prepared, call.config)
+            trial = prepared, call.config, assistant.translation
+            make = choose_draft_decoder(draft, prompts, padding, sequences.limit, *trial)
         if not isinstance(draft, FeatureDraft):
             return make, None
         columns = sequences.ids.shape[1]
@@ -288,6 +289,7 @@ def _drafter(
         weights=assistant.weights,
         make_decoder=setup.make_draft,
         states=setup.states,
+        translates=assistant.translation is not None,
     )
 
 

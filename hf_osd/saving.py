@@ -18,6 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from .config import OnlineConfig, reason_of
+from .drafts.compatibility import have_one_size, translation_for
+from .drafts.translation import Translation
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +68,7 @@ def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> PreTrain
     return model
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:
     """Load a tokenizer, or warn where there is none: tokenizers only help to refuse a wrong pair early."""
     try:
         return AutoTokenizer.from_pretrained(source) if source else None
@@ -77,3 +79,20 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
             reason_of(error),
         )
         return None
+
+
+def translation_of(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Translation | None:
+    """
+    Return how a draft reads its target's tokens; see [`~hf_osd.drafts.compatibility.translation_for`].
+
+    Tokenizers that are not given are loaded where the sizes of the vocabularies show that they differ.
+    """
+    if not have_one_size(target, draft):
+        target_tokenizer = target_tokenizer or load_tokenizer(target.name_or_path)
+        tokenizer = tokenizer or load_tokenizer(draft.name_or_path)
+    return translation_for(target, draft, target_tokenizer, tokenizer)

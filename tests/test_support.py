@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FOUND = results.read()
 
 # One of each way to be served, each less than a second.
-FAST = ("greedy", "T5", "`inputs_embeds`", "a draft with another vocabulary", "the target itself as draft")
+FAST = ("greedy", "T5", "`inputs_embeds`", "a draft with another tokenizer", "the target itself as draft")
 
 
 def verdicts(row: Any) -> dict[str, str]:

@@ -121,7 +121,7 @@ def test_tokens_that_the_target_lacks_are_not_proposed() -> None:
     with torch.no_grad():  # what nobody has trained would win
         draft.lm_head.weight[SMALL:] = 50.0 * draft.lm_head.weight[:SMALL].mean(0)
     request = requests(target, 4)
-    blind, aware = Scorer(draft, 64, 4), Scorer(draft, 64, 4, vocab_size=SMALL)
+    blind, aware = Scorer(draft, 64, 4), Scorer(draft, 64, 4, proposed=SMALL)
     assert all(found["one"].acceptance == 1.0 for found in aware.scores({"one": {}}, request))
     assert any(found["one"].acceptance < 1.0 for found in blind.scores({"one": {}}, request))
 

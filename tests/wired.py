@@ -36,7 +36,7 @@ def learner_of(draft: PreTrainedModel, target: PreTrainedModel, **settings: Any)
         publish,
         target=target,
         frozen=frozen,
-        vocab_size=target.config.vocab_size,
+        proposed=target.config.vocab_size,
     )
     learner.keep = publish  # type: ignore[attr-defined] # which the learner itself does not
     return learner

@@ -95,14 +95,14 @@ def _tokenizer(letters: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def _other_tokenizer() -> Case:
-    """Both in folders with their tokenizers, of which one numbers the letters backwards."""
+def _other_tokenizer(more: int = 0) -> Case:
+    """Both in folders with their tokenizers, of which one numbers the letters backwards, and may have `more`."""
     import tempfile
 
-    letters = [chr(0x100 + index) for index in range(VOCAB - 3)]
+    letters = [chr(0x100 + index) for index in range(VOCAB - 3 + more)]
     folders = [tempfile.mkdtemp() for _ in range(2)]
-    models = [llama(), small_draft()]
-    for folder, model, order in zip(folders, models, (letters, letters[::-1]), strict=True):
+    models = [llama(), small_draft(VOCAB + more)]
+    for folder, model, order in zip(folders, models, (letters[: VOCAB - 3], letters[::-1]), strict=True):
         model.save_pretrained(folder)
         _tokenizer(order).save_pretrained(folder)
     models[0].config._name_or_path = folders[0]
@@ -126,6 +126,7 @@ ROWS: Mapping[str, Callable[[], Case]] = {
     "a draft that shares embeddings": _shares_embeddings,
     "a draft that shares layers (early exit)": _shares_layers,
     "the target itself as draft": _target_itself,
-    "a draft with another vocabulary": lambda: as_draft(small_draft(vocab=1700)),
+    "a draft with another vocabulary, and no tokenizers": lambda: as_draft(small_draft(vocab=1700)),
+    "a draft with another tokenizer": partial(_other_tokenizer, more=1500),
     "a draft with another tokenizer of as many tokens": _other_tokenizer,
 }

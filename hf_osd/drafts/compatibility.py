@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._compat import carries_state, hides_state, is_offloaded
 from ..config import OnlineConfig, shown
 from ..errors import ConfigError, UnsupportedModelError
 from .features import FeatureDraft
+from .translation import Translation
 from .wrapping import held_model_hint
 
 # Vocabularies are padded to round sizes for speed, differently in each size of a family (Qwen2.5: 152,064 in 7B,
@@ -70,17 +72,18 @@ def check_draft(target: PreTrainedModel, draft: PreTrainedModel) -> None:
         )
 
 
-def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def check_pair(target: PreTrainedModel, draft: PreTrainedModel, translation: Translation | None = None) -> None:
     """
     Refuse a draft that cannot work for a target.
 
     Args:
         target (`PreTrainedModel`): The target.
         draft (`PreTrainedModel`): The draft.
+        translation (`Translation`, *optional*): How the draft reads the target's tokens; defaults to as they are.
 
     Raises:
         UnsupportedModelError: The draft has an encoder, and the target none for the same kind of input; or the draft
-            keeps a state where it cannot be copied, or has another vocabulary.
+            keeps a state where it cannot be copied, or has another vocabulary without a translation.
     """
     is_alike = target.config.is_encoder_decoder and target.main_input_name == draft.main_input_name
     if draft.config.is_encoder_decoder and not is_alike:
@@ -94,55 +97,102 @@ def check_pair(target: PreTrainedModel, draft: PreTrainedModel) -> None:
             f"the draft {type(draft).__name__} keeps a recurrent state of its own, which cannot roll back",
             "draft: state that cannot roll back",
         )
-    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (target, draft)]
-    if abs(sizes[0] - sizes[1]) > MAX_PADDING:
+    size, own = vocabulary_sizes(target, draft)
+    fits = have_one_size(target, draft) if translation is None else size == translation.sizes[0]
+    if not fits:
         raise UnsupportedModelError(
-            f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: their tokenizers differ, "
-            "which is not supported yet; pick a draft of the same model family",
+            f"the target's vocabulary has {size} tokens and the draft's {own}: their tokenizers differ, and it is not "
+            "known how; pass both to OnlineAssistant, as tokenizer= and target_tokenizer=",
             "draft: another tokenizer",
         )
 
 
-def check_tokenizers(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
+def vocabulary_sizes(target: PreTrainedModel, draft: PreTrainedModel) -> tuple[int, int]:
+    """Return how many tokens the two know."""
+    size, own = (model.config.get_text_config(decoder=True).vocab_size for model in (target, draft))
+    return size, own
+
+
+def proposable(target: PreTrainedModel, translation: Translation | None) -> int | torch.Tensor:
+    """Return which of its tokens a draft may propose: the first ones, or these."""
+    size: int = target.config.get_text_config(decoder=True).vocab_size
+    return size if translation is None else translation.drafts
+
+
+def have_one_size(target: PreTrainedModel, draft: PreTrainedModel) -> bool:
+    """Return whether both know the same number of tokens, up to padding."""
+    size, own = vocabulary_sizes(target, draft)
+    return abs(size - own) <= MAX_PADDING
+
+
+def translation_for(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Translation | None:
     """
-    Refuse a draft whose tokenizer gives other ids to the same text.
+    Return how a draft reads its target's tokens.
 
     Args:
-        target, draft (`PreTrainedTokenizerBase`, *optional*): The tokenizers; nothing is checked if one is unknown.
+        target, draft (`PreTrainedModel`): The models.
+        target_tokenizer, tokenizer (`PreTrainedTokenizerBase`, *optional*): Their tokenizers.
+
+    Returns:
+        `Translation`, *optional*: `None` where both number their tokens alike, or a tokenizer is not known.
 
     Raises:
-        UnsupportedModelError: Names a token that the two number differently.
+        UnsupportedModelError: The tokenizers have nothing in common, or differ for a draft that uses the target's own
+            embedding, or for models with an encoder.
     """
-    if target is None or draft is None:
-        return
-    ours, theirs = target.get_vocab(), draft.get_vocab()
-    different = next((token for token, index in theirs.items() if ours.get(token, index) != index), None)
-    shared = sum(token in ours for token in theirs)
-    if different is not None or shared < len(theirs) - MAX_PADDING:
-        detail = (
-            f"token {different!r} is {ours[different]} and {theirs[different]}"
-            if different
-            else "few tokens in common"
-        )
+    if target_tokenizer is None or tokenizer is None:
+        return None
+    if have_one_size(target, draft) and _number_alike(target_tokenizer, tokenizer):
+        return None
+    if isinstance(draft, FeatureDraft):
         raise UnsupportedModelError(
-            f"target and draft use different tokenizers ({detail}), which is not supported yet; pick a draft of the "
-            "same model family",
+            "the draft was made for a target with another tokenizer: make one for this target",
             "draft: another tokenizer",
         )
+    if target.config.is_encoder_decoder or draft.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            "target and draft have different tokenizers, which goes with decoder-only models alone: pick a draft of "
+            "the target's family",
+            "draft: another tokenizer",
+        )
+    return Translation.between(target_tokenizer, tokenizer, vocabulary_sizes(target, draft))
 
 
-def check_settings(config: OnlineConfig, draft: Any) -> None:
-    """Raise `ConfigError` for a setting that does not go with a draft with an encoder, or that reads states."""
+def _number_alike(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> bool:
+    """Return whether a draft's tokens are the target's, up to some that only one of them has."""
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    same = [index == ours[token] for token, index in theirs.items() if token in ours]
+    return all(same) and len(same) >= max(len(theirs) - MAX_PADDING, len(theirs) // 2 + 1)
+
+
+def check_settings(config: OnlineConfig, draft: Any, translated: bool = False) -> None:
+    """
+    Raise `ConfigError` for a setting that does not go with a draft.
+
+    Args:
+        config (`OnlineConfig`): Settings.
+        draft (`PreTrainedModel`): The draft.
+        translated (`bool`, defaults to `False`): Whether its tokenizer is not the target's.
+    """
     if config.lmbda > 0.0 and draft.config.is_encoder_decoder:
         raise ConfigError(
             f"lmbda={config.lmbda!r} does not go with a draft that has an encoder: it learns from recorded texts "
             "alone; leave it out"
         )
-    if not isinstance(draft, FeatureDraft):
+    if isinstance(draft, FeatureDraft):
+        why = "a draft that reads the target's states: it scores a part of the vocabulary"
+    elif translated:
+        why = "a draft with another tokenizer: the target cannot read its tokens"
+    else:
         return
     for name, given in (("full_teacher", config.full_teacher), ("lmbda", config.lmbda > 0.0)):
         if given:
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} does not go with a draft that reads the target's states: it scores "
-                "a part of the vocabulary, and learns from recorded texts alone; leave it out"
+                f"{name}={getattr(config, name)!r} does not go with {why}, and learns from recorded texts alone; "
+                "leave it out"
             )

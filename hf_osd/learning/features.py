@@ -15,7 +15,7 @@ from .reading import ALL, Batch, ObservationCollator, Reader, base_model
 CONTEXT = 32  # tokens of a prompt that are read: the target's states carry the rest
 
 
-def reader_of(model: Any, proposed: int | None = None) -> Reader:
+def reader_of(model: Any, proposed: int | torch.Tensor | None = None) -> Reader:
     """Return what reads recorded requests for a draft; see [`~hf_osd.learning.reading.Reader`]."""
     draft, plain = base_model(model), Reader.of(model, proposed)
     return FeatureReader(plain.parameters, plain.known, None, draft) if isinstance(draft, FeatureDraft) else plain

@@ -60,7 +60,7 @@ class Learner:
         publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live.
         give_way (`Callable[[], float]`): Called between parts of the work; returns the seconds since the last call.
         is_stopped (`Callable[[], bool]`): Whether to end with the step in progress.
-        target, frozen, vocab_size: See [`~hf_osd.learning.online.OnlineLearner`].
+        target, frozen, proposed: See [`~hf_osd.learning.online.OnlineLearner`].
 
     Attributes:
         journal (`Journal`): What happened.
@@ -80,16 +80,16 @@ class Learner:
         is_stopped: Callable[[], bool],
         target: "PreTrainedModel | None" = None,
         frozen: Collection[str] = (),
-        vocab_size: int | None = None,
+        proposed: int | torch.Tensor | None = None,
     ) -> None:
         self.journal, self.counters = Journal(), Counters()
         bounds = config.replay_size * config.max_length, config.max_state_bytes
         self.replay = ReplayBuffer(config.replay_size, config.seed, *bounds)
         self.give_way, self._is_stopped = give_way, is_stopped
         self._draft, self.config, self._throttle, self._publish = draft, config, throttle, publish
-        self._target, self._vocab_size, self.frozen = target, vocab_size, frozen
+        self._target, self._proposed, self.frozen = target, proposed, frozen
         self.initial = sample(draft.named_parameters())
-        self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, vocab_size)
+        self._scorer = Scorer(draft, config.max_length, config.batch_size, give_way, proposed)
         self.requests = self._fresh = self._led = 0  # of these: recorded since an update, scored under this leader
         self._waiting_since: float | None = None  # of the update in progress, by the throttle's clock
         self.start()
@@ -289,7 +289,7 @@ class Learner:
 
     def _make_trainer(self) -> "OnlineGKDTrainer":
         bf16 = self._draft.dtype == torch.bfloat16 and multiplies_bfloat16(self._draft.device)
-        model, reader = self.student.model, reader_of(self.student.model, self._vocab_size)
+        model, reader = self.student.model, reader_of(self.student.model, self._proposed)
         trainer: Any = import_quietly(TRAINER)
         parts = self.config, trainer.UpdateCallback(self), self._target, bf16, reader
         made: OnlineGKDTrainer = trainer.OnlineGKDTrainer(model, self.replay.sample, *parts)

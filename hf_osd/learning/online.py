@@ -55,8 +55,8 @@ class OnlineLearner:
         frozen (`Collection[str]`, *optional*):
             Parameters of the draft that are neither trained nor published; see
             [`~hf_osd.drafts.sharing.shared_with`].
-        vocab_size (`int`, *optional*):
-            Tokens of the target, where the draft has more; it proposes no others. Defaults to all of the draft's.
+        proposed (`int` or `torch.LongTensor`, *optional*):
+            Tokens that the draft may propose; see [`~hf_osd.learning.reading.Reader`]. Defaults to all of them.
 
     Attributes:
         learns (`bool`): Whether there is anything to train.
@@ -76,11 +76,11 @@ class OnlineLearner:
         target: "PreTrainedModel | None" = None,
         *,
         frozen: Collection[str] = (),
-        vocab_size: int | None = None,
+        proposed: int | torch.Tensor | None = None,
     ) -> None:
         if config.needs_target and target is None:
             raise LearningError("full_teacher and lmbda need the target, got None")
-        check_settings(config, draft)
+        check_settings(config, draft, isinstance(proposed, torch.Tensor))
         self.learns = config.learn and has_own_weights(draft, frozen)
         if config.learn and frozen:
             _tell(frozen, self.learns)
@@ -93,7 +93,7 @@ class OnlineLearner:
         self.learner: Learner | None = None
         if self.learns:
             hooks = worker.in_order(publish), worker.give_way, lambda: worker.stopped
-            parts = target if config.needs_target else None, frozen, vocab_size
+            parts = target if config.needs_target else None, frozen, proposed
             self.learner = Learner(draft, config, self.throttle, *hooks, *parts)
             worker.work_for(self.learner)
             self._prepare(self.learner)

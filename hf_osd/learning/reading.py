@@ -17,6 +17,7 @@ from ..drafts.encoders import decoder_logits, decoder_options, has_encoder
 from ..records import Observation
 
 ALL = 2**31  # tokens: more than any prompt has
+_NEVER = -1e4  # logit of tokens that are not proposed; finite in every dtype
 LONGEST_PART = 0.01  # seconds that a part of a batch takes at most, since a request may have to wait for it
 
 Batch = dict[str, Any]
@@ -147,15 +148,15 @@ class Reader:
     Attributes:
         parameters (`frozenset[str]`): What the model's forward takes.
         known (`int`): Tokens that it can read.
-        proposed (`int`, *optional*): Tokens that it may propose, the first ones; `None` for all that it has.
+        proposed (`int` or `torch.LongTensor`, *optional*): Tokens that it may propose: the first ones, or these.
     """
 
     parameters: frozenset[str]
     known: int
-    proposed: int | None = None
+    proposed: int | torch.Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any, proposed: int | None = None) -> "Reader":
+    def of(cls, model: Any, proposed: int | torch.Tensor | None = None) -> "Reader":
         """Return the reader of a model."""
         parameters = inspect.signature(base_model(model).forward).parameters
         return cls(frozenset(parameters), vocabulary(model), proposed)
@@ -165,8 +166,11 @@ class Reader:
         return ids.clamp(max=self.known - 1)
 
     def proposable(self, logits: torch.Tensor) -> torch.Tensor:
-        """Cut logits of shape `(..., vocab)` to the tokens that the model may propose."""
-        return logits[..., : self.proposed]
+        """Leave of logits `(..., vocab)` those of tokens that the model may propose; others are far below them."""
+        if not isinstance(self.proposed, torch.Tensor):
+            return logits[..., : self.proposed]
+        chosen = self.proposed.to(logits.device)
+        return torch.full_like(logits, _NEVER).index_copy(-1, chosen, logits.index_select(-1, chosen))
 
     def options(self, inputs: Batch) -> dict[str, Any]:
         """Return the arguments of a forward pass over a batch of [`ObservationCollator`]."""

@@ -54,7 +54,7 @@ class Scorer:
         max_length (`int`): Tokens of a request, its end, that are read.
         batch_size (`int`): Requests of one forward pass.
         pause (`Callable[[], object]`, *optional*): Called after each of these.
-        vocab_size (`int`, *optional*): Tokens of the target, where the draft has more; it proposes no others.
+        proposed (`int` or `torch.LongTensor`, *optional*): See [`~hf_osd.learning.reading.Reader`].
     """
 
     def __init__(
@@ -63,19 +63,15 @@ class Scorer:
         max_length: int,
         batch_size: int,
         pause: Callable[[], object] = lambda: None,
-        vocab_size: int | None = None,
+        proposed: int | torch.Tensor | None = None,
     ) -> None:
         self._draft = draft
         self._skeleton = _skeleton(draft)
-        self._reader = reader_of(draft, vocab_size)
+        self._reader = reader_of(draft, proposed)
+        self.known = self._reader.known  # tokens of the draft's vocabulary
         self._collate = self._reader.collator(longest_request(draft, max_length), "all")
         self._batch_size = batch_size
         self._pause = pause
-
-    @property
-    def known(self) -> int:
-        """Tokens that the draft knows."""
-        return self._reader.known
 
     def scores(self, candidates: Mapping[str, Weights], requests: Sequence[Observation]) -> list[dict[str, Score]]:
         """
@@ -94,7 +90,7 @@ class Scorer:
         return [{name: column[row] for name, column in columns.items()} for row in range(len(requests))]
 
     def _batch(self, requests: Sequence[Observation]) -> dict[str, torch.Tensor]:
-        greedy = torch.tensor([_is_greedy(request) for request in requests])
+        greedy = torch.tensor([_is_greedy(request, self.known) for request in requests])
         batch = {**self._collate(list(requests)), "greedy": greedy}
         return {name: tensor.to(self._draft.device) for name, tensor in batch.items()}
 
@@ -175,8 +171,9 @@ def accepted_run(accepted: torch.Tensor, length: int = PROPOSAL_LENGTH) -> torch
     return ahead.cumprod(dim=-1).sum(dim=-1)
 
 
-def _is_greedy(observation: Observation) -> bool:
-    return bool((observation.output_ids == observation.teacher_ids[:, 0]).all())
+def _is_greedy(observation: Observation, known: int) -> bool:
+    best = observation.teacher_ids[:, 0]
+    return bool(((observation.output_ids == best) | (best >= known)).all())
 
 
 def _skeleton(draft: PreTrainedModel) -> nn.Module:

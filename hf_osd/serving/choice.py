@@ -10,18 +10,21 @@ from transformers.cache_utils import Cache
 
 from .._compat import attention_implementation, carries_state, execution_device, hides_state, is_croppable
 from ..drafts.features import FeatureDraft
+from ..drafts.translation import Translation
 from ..errors import UnsupportedModelError
 from .croppable_decoder import CroppableDecoder
-from .decoder import Decoder, RaggedDecoder
+from .decoder import Decoder, RaggedDecoder, context_length
 from .feature_decoder import FeatureDecoder
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
 from .recurrent_decoder import RecurrentDecoder
+from .translating_decoder import TranslatingDecoder
 from .weights import describe
 
 RAGGED_ATTENTION = ("sdpa", "eager")  # attention implementations that take a 4D mask as it is
 _UNLIMITED = 2**62
 _WINDOWS_KEPT = 4  # times the narrowest window: up to this text, a single prompt keeps all of it, and takes trees
+TOKENS_EACH = 2  # tokens of a draft that each new one of the target has room for, where their tokenizers differ
 
 MakeDecoder = Callable[..., Decoder]
 """Makes a decoder. `states` takes the hidden states of a target; `source` and `vocabulary` are for a feature draft."""
@@ -146,6 +149,7 @@ def choose_draft_decoder(
     width: int,
     preparation: Preparation | None = None,
     generation_config: GenerationConfig | None = None,
+    translation: Translation | None = None,
 ) -> MakeDecoder:
     """
     Choose the decoder of a draft; see [`choose_decoder`].
@@ -157,7 +161,10 @@ def choose_draft_decoder(
         width (`int`): Columns that may ever be fed.
         preparation (`Preparation`, *optional*): The inputs of its passes, where it reads an encoder's outputs.
         generation_config (`GenerationConfig`, *optional*): As `generate` prepared it for the target; then needed.
+        translation (`Translation`, *optional*): How the draft reads the target's tokens, where its tokenizer differs.
     """
+    if translation is not None:
+        return _choose_translating(model, prompts, padding, width, translation)
     known = model.config.get_text_config(decoder=True).vocab_size
     prompts = prompts.to(execution_device(model)).clamp(max=known - 1)
     ragged: Callable[..., RaggedDecoder] = FeatureDecoder if isinstance(model, FeatureDraft) else RaggedDecoder
@@ -170,6 +177,17 @@ def choose_draft_decoder(
             "draft: its layers do not go on the ragged cache",
         )
     return made
+
+
+def _choose_translating(
+    model: PreTrainedModel, prompts: torch.Tensor, padding: Sequence[int], width: int, translation: Translation
+) -> MakeDecoder:
+    texts = [translation.text(row[pad:]) for row, pad in zip(prompts.tolist(), padding, strict=True)]
+    new = TOKENS_EACH * (width - prompts.shape[1])
+    columns = min(max(map(len, texts)) + new, context_length(model))
+    beginnings = torch.tensor([text[: min(map(len, texts))] for text in texts])
+    make = choose_draft_decoder(model, beginnings, [0] * len(texts), columns)
+    return partial(TranslatingDecoder, model, translation, make, padding, columns)
 
 
 def attention_span(model: PreTrainedModel) -> int:

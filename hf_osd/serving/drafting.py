@@ -56,6 +56,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             Defaults to choosing one then.
         states (`TargetStates`, *optional*): What the draft reads of the target; it proposes nothing before there are
             any.
+        translates (`bool`, defaults to `False`): Whether its decoder reads whatever the target does: tokens that the
+            draft does not have, and texts beyond its context.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         weights: AbstractContextManager[Any] | None = None,
         make_decoder: Callable[[], Decoder] | None = None,
         states: TargetStates | None = None,
+        translates: bool = False,
     ) -> None:
         attention = {key: value for key, value in model_kwargs.items() if key == "attention_mask"}
         prompt: Any = input_ids  # torch.LongTensor to its parent, which no tensor is to a type checker
@@ -102,6 +105,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._known_tokens = assistant_model.config.get_text_config(decoder=True).vocab_size
         self._vocab_size = vocab_size or self._known_tokens
         self._context = context_length(assistant_model)
+        if translates:
+            self._known_tokens, self._context = self._vocab_size, 2**62
         self._padding = list(padding) if padding is not None else [0] * len(input_ids)
         width = max(generation_config.max_length or 0, input_ids.shape[1] + 1)
         self._choose_decoder = partial(choose_draft_decoder, assistant_model, input_ids, self._padding, width)
