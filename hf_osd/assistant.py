@@ -1,81 +1,52 @@
-"""`OnlineAssistant`: a draft with its replay buffer and its trainer. Only this module joins serving and learning."""
+"""`OnlineAssistant`: the drafts of one target, which learn while they serve. It joins serving and learning."""
 
 import json
-import random
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import TracebackType
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ._compat import execution_device, is_offloaded
+from ._compat import execution_device
 from .config import OnlineConfig
-from .drafts.compatibility import check_draft, check_pair, check_target, made_draft, proposable
-from .drafts.features import FeatureDraft
-from .drafts.sharing import shared_with
-from .drafts.translation import Translation
+from .drafts.adapters import by_adapter, carries_adapter
+from .drafts.compatibility import check_target, made_draft
 from .drafts.wrapping import unwrap
-from .errors import ClosedError, InputError, LearningError, UnsupportedError, UnsupportedModelError
+from .errors import ClosedError, InputError, UnsupportedError
 from .journal import Journal
 from .learning.online import OnlineLearner
-from .records import Observation
 from .reporting import write_report
-from .saving import load_config, load_draft, load_tokenizer, saved_config, translation_of
-from .serving.engine import Engine
+from .routes import Routes, check_names, folder_of, saved_routes
+from .routing.router import ByKey, Router
+from .saving import load_config, load_draft, load_tokenizer, saved_config
 from .serving.experience import Experience
-from .serving.recording import Recorder
-from .serving.states import TargetStates
-from .serving.stopwatch import STAGES
-from .serving.weights import LiveWeights, describe
+from .serving.weights import LiveWeights
 from .stats import OnlineStats
 from .storage.files import write_file
 from .storage.identity import STATE_FOLDER
+from .team import Team
 
 logger = logging.get_logger(__name__)
 
-
-class Request:
-    """
-    One call of `generate`, which the assistant counts and records.
-
-    Attributes:
-        recorder (`Recorder`, *optional*): Records rounds while serving; `None` where nothing is to be recorded.
-    """
-
-    def __init__(self, assistant: "OnlineAssistant", recorded_rows: list[bool], states: TargetStates | None) -> None:
-        self._assistant = assistant
-        self.observations: list[Observation] = []
-        self.recorder = (
-            Recorder(assistant.config.top_k_teacher, recorded_rows, self.observations.append, states)
-            if any(recorded_rows)
-            else None
-        )
-
-    def finish(self, engine: Engine, seconds: float) -> None:
-        """Count the request, and make its observations."""
-        self._assistant._count(engine, seconds)
-        self._assistant._note_tokens(engine)
-        if self.recorder is not None:
-            self.recorder.finish(engine.sequences)
+_DEFAULT = "default"  # route of the one draft that further ones begin from
 
 
 class OnlineAssistant:
     """
-    A draft model that learns from the requests it helps to serve.
+    One draft, or several, that learn from the requests they help to serve.
 
-    Holds the live draft, the replay buffer and the trainer. Hand it to [`~hf_osd.generate`]; one assistant may serve
-    concurrent calls from several threads.
+    Holds the live drafts, each with its replay buffer and its trainer. Hand it to [`~hf_osd.generate`]; one assistant
+    may serve concurrent calls from several threads.
 
     Args:
-        draft (`PreTrainedModel` or `"auto"`):
+        draft (`PreTrainedModel` or `"auto"`, *optional*):
             The draft. Its weights are updated in place. `"auto"` makes a [`~hf_osd.drafts.features.FeatureDraft`] of
             the target's last layer, in seconds; it begins without knowledge, and until it has learned, the lookup in
             the text serves.
@@ -83,6 +54,13 @@ class OnlineAssistant:
             The model it drafts for. Never changed.
         config (`OnlineConfig`, *optional*):
             Settings; defaults to what the draft recommends, [`OnlineConfig.for_draft`].
+        drafts (`Mapping[str, PreTrainedModel]` or `peft.PeftModel`, *optional*):
+            In place of `draft`: drafts by route, or a model whose adapters are the routes. See `docs/routing.md`.
+        router (`Router`, *optional*):
+            Chooses the route of each prompt that comes without `osd_route`; see [`~hf_osd.routing`]. Defaults to the
+            first of `drafts`. With `draft`, that one is the first route.
+        max_routes (`int`, defaults to 8):
+            Drafts at most. A new route begins with a copy of the nearest draft; with no room, that one serves it.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             That of the draft, which [`save_pretrained`] saves beside it. Needed only for a draft with another
             tokenizer than the target's.
@@ -90,7 +68,12 @@ class OnlineAssistant:
             That of the target, likewise. Where the two vocabularies differ in size, tokenizers that are not given are
             loaded from where the models came from.
 
+    Attributes:
+        routes (`Mapping[str, LearningDraft]`): The drafts by route, each with `stats()`, `journal` and `report()`.
+        config (`OnlineConfig`): Settings.
+
     Raises:
+        InputError: Neither a draft nor several, or no target.
         UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself; or
             `"auto"` cannot make one of this target. With `OnlineConfig(unsupported="error")` also where it cannot work
             for the target: a vocabulary of another size without tokenizers, a state that cannot be restored, an
@@ -108,61 +91,32 @@ class OnlineAssistant:
 
     def __init__(
         self,
-        draft: PreTrainedModel | str,
-        target: PreTrainedModel,
+        draft: PreTrainedModel | str | None = None,
+        target: PreTrainedModel | None = None,
         config: OnlineConfig | None = None,
         *,
+        drafts: Mapping[str, PreTrainedModel | str] | PreTrainedModel | None = None,
+        router: Router | None = None,
+        max_routes: int = 8,
         tokenizer: PreTrainedTokenizerBase | None = None,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if (draft is None) == (drafts is None) or target is None:
+            raise InputError("an OnlineAssistant needs a target, and either draft or drafts")
         check_target(target)
-        self._given = given = made_draft(draft, target) if isinstance(draft, str) else draft
-        self.draft = draft = unwrap(given)
-        check_draft(target, draft)
-        self.config = config or OnlineConfig.for_draft(draft)
-        if isinstance(draft, FeatureDraft):
-            draft.borrow(target)
+        given = _given({_DEFAULT: draft} if drafts is None else drafts, target)
+        if not isinstance(max_routes, int) or max_routes < len(given):
+            raise InputError(f"max_routes must be at least the number of drafts, {len(given)}, got {max_routes!r}")
+        self.config = config or OnlineConfig.for_draft(unwrap(next(iter(given.values()))))
         self.tokenizer = tokenizer
-        self.experience = Experience()
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
         self._lock = threading.Lock()
-        self._random = random.Random(self.config.seed)
-        self._totals: Counter[str] = Counter()
+        self._random = Random(self.config.seed)
+        self._undrafted = 0  # prompts that were served without the draft and without speculation
         self._reasons: Counter[str] = Counter()
         self._closed = False
-        self._misfit: tuple[str, str] | None = None  # message and cause
-        self.translation: Translation | None = None
-        try:
-            self.translation = translation_of(target, draft, target_tokenizer, tokenizer)
-            check_pair(target, draft, self.translation)
-        except UnsupportedError as error:
-            self._leave_out(error)
-        self._checked = weakref.WeakSet([target])  # targets that the draft was checked against
-        self._frozen = shared_with(draft, target)
-        self.weights = LiveWeights(draft, self._frozen)
-        learns = self.config.learn and self._misfit is None and self._can_learn()
-        self._learner = OnlineLearner(
-            draft,
-            self.config if learns else replace(self.config, learn=False),
-            self._publish,
-            target=target if self.config.needs_target else None,
-            frozen=self._frozen,
-            proposed=proposable(target, self.translation),
-        )
-
-    def _can_learn(self) -> bool:
-        plain = all(type(weight) is torch.nn.Parameter for weight in self.draft.parameters())
-        if plain and not is_offloaded(self.draft):
-            return True
-        why = "offloaded" if plain else "quantised, or of another kind that cannot be trained"
-        logger.warning("The draft serves but does not learn: its weights are %s.", why)
-        return False
-
-    def _leave_out(self, error: UnsupportedError) -> None:
-        if self.config.unsupported == "error":
-            raise error
-        logger.warning("%s. Until then the target decodes alone.", str(error))
-        self._misfit = str(error), error.cause
+        router = ByKey() if router is None and drafts is not None else router
+        self.routes = Routes(given, target, self.config, router, max_routes, (target_tokenizer, tokenizer))
 
     @classmethod
     def from_pretrained(
@@ -171,6 +125,8 @@ class OnlineAssistant:
         target: PreTrainedModel,
         config: OnlineConfig | None = None,
         *,
+        router: Router | None = None,
+        max_routes: int = 8,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> "OnlineAssistant":
@@ -178,32 +134,85 @@ class OnlineAssistant:
         Load a draft from the Hub or a folder, together with what it learned if [`save_pretrained`] wrote it.
 
         Args:
-            draft (`str` or `Path`): Hub id or local folder.
+            draft (`str` or `Path`): Hub id or local folder, which may hold the drafts of several routes.
             target (`PreTrainedModel`): The model it drafts for.
             config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to those of the draft.
+            router (`Router`, *optional*): As for the class; it goes on with what a saved one of its kind knew.
+            max_routes (`int`, defaults to 8): As for the class.
             target_tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to that of where the target came from.
             kwargs: For `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` where the target has an
                 encoder and the draft reads text by one; `dtype` and `device_map` default to the target's.
 
         Raises:
+            InputError: The folder holds the drafts of another router, and none is given.
             UnsupportedModelError: See the class.
         """
         kwargs.setdefault("dtype", target.dtype)
         kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
-        model = load_draft(draft, has_encoder=target.config.is_encoder_decoder, **kwargs)
-        tokenizer = load_tokenizer(str(draft))
         state = Path(draft) / STATE_FOLDER
+        tokenizer = load_tokenizer(str(draft))
         if config is None and (state / "config.json").is_file():
             config = load_config(state / "config.json")
+        saved = saved_routes(state)
+        kwargs["has_encoder"] = target.config.is_encoder_decoder
         target_tokenizer = target_tokenizer or load_tokenizer(target.config._name_or_path)
-        assistant = cls(model, target, config, tokenizer=tokenizer, target_tokenizer=target_tokenizer)
-        try:
-            if state.is_dir() and not assistant._learner.has_state:  # a state directory is newer
-                assistant._learner.load(state)
-        except BaseException:
-            assistant.close()
-            raise
+        tokenizers = {"tokenizer": tokenizer, "target_tokenizer": target_tokenizer}
+        options: dict[str, Any] = {"router": router, "max_routes": max_routes, **tokenizers}
+        if saved is None:
+            assistant = cls(load_draft(draft, **kwargs), target, config, **options)
+            states = dict.fromkeys(assistant.routes, state)
+        else:
+            folders = {name: Path(draft) / folder_of(name) for name in saved.numbers["routes"]}
+            if router is None and saved.numbers["kind"] != ByKey.__name__:
+                raise InputError(f"{draft} holds the drafts of a {saved.numbers['kind']}: pass a router")
+            loaded = {name: load_draft(folder, **kwargs) for name, folder in folders.items()}
+            assistant = cls(
+                None, target, config, drafts=loaded, **{**options, "max_routes": max(max_routes, len(loaded))}
+            )
+            states = {name: folder / STATE_FOLDER for name, folder in folders.items()}
+        assistant._go_on(states)
+        if saved is not None and assistant.routes.router is not None:
+            assistant.routes.load_router(saved, assistant.routes.router)
         return assistant
+
+    def _go_on(self, states: Mapping[str, Path]) -> None:
+        """Go on from the states that lie beside loaded drafts."""
+        try:
+            for name, state in states.items():
+                learner = self.routes[name].learner
+                if state.is_dir() and not learner.has_state:  # a state directory is newer
+                    learner.load(state)
+        except BaseException:
+            self.close()
+            raise
+
+    # Of several drafts, the first.
+
+    @property
+    def draft(self) -> PreTrainedModel:
+        """The draft."""
+        return self.routes.first.draft
+
+    @property
+    def weights(self) -> LiveWeights:
+        """What guards its live weights."""
+        return self.routes.first.weights
+
+    @property
+    def experience(self) -> Experience:
+        """What its requests have measured."""
+        return self.routes.first.experience
+
+    @property
+    def _learner(self) -> OnlineLearner:
+        return self.routes.first.learner
+
+    @property
+    def journal(self) -> Journal:
+        """What its learning did: scored requests, updates and what went live, changes of the traffic."""
+        return self.routes.first.journal
+
+    # Serving.
 
     @property
     def target(self) -> PreTrainedModel | None:
@@ -214,20 +223,6 @@ class OnlineAssistant:
         """Raise `ClosedError` after [`close`]."""
         if self._closed:
             raise ClosedError("this OnlineAssistant is closed: make a new one")
-
-    def check_usable(self, target: PreTrainedModel) -> None:
-        """Raise `UnsupportedModelError` where the draft cannot draft for a target, whatever the request."""
-        if self._misfit is not None:  # a new error each time: its traceback would keep the target alive
-            raise UnsupportedModelError(*self._misfit)
-        if target not in self._checked:  # another one, or the inner model of a PEFT model
-            check_draft(target, self.draft)
-            check_pair(target, self.draft, self.translation)
-            if not shared_with(self.draft, target) <= self._frozen:
-                raise InputError(
-                    f"the draft shares weights with {describe(target)}, which learning would change: make an "
-                    "OnlineAssistant for this target"
-                )
-            self._checked.add(target)
 
     def fall_back(self, error: UnsupportedError, rows: int, *, without: str = "speculation") -> None:
         """
@@ -247,89 +242,32 @@ class OnlineAssistant:
         with self._lock:
             first = not self._reasons[error.cause]
             self._reasons[error.cause] += rows
-            if without == "speculation":  # the engine counts all others
-                self._totals["requests"] += rows
+            if without == "speculation":  # the drafts count all others
+                self._undrafted += rows
         if first:
             why = str(error)  # a handler that keeps the record must not keep the request alive
             logger.warning("Served without %s, and so will be others for the same reason: %s.", without, why)
 
-    @contextmanager
-    def request(self, rows: int, records: bool = True, states: TargetStates | None = None) -> Iterator[Request]:
-        """
-        Open one call of `generate`. On leaving it without an error, its observations go to the learner.
-
-        Args:
-            rows (`int`): Prompts in the batch.
-            records (`bool`, defaults to `True`): Whether the request may be learned from.
-            states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
-
-        Raises:
-            ClosedError: The assistant is closed.
-        """
-        self.check_open()
-        request = Request(self, self._choose_rows(rows) if records else [False] * rows, states)
-        with self._learner.serving():
-            yield request
-        seen = request.observations
-        for observation in seen if self.translation is None else map(self.translation.observation, seen):
-            self._learner.observe(observation)
-
-    def _publish(self, parameters: Mapping[str, torch.Tensor], acceptance: float) -> None:
-        target = self.target
-        if target is not None and not shared_with(self.draft, target) <= self._frozen:
-            raise LearningError(
-                "the draft was given weights of the target after this assistant was made: make another"
-            )
-        del target
-        self.weights.publish(parameters)
-        self.experience.expect(acceptance)
-
-    def _choose_rows(self, rows: int) -> list[bool]:
-        fraction = self.config.record_fraction if self._learner.takes_requests else 0.0
+    def chosen_rows(self, team: Team, may: Sequence[bool]) -> list[bool]:
+        """Choose the rows of a batch that are recorded: a part of those that may be, whose draft has time to learn."""
+        takes = [is_known and one.learner.takes_requests for one, is_known in zip(team.by_row, may, strict=True)]
+        fractions = [self.config.record_fraction if taken else 0.0 for taken in takes]
         with self._lock:
-            return [self._random.random() < fraction for _ in range(rows)]
-
-    def _count(self, engine: Engine, seconds: float) -> None:
-        counts, stages = engine.speculator.counts, engine.watch.totals
-        counted = {
-            "requests": engine.sequences.batch,
-            "generated_tokens": sum(engine.sequences.lengths),
-            "target_passes": engine.target_passes,
-            "proposed_tokens": counts.proposed,
-            "draft_tokens": counts.judged,
-            "accepted_tokens": counts.accepted,
-            "lookup_tokens": counts.guessed,
-            "accepted_lookup_tokens": counts.guessed_right,
-            "accepted_other_tokens": counts.others_right,
-            "submitted_tokens": engine.submitted,
-            "decode_seconds": seconds,
-            **{f"{stage}_seconds": stages[stage] for stage in STAGES},
-        }
-        seconds_a_pass = stages["verify"] / max(engine.target_passes, 1)
-        counted["saved_seconds"] = counts.accepted * self.journal.learned_share * seconds_a_pass
-        with self._lock:
-            self._totals.update(counted)
-
-    def _note_tokens(self, engine: Engine) -> None:
-        if isinstance(self.draft, FeatureDraft):
-            for row in range(engine.sequences.batch):
-                self.draft.vocabulary.note(engine.sequences.text(row)[1].tolist())
+            return [self._random.random() < fraction for fraction in fractions]
 
     def stats(self) -> OnlineStats:
         """Return the counters as they are now."""
         with self._lock:
-            counted: dict[str, Any] = dict(self._totals)
             reasons = {reason: count for reason, count in self._reasons.items() if count}
-        counted |= {"fallbacks": sum(reasons.values()), "fallback_reasons": reasons}
-        learned = self._learner.counters
-        counted |= {"updates": learned.updates, "failed_updates": learned.failures}
-        counted |= {"learned_steps": learned.steps, "learned_positions": learned.positions}
-        return OnlineStats(**{**counted, "learn_seconds": learned.seconds})
-
-    @property
-    def journal(self) -> Journal:
-        """What learning did: scored requests, updates and what went live, changes of the traffic."""
-        return self._learner.journal
+            undrafted = self._undrafted
+        routes = {name: self.routes[name].stats() for name in self.routes}
+        total = sum(routes.values(), OnlineStats(requests=undrafted))
+        return replace(
+            total,
+            fallbacks=sum(reasons.values()),
+            fallback_reasons=reasons,
+            routes={} if self.routes.router is None else routes,
+        )
 
     def report(self, directory: str | Path, *, window: int = 50, plot: bool = True) -> list[Path]:
         """
@@ -337,30 +275,37 @@ class OnlineAssistant:
         changes of the traffic. No prompts and no tokens; see [`~hf_osd.reporting.write_report`].
 
         Args:
-            directory (`str` or `Path`): Folder to write; made if missing.
+            directory (`str` or `Path`): Folder to write; made if missing. With routes, each has a folder in there.
             window (`int`, defaults to 50): Requests of the moving average.
             plot (`bool`, defaults to `True`): Whether to draw the PNG, which needs matplotlib.
 
         Returns:
             `list[Path]`: The files.
         """
-        return write_report(self.journal, self.stats(), directory, window=window, plot=plot)
+        options: dict[str, Any] = {"window": window, "plot": plot}
+        if self.routes.router is None:
+            return write_report(self.journal, self.stats(), directory, **options)
+        folders = {name: Path(directory) / folder_of(name) for name in self.routes}
+        return [path for name, folder in folders.items() for path in self.routes[name].report(folder, **options)]
 
     def update(self) -> None:
         """
         Learn from what is recorded, now, whatever `update_every` says, in this thread. The result goes live if what
-        was learned so far leads.
+        was learned so far leads. Of several drafts, those learn for which anything is recorded.
 
         Raises:
             LearningError: Nothing is recorded yet, or the update failed; the live draft is as before.
             ClosedError: The assistant is closed.
         """
         self.check_open()
-        self._learner.update()
+        ready = [one.learner for one in self.routes.values() if one.learner.has_state]
+        for learner in ready or [self.routes.first.learner]:
+            learner.update()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """
-        Save the draft as a plain transformers checkpoint, and what is needed to go on learning beside it.
+        Save the draft as a plain transformers checkpoint, and what is needed to go on learning beside it. With routes,
+        each has a folder of that kind.
 
         The state holds the replay buffer, and so the token ids of recorded prompts.
 
@@ -369,10 +314,7 @@ class OnlineAssistant:
         """
         directory = Path(directory)
         state = directory / STATE_FOLDER
-        with self._learner.at_rest():
-            with self.weights:
-                self._given.save_pretrained(directory)
-            self._learner.save(state)
+        self.routes.save(directory, state)
         write_file(state / "config.json", json.dumps(saved_config(self.config), indent=2).encode() + b"\n")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
@@ -380,7 +322,7 @@ class OnlineAssistant:
     def close(self) -> None:
         """Stop learning. The draft stays as it is. Closing twice is fine."""
         self._closed = True
-        self._learner.close()
+        self.routes.close()
 
     def __enter__(self) -> "OnlineAssistant":
         return self
@@ -389,3 +331,13 @@ class OnlineAssistant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _given(drafts: Any, target: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Return drafts by route: those of a mapping, or one for each adapter of a model."""
+    if not isinstance(drafts, Mapping):
+        if not carries_adapter(drafts):
+            raise InputError(f"drafts must be a mapping or a model with adapters, got {type(drafts).__name__}")
+        drafts = by_adapter(drafts)
+    check_names(drafts)
+    return {name: made_draft(one, target) if isinstance(one, str) else one for name, one in drafts.items()}

@@ -22,14 +22,14 @@ from ._compat import (
     is_callers_own,
     pad_token_of,
 )
-from .assistant import OnlineAssistant, Request
+from .assistant import OnlineAssistant
 from .config import OnlineConfig
-from .drafts.features import FeatureDraft
-from .errors import UnsupportedError
-from .serving.choice import choose_decoder, choose_draft_decoder
+from .errors import InputError, UnsupportedError
+from .learning_draft import LearningDraft
+from .serving.choice import choose_decoder
 from .serving.decoder import Decoder
 from .serving.drafting import OnlineAssistedGenerator
-from .serving.encoding import draft_preparation, reads_encoder, source_texts
+from .serving.encoding import Encoded, reads_encoder, source_texts
 from .serving.engine import Engine
 from .serving.inputs import holds_cached_text, padding_of
 from .serving.measured import MeasuredSpeculator
@@ -45,6 +45,7 @@ from .serving.stopping import StopCheck
 from .serving.stopwatch import Stopwatch
 from .serving.support import REQUESTS, SETTINGS, Asked, check_limits
 from .serving.weights import eval_mode
+from .team import Request, Team
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class Call:
         config (`GenerationConfig`): This call's own copy.
         model_kwargs (`dict[str, Any]`): Inputs of the model.
         text (`int`): Columns of the prompt and of a cached text before it.
+        keys (`str` or `Sequence[str]`, *optional*): The route of all prompts, or of each.
         generator (`torch.Generator`, *optional*): Source of randomness.
         streamer (`BaseStreamer`, *optional*): Gets tokens as soon as they are final.
         encoder_inputs (`Mapping[str, torch.Tensor]`, *optional*): What the target's encoder has read, where there is
@@ -77,6 +79,7 @@ class Call:
     config: GenerationConfig
     model_kwargs: dict[str, Any]
     text: int
+    keys: str | Sequence[str] | None = None
     generator: torch.Generator | None = None
     streamer: BaseStreamer | None = None
     encoder_inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -84,6 +87,21 @@ class Call:
     def setting(self, name: str) -> Any:
         """Return the value of a generation setting or model input, `None` where it is not set."""
         return self.model_kwargs.get(name, getattr(self.config, name, None))
+
+    def routes(self) -> list[str] | None:
+        """
+        Return the route that each row asks for: that of its prompt, of which there may be several outputs.
+
+        Raises:
+            InputError: There is not one for each prompt.
+        """
+        rows = len(self.input_ids)
+        if self.keys is None:
+            return None
+        keys = [self.keys] if isinstance(self.keys, str) else list(self.keys)
+        if not keys or rows % len(keys) or not all(isinstance(key, str) and key for key in keys):
+            raise InputError(f"osd_route must be the name of a route, or one for each of {rows} rows, got {keys!r}")
+        return [key for key in keys for _ in range(rows // len(keys))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +111,19 @@ class Setup:
 
     Attributes:
         sequences (`Sequences`): Its rows.
+        team (`Team`): The drafts that serve them.
         make_target, make_draft (`Callable[[], Decoder]`): Make the decoders; without `make_draft` nothing is drafted.
         states (`TargetStates`, *optional*): Hidden states of the target, for a draft that reads them.
-        records (`bool`): Whether what learning would have to read is known; images, for one, are not recorded.
+        records (`list[bool]`): By row, whether what learning would have to read is known; images, for one, are not
+            recorded.
     """
 
     sequences: Sequences
+    team: Team
     make_target: Callable[[], Decoder]
     make_draft: Callable[[], Decoder] | None
     states: TargetStates | None
-    records: bool
+    records: list[bool]
 
 
 @torch.no_grad()
@@ -120,7 +141,7 @@ def decode(call: Call, assistant: OnlineAssistant, put_prompt: bool = False) -> 
         UnsupportedError: With `OnlineConfig(unsupported="error")`, what is not speculated on.
     """
     assistant.check_open()
-    with eval_mode(call.model, assistant.draft):
+    with eval_mode(call.model, *(one.draft for one in assistant.routes.values())):
         try:
             setup = _set_up(call, assistant)
         except UnsupportedError as error:
@@ -159,24 +180,34 @@ def _set_up(call: Call, assistant: OnlineAssistant) -> Setup:
     length = max(width - min(padding) + (0 if is_prefix else call.text - width), preparation.next_position) + new
     is_padded = mask is not None and not bool(mask.bool().all())
     check_limits(REQUESTS, Asked(model, call.setting, call.processors, preparation, cache, is_padded, length))
-    assistant.check_usable(model)
+    team = assistant.routes.team(model, sequences, call.routes())
+    team.check_usable(model)
     trial = Trial(sequences.ids[:, :width], padding, preparation, config, bool(config.return_dict_in_generate))
     make_target = choose_decoder(model, trial, sequences.ids.shape[1], length=length, cache=cache, is_prefix=is_prefix)
-    make_draft, states = _draft(call, assistant, sequences, preparation)
+    make_draft, states = _draft(call, assistant, team, sequences, preparation)
     if states is not None:
         make_target = partial(make_target, states=states)
-    return Setup(sequences, make_target, make_draft, states, _records(assistant, preparation, sequences))
+    return Setup(sequences, team, make_target, make_draft, states, _records(team, preparation, sequences))
 
 
-def _records(assistant: OnlineAssistant, preparation: Preparation, sequences: Sequences) -> bool:
-    """Whether learning could read all that the draft, and the target where it runs, have read: tokens are recorded."""
-    draft, has_source = assistant.draft, sequences.sources is not None
-    if preparation.every_pass and reads_encoder(draft) and not (has_source and draft.config.is_encoder_decoder):
-        if assistant.config.learn:
+def _records(team: Team, preparation: Preparation, sequences: Sequences) -> list[bool]:
+    """Say of each row whether learning could read all that its draft, and the target where it runs, have read."""
+    known = {one: _is_kept(one, preparation, sequences.sources is not None) for one in team.groups}
+    return [known[one] for one in team.by_row]
+
+
+def _is_kept(one: LearningDraft, preparation: Preparation, has_source: bool) -> bool:
+    """Whether what a draft has read is recorded: tokens are."""
+    if (
+        preparation.every_pass
+        and reads_encoder(one.draft)
+        and not (has_source and one.draft.config.is_encoder_decoder)
+    ):
+        if one.config.learn:
             logger.warning_once("The draft does not learn from these requests: what its encoder reads is not kept.")
         return False
     is_text = preparation.is_plain and (has_source or not preparation.every_pass)
-    return is_text or not assistant.config.needs_target
+    return is_text or not one.config.needs_target
 
 
 def _callers_cache(inputs: dict[str, Any]) -> Any:
@@ -206,35 +237,27 @@ def _sequences(call: Call, padding: Sequence[int], settings: OnlineConfig) -> Se
 
 
 def _draft(
-    call: Call, assistant: OnlineAssistant, sequences: Sequences, preparation: Preparation
+    call: Call, assistant: OnlineAssistant, team: Team, sequences: Sequences, preparation: Preparation
 ) -> tuple[Callable[[], Decoder] | None, TargetStates | None]:
-    """Choose the draft's decoder, and what it reads; `None` leaves proposals to the lookup."""
+    """Choose the drafts' decoder, and what they read; `None` leaves proposals to the lookup."""
     if assistant.config.draft_length == 0:
         return None, None
-    draft, target, padding = assistant.draft, call.model, sequences.padding
     try:
-        with assistant.weights:  # the trial reads them
-            prompts, read = sequences.ids[:, : sequences.prompt_length], preparation.every_pass
-            prepared = draft_preparation(draft, target, prompts, padding, call.encoder_inputs, read)
-            trial = prepared, call.config, assistant.translation
-            make = choose_draft_decoder(draft, prompts, padding, sequences.limit, *trial)
-        if not isinstance(draft, FeatureDraft):
-            return make, None
-        columns = sequences.ids.shape[1]
-        states = TargetStates(target, draft.state_layers, padding, columns) if draft.state_layers else None
+        return team.choose_decoder(
+            call.model, sequences, Encoded(call.encoder_inputs, preparation.every_pass, call.config)
+        )
     except UnsupportedError as error:
         assistant.fall_back(error, sequences.batch, without="the draft")
         return None, None
-    vocabulary = draft.vocabulary.tokens([*prompts.flatten().tolist(), *sequences.eos_token_ids])
-    return partial(make, source=states, vocabulary=vocabulary), states
 
 
 def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
-    config, sequences = call.config, setup.sequences
+    config, sequences, team = call.config, setup.sequences, setup.team
     config.max_length = sequences.limit
     started = time.perf_counter()
-    with assistant.request(sequences.batch, setup.records, setup.states) as request:
-        engine = _engine(call, setup, assistant, request)
+    recorded = assistant.chosen_rows(team, setup.records)
+    with team.request(recorded, setup.states) as request:
+        engine = _engine(call, setup, request)
         try:
             engine.run()
         except BaseException:
@@ -242,23 +265,24 @@ def _speculate(call: Call, setup: Setup, assistant: OnlineAssistant) -> Output:
             raise
         engine.speculator.finish(sequences.lengths)
         request.finish(engine, time.perf_counter() - started)
+    assistant.routes.note(team.names, [(one.accepted, one.judged) for one in engine.speculator.counts])
     output = _output(engine, call)
     engine.speculator.drafter.release()
     engine.target.release()
     return output
 
 
-def _engine(call: Call, setup: Setup, assistant: OnlineAssistant, request: Request) -> Engine:
+def _engine(call: Call, setup: Setup, request: Request) -> Engine:
     config, sequences, built_for = call.config, setup.sequences, call.input_ids.device
     device = sequences.ids.device
     randomness = Randomness(call.generator) if config.do_sample else None
-    drafter = _drafter(call, setup, assistant, request, randomness)
+    drafter = _drafter(call, setup, request, randomness)
     target, processors = setup.make_target(), on_device(call.processors, device, built_for)
     keep = bool(config.return_dict_in_generate)
     return Engine(
         sequences=sequences,
         target=target,
-        speculator=_speculator(assistant, drafter, sequences, target.takes_trees),
+        speculator=_speculator(setup.team, drafter, sequences, target.takes_trees),
         watch=Stopwatch(device, drafter.device),
         processors=processors,
         stop_check=StopCheck(call.criteria),
@@ -269,16 +293,14 @@ def _engine(call: Call, setup: Setup, assistant: OnlineAssistant, request: Reque
     )
 
 
-def _drafter(
-    call: Call, setup: Setup, assistant: OnlineAssistant, request: Request, randomness: Randomness | None
-) -> OnlineAssistedGenerator:
-    sequences, settings = setup.sequences, assistant.config
+def _drafter(call: Call, setup: Setup, request: Request, randomness: Randomness | None) -> OnlineAssistedGenerator:
+    sequences, team, settings = setup.sequences, setup.team, setup.team.config
     return OnlineAssistedGenerator(
         sequences.ids[:, : sequences.prompt_length],
-        assistant.draft,
+        team.draft,
         call.config,
         {},
-        logits_processor=on_device(call.processors, execution_device(assistant.draft), call.input_ids.device),
+        logits_processor=on_device(call.processors, execution_device(team.draft), call.input_ids.device),
         draft_length=settings.draft_length if setup.make_draft is not None else 0,
         draft_length_schedule=settings.draft_length_schedule,
         confidence_threshold=settings.confidence_threshold,
@@ -286,21 +308,19 @@ def _drafter(
         vocab_size=call.model.config.get_text_config(decoder=True).vocab_size,
         randomness=randomness,
         recorder=request.recorder,
-        weights=assistant.weights,
+        weights=team.weights,
         make_decoder=setup.make_draft,
         states=setup.states,
-        translates=assistant.translation is not None,
+        translates=team.translates,
     )
 
 
-def _speculator(
-    assistant: OnlineAssistant, drafter: OnlineAssistedGenerator, sequences: Sequences, branches: bool
-) -> Speculator:
-    config = assistant.config
+def _speculator(team: Team, drafter: OnlineAssistedGenerator, sequences: Sequences, branches: bool) -> Speculator:
+    config = team.config
     if config.draft_length_schedule != "measured" or config.draft_length == 0:
         return DraftSpeculator(drafter)
     nodes = config.draft_nodes
-    return MeasuredSpeculator(drafter, assistant.experience, sequences, config.prompt_lookup, nodes, branches)
+    return MeasuredSpeculator(drafter, team.experience, sequences, config.prompt_lookup, nodes, branches)
 
 
 def _output(engine: Engine, call: Call) -> Output:

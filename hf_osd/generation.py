@@ -1,5 +1,6 @@
 """The entry points: `generate`, and the callable that transformers' `custom_generate` takes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generator: torch.Generator | None = None,
+    osd_route: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Output:
     """
@@ -67,6 +69,9 @@ def generate(
             Needed for `stop_strings` only.
         generator (`torch.Generator`, *optional*):
             Source of randomness for sampling; defaults to one seeded from torch's global state.
+        osd_route (`str` or `Sequence[str]`, *optional*):
+            The route of all prompts, or of each: which draft of the assistant serves it. By default the assistant's
+            router decides; see `docs/routing.md`.
         kwargs:
             Everything else that `model.generate` takes: `attention_mask`, `max_new_tokens`, `do_sample`,
             `prefix_allowed_tokens_fn`, `return_dict_in_generate` ...
@@ -111,7 +116,8 @@ def generate(
         text = int(mask.shape[-1]) if isinstance(mask, torch.Tensor) and mask.ndim else None
 
         def decode_prepared(target: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Output:
-            call = _prepared(target, input_ids, generator=generator, streamer=streamer, text=text, **prepared)
+            own: dict[str, Any] = {"generator": generator, "streamer": streamer, "keys": osd_route, "text": text}
+            call = _prepared(target, input_ids, **own, **prepared)
             return decode(call, assistant, put_prompt=True)
 
         kwargs |= {"generation_config": generation_config, "custom_generate": decode_prepared}
@@ -171,6 +177,7 @@ def online_decoding(
     online_assistant: OnlineAssistant | PreTrainedModel | str | None = None,
     generator: torch.Generator | None = None,
     streamer: BaseStreamer | None = None,
+    osd_route: str | Sequence[str] | None = None,
     **model_kwargs: Any,
 ) -> Output:
     """
@@ -183,7 +190,7 @@ def online_decoding(
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs:
             Prepared by `model.generate`.
-        online_assistant, generator, streamer: See [`generate`].
+        online_assistant, generator, streamer, osd_route: See [`generate`].
 
     Raises:
         InputError: `online_assistant` is missing; otherwise see [`generate`].
@@ -197,6 +204,7 @@ def online_decoding(
         stopping_criteria=stopping_criteria,
         generation_config=generation_config,
         generator=generator,
+        keys=osd_route,
         streamer=streamer if streamer is not None else dropped_streamer(),
         **model_kwargs,
     )
@@ -212,6 +220,7 @@ def _prepared(
     generation_config: GenerationConfig,
     generator: torch.Generator | None,
     streamer: BaseStreamer | None,
+    keys: str | Sequence[str] | None,
     text: int | None = None,
     **model_kwargs: Any,
 ) -> Call:
@@ -223,6 +232,7 @@ def _prepared(
         config=generation_config,
         model_kwargs=model_kwargs,
         generator=generator,
+        keys=keys,
         streamer=streamer,
         text=text if text is not None else text_length(model, input_ids, generation_config, model_kwargs),
         encoder_inputs=encoder_inputs(model, len(input_ids), model_kwargs),

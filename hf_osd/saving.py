@@ -49,9 +49,9 @@ def load_config(path: Path) -> OnlineConfig:
     return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
 
 
-def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> PreTrainedModel:
+def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> Any:
     """
-    Load a draft.
+    Load a draft, also one that peft has saved in a folder of its adapter's name.
 
     Args:
         source (`str` or `Path`): Hub id or local folder.
@@ -59,13 +59,23 @@ def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> PreTrain
             a draft that hears, the decoder is loaded, which reads what the target's encoder has heard.
         kwargs: For `from_pretrained` of the model's class.
     """
+    is_checkpoint = any((Path(source) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    named = [] if is_checkpoint else [path.parent for path in Path(source).glob("*/adapter_config.json")]
+    if len(named) != 1:
+        return _load_model(source, has_encoder, **kwargs)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(named[0])).base_model_name_or_path
+    return PeftModel.from_pretrained(_load_model(base, has_encoder, **kwargs), named[0], adapter_name=named[0].name)
+
+
+def _load_model(source: str | Path, has_encoder: bool, **kwargs: Any) -> Any:
     loader: Any = AutoModelForCausalLM
     if has_encoder:
         config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in _HUB if name in kwargs})
         if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             loader = AutoModelForSeq2SeqLM
-    model: PreTrainedModel = loader.from_pretrained(source, **kwargs)
-    return model
+    return loader.from_pretrained(source, **kwargs)
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:

@@ -1,7 +1,7 @@
 """The counters of an assistant."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -49,6 +49,11 @@ class OnlineStats:
         learn_seconds (`float`): What learning has cost: training, scoring and imports, without pauses.
         saved_seconds (`float`): Estimate of what learning has saved: passes of the target for tokens that the static
             draft would not have got right.
+
+        > Routes
+
+        routes (`Mapping[str, OnlineStats]`): The same by route, where there are routes. What was served without
+            speculation has none.
     """
 
     requests: int = 0
@@ -74,6 +79,13 @@ class OnlineStats:
     learned_positions: int = 0
     learn_seconds: float = 0.0
     saved_seconds: float = 0.0
+    routes: Mapping[str, "OnlineStats"] = field(default_factory=dict)
+
+    def __add__(self, other: "OnlineStats") -> "OnlineStats":
+        """Return what happened here and there together: the sum of every counter, without reasons and routes."""
+        if not isinstance(other, OnlineStats):
+            return NotImplemented
+        return OnlineStats(**{name: getattr(self, name) + getattr(other, name) for name in _counters()})
 
     def __sub__(self, earlier: "OnlineStats") -> "OnlineStats":
         """
@@ -92,12 +104,12 @@ class OnlineStats:
         """
         if not isinstance(earlier, OnlineStats):
             return NotImplemented
-        counters = (counter.name for counter in fields(self) if counter.name != "fallback_reasons")
         reasons = Counter(self.fallback_reasons)
         reasons.subtract(earlier.fallback_reasons)
         return OnlineStats(
-            **{name: getattr(self, name) - getattr(earlier, name) for name in counters},
+            **{name: getattr(self, name) - getattr(earlier, name) for name in _counters()},
             fallback_reasons={reason: count for reason, count in reasons.items() if count},
+            routes={name: one - earlier.routes.get(name, OnlineStats()) for name, one in self.routes.items()},
         )
 
     @property
@@ -118,4 +130,9 @@ class OnlineStats:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and rates, ready for JSON."""
         rates = ("acceptance_rate", "tokens_per_target_pass", "tokens_per_second")
-        return {**asdict(self), **{name: getattr(self, name) for name in rates}}
+        routes = {name: one.to_dict() for name, one in self.routes.items()}
+        return {**asdict(self), **{name: getattr(self, name) for name in rates}, "routes": routes}
+
+
+def _counters() -> Iterator[str]:
+    return (counter.name for counter in fields(OnlineStats) if counter.name not in ("fallback_reasons", "routes"))

@@ -178,7 +178,7 @@ class Draft:
     def __init__(self, chance, batch, truth):
         self.chance, self.truth, self.random = chance, truth, random.Random(1)
         self.device = torch.device("cpu")
-        self.counts, self.cached, self.drafted, self.fed = Counts(), [0] * batch, 0, 0
+        self.counts, self.cached, self.drafted, self.fed = [Counts() for _ in range(batch)], [0] * batch, 0, 0
 
     def room(self, ends):
         return ROOM

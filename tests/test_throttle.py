@@ -18,6 +18,7 @@ from hf_osd.drafts.features import FeatureDraft
 from hf_osd.learning import OnlineLearner, throttle
 from hf_osd.learning.reading import BatchParts
 from hf_osd.learning.throttle import Throttle
+from hf_osd.team import Team
 
 
 def learn(duty: Throttle, seconds: float, part: float = 0.004) -> float:
@@ -198,10 +199,11 @@ def test_the_assistant_tells_when_requests_are_in_flight() -> None:
     config = OnlineConfig(background=True, duty_cycle=1e-6)
     with OnlineAssistant(tiny_model(seed=1), target, config) as assistant:
         duty: Any = assistant._learner.throttle
-        with assistant.request(1), assistant.request(1):
+        team = Team(["default"], assistant.routes, assistant.experience)
+        with team.request([True], None), team.request([True], None):
             assert duty._in_flight == 2
         with pytest.raises(ZeroDivisionError):
-            fail_in(assistant.request(1))
+            fail_in(team.request([True], None))
         assert duty._in_flight == 0
 
 

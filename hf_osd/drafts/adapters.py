@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, MissingDependencyError
-from .sharing import in_float32, modules_of
+from .sharing import copy_beside, in_float32, modules_of
 
 # What peft raises where an adapter cannot be made, or cannot be merged.
 _REFUSALS = (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -296,3 +296,38 @@ def enable_adapter(model: Any) -> None:
             module.enable_adapters(True)
         elif is_idle:
             module.set_adapter(module.active_adapters)
+
+
+def base_of(model: nn.Module) -> frozenset[str]:
+    """Name the parameters that the adapters of a model leave alone; none where it carries no adapter."""
+    if not carries_adapter(model):
+        return frozenset()
+    inside = ("base_layer.", "original_module.")
+    own = {
+        f"{name}.{inner}"
+        for name, module in _adapted(model)
+        for inner, _ in module.named_parameters()
+        if not inner.startswith(inside)
+    }
+    return frozenset(name for name, _ in model.named_parameters() if name not in own)
+
+
+def by_adapter(model: Any) -> dict[str, Any]:
+    """
+    Turn the adapters of one model into one model each, all over the same memory of the base.
+
+    Args:
+        model (`peft.PeftModel`): With any number of adapters; left as it is.
+
+    Returns:
+        `dict[str, peft.PeftModel]`: By the adapter's name.
+    """
+    base, found = base_of(model), {}
+    for name in model.peft_config:
+        found[name] = copied = copy_beside(model, base)
+        copied.set_adapter(name)
+        for other in model.peft_config:
+            if other != name:
+                copied.delete_adapter(other)
+        copied.eval()
+    return found

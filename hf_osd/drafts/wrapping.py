@@ -40,7 +40,7 @@ def unwrap(model: Any) -> PreTrainedModel:
         return model
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"the draft must be a transformers model, got {type(model).__name__}")
-    if _is_peft(model):
+    if is_peft(model):
         _check_adapters(model)
         base: Any = model.base_model
         return unwrap(base.model)
@@ -52,7 +52,8 @@ def unwrap(model: Any) -> PreTrainedModel:
     )
 
 
-def _is_peft(model: nn.Module) -> bool:
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is wrapped by peft."""
     peft: Any = sys.modules.get("peft")  # without an import of peft there is no such model
     return peft is not None and isinstance(model, peft.PeftModel | peft.PeftMixedModel)
 

@@ -1,6 +1,5 @@
 """`OnlineLearner`: learning as the assistant uses it. The method is in `learner.py`, its thread in `worker.py`."""
 
-import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator
@@ -57,6 +56,7 @@ class OnlineLearner:
             [`~hf_osd.drafts.sharing.shared_with`].
         proposed (`int` or `torch.LongTensor`, *optional*):
             Tokens that the draft may propose; see [`~hf_osd.learning.reading.Reader`]. Defaults to all of them.
+        throttle (`Throttle`, *optional*): That of other learners, which share their time; one works at a time.
 
     Attributes:
         learns (`bool`): Whether there is anything to train.
@@ -77,16 +77,16 @@ class OnlineLearner:
         *,
         frozen: Collection[str] = (),
         proposed: int | torch.Tensor | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         if config.needs_target and target is None:
             raise LearningError("full_teacher and lmbda need the target, got None")
         check_settings(config, draft, isinstance(proposed, torch.Tensor))
-        self.learns = config.learn and has_own_weights(draft, frozen)
+        self._draft, self._config, self.learns = draft, config, config.learn and has_own_weights(draft, frozen)
         if config.learn and frozen:
             _tell(frozen, self.learns)
-        self._draft, self._config, self._here = draft, config, threading.local()
         # Inline, a request in flight may be one that waits for this very update.
-        self.throttle = Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
+        self.throttle = throttle or Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
         self._worker = worker = Worker(config.background, self.throttle, draft.device)
         self._disk: StateDirectory | None = None
         self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
@@ -140,16 +140,16 @@ class OnlineLearner:
     def serving(self) -> Iterator[None]:
         """Mark a request of this thread as in flight, during which learning is throttled."""
         with self.throttle.serving():
-            self._here.requests = self._requests_here + 1
+            self.throttle.here.requests = self._requests_here + 1
             try:
                 yield
             finally:
-                self._here.requests -= 1
+                self.throttle.here.requests -= 1
 
     @property
     def _requests_here(self) -> int:
         """Requests of this thread that are in flight: one may make another, in a logits processor or a streamer."""
-        return getattr(self._here, "requests", 0)
+        return getattr(self.throttle.here, "requests", 0)
 
     def observe(self, observation: Observation) -> None:
         """

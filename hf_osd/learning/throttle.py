@@ -34,6 +34,7 @@ class Throttle:
     def __init__(self, duty_cycle: float = 1.0, learning_share: float | None = None) -> None:
         self._duty_cycle, self._share = duty_cycle, learning_share
         self._changed = threading.Condition()
+        self.lock, self.here = threading.RLock(), threading.local()  # of all learners that share it
         self._in_flight = 0
         self._idle_from = 0.0  # where none is in flight
         self._stopped = False

@@ -39,7 +39,7 @@ class Worker:
     """
 
     def __init__(self, background: bool, throttle: Throttle, device: torch.device) -> None:
-        self.lock = threading.RLock()
+        self.lock = throttle.lock
         self.stopped = False
         self.throttle = throttle
         self.stream = TrainingStream(device if background else torch.device("cpu"))

@@ -89,7 +89,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             super().__init__(prompt, assistant_model, generation_config, attention, inputs_tensor, logits_processor)
         if draft_length is not None:
             self.num_assistant_tokens = draft_length
-        self.counts = Counts()
+        self.counts = [Counts() for _ in input_ids]  # by row
         self.device = execution_device(assistant_model)
         self._processors = list(logits_processor or [])
         self._do_sample = bool(generation_config.do_sample)
@@ -241,7 +241,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         with self._weights:  # not during processors, which are the user's code and may make requests themselves
             logits = decoder.feed(self._readable(ids), ends, keep=1)
         if decoder.vocabulary is None or self._processors or self.samples:
-            logits = _fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
+            logits = fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
         return process(self._processors, ids, logits[:, 0], range(len(ends)), ends, self.main_model_max_length)
 
     def _choose(self, scores: torch.Tensor, names: torch.Tensor | None, others: int, looks: bool) -> Step:
@@ -285,10 +285,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         drafted = self._last.tokens.tolist() if k else [[]] * len(taken)
         compared = zip(drafted, tokens, taken, strict=True)
         right = [_leading(ours, theirs[:kept]) for ours, theirs, kept in compared]
-        for count, kept in zip(right, taken, strict=True):
-            self.counts.proposed += k if kept else 0
-            self.counts.judged += min(count + 1, k, kept)
-            self.counts.accepted += count
+        for counts, count, kept in zip(self.counts, right, taken, strict=True):
+            counts.proposed += k if kept else 0
+            counts.judged += min(count + 1, k, kept)
+            counts.accepted += count
         if k and self._decoder is not None:
             # Straight to where the next proposal begins: a windowed cache cannot be rolled back twice in a row.
             rows_kept = zip(self._starts, right, taken, strict=True)
@@ -362,7 +362,7 @@ def _leading(drafted: Sequence[int], taken: Sequence[int]) -> int:
     return count
 
 
-def _fit_vocabulary(logits: torch.Tensor, size: int, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
+def fit_vocabulary(logits: torch.Tensor, size: int, vocabulary: torch.Tensor | None = None) -> torch.Tensor:
     """
     Cut or pad the draft's logits to the target's vocabulary, or place them in it by `vocabulary`.
 

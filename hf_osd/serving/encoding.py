@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from .._compat import execution_device
 from ..errors import UnsupportedModelError
@@ -14,6 +15,36 @@ from .weights import describe
 
 Inputs = Mapping[str, torch.Tensor]
 """What an encoder reads, by name; see [`~hf_osd._compat.encoder_inputs`]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """
+    What is known of an encoder's side of a request; empty for a target without one.
+
+    Attributes:
+        inputs (`Mapping[str, torch.Tensor]`): What the target's encoder has read; empty where that is not known.
+        given (`Mapping[str, Any]`): What every pass of the target gets; see [`Preparation`].
+        config (`GenerationConfig`, *optional*): As `generate` prepared it for the target.
+    """
+
+    inputs: Inputs = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+    config: GenerationConfig | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> "Encoded":
+        """Return that of some rows of the batch."""
+        return Encoded(_rows_of(self.inputs, rows), _rows_of(self.given, rows), self.config)
+
+
+def _rows_of(values: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Take rows of tensors `(batch, ...)`, also of those inside of a model's outputs."""
+    places = torch.tensor(rows)
+    return {
+        name: type(value)(**_rows_of(value, rows)) if isinstance(value, Mapping) else value[places.to(value.device)]
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def source_texts(inputs: Inputs) -> list[torch.Tensor] | None:

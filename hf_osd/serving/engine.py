@@ -1,7 +1,7 @@
 """The decode loop: propose, verify, commit, until every row is done."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.generation.logits_process import LogitsProcessor
@@ -34,8 +34,8 @@ class Engine:
         randomness (`Randomness`, *optional*): Source of randomness; `None` decodes greedily.
         streamer (`BaseStreamer`, *optional*): Gets every column as soon as no row can change it.
         scores, logits (`History`, *optional*): Filled where the user asked for them.
-        target_passes (`int`): Forwards of the target so far; each counts once for every unfinished row.
-        submitted (`int`): Proposed tokens that they checked, in unfinished rows.
+        passes (`list[int]`): By row, forwards of the target until it was finished.
+        submitted (`list[int]`): By row, proposed tokens that they checked.
     """
 
     sequences: Sequences
@@ -48,12 +48,13 @@ class Engine:
     streamer: BaseStreamer | None = None
     scores: History | None = None
     logits: History | None = None
-    target_passes: int = 0
-    submitted: int = 0
+    passes: list[int] = field(init=False)
+    submitted: list[int] = field(init=False)
     _streamed: int = 0
 
     def run(self) -> None:
         """Decode until every row is done."""
+        self.passes, self.submitted = [0] * self.sequences.batch, [0] * self.sequences.batch
         self._streamed = self.sequences.prompt_length
         while not self.sequences.finished:
             starts = list(self.sequences.ends)
@@ -77,8 +78,9 @@ class Engine:
         ends = [start + k for start in starts]
         logits = self.target.feed(sequences.ids, ends, keep=k + 1, parents=proposal.parents)
         self.watch.lap("verify")
-        active = sum(sequences.is_active(row) for row in range(sequences.batch))
-        self.target_passes, self.submitted = self.target_passes + active, self.submitted + active * k
+        for row in filter(sequences.is_active, range(sequences.batch)):
+            self.passes[row] += 1
+            self.submitted[row] += k
         verdict, scores = self._verify(logits, starts, proposal)
         if proposal.parents is not None:
             self.target.select(starts, verdict.paths)

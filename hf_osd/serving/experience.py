@@ -82,6 +82,12 @@ class Experience:
         self.acceptance = Average(acceptance, 64, weight=16)
         self.rescue = Average(acceptance, 64, weight=16)
 
+    def of_another_draft(self) -> "Experience":
+        """Return that of another draft for the same target: what is known of target and traffic is shared."""
+        return Experience(
+            target_costs=self.target_costs, match=self.match, answer_length=self.answer_length, outputs=self.outputs
+        )
+
     def gain_share(self, batch: int) -> Average:
         """
         Return the share of the rows' mean gain that shortens the batch, which is done when its last row is.

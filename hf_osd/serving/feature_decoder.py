@@ -9,7 +9,7 @@ from .._compat import grouped_attention
 from ..drafts.features import FeatureDraft
 from .decoder import Parents, Pass, RaggedDecoder
 from .preparation import Preparation
-from .states import TargetStates
+from .states import StatesOfRows, TargetStates
 
 
 class FeatureDecoder(RaggedDecoder):
@@ -34,7 +34,7 @@ class FeatureDecoder(RaggedDecoder):
         padding: Sequence[int],
         width: int,
         preparation: Preparation | None = None,
-        source: TargetStates | None = None,
+        source: TargetStates | StatesOfRows | None = None,
         vocabulary: torch.Tensor | None = None,
         takes_trees: bool = False,
         own_masks: bool = False,

@@ -249,7 +249,7 @@ class MeasuredSpeculator(Speculator):
                 if other_bins:
                     calibration, place = experience.others, other_bins[step][rank]
                 calibration.note(place, token == taken[step])
-                self.counts.others_right += token == taken[step] and step < len(taken) - 1
+                self.counts[row].others_right += token == taken[step] and step < len(taken) - 1
 
     def _note_guess(self, row: int, taken: Sequence[int]) -> None:
         guess, sent = self._guesses[row], self._guessed[row]
@@ -257,8 +257,8 @@ class MeasuredSpeculator(Speculator):
             expected = self._experience.match.rate(guess.match + step)
             self._experience.match.note(guess.match + step, guessed == token)
             self._lengths.lookup_factors[row].note(expected, guessed == token)
-            self.counts.guessed += step < sent
-            self.counts.guessed_right += step < sent and guessed == token
+            self.counts[row].guessed += step < sent
+            self.counts[row].guessed_right += step < sent and guessed == token
             if guessed != token:
                 break
 

@@ -65,7 +65,9 @@ class TargetStates:
             list(rows), [column + 1 for column in sources]
         ]
 
-    def before(self, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def before(
+        self, columns: torch.Tensor, positions: torch.Tensor, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """
         Return the states of the token before each of some tokens.
 
@@ -73,16 +75,32 @@ class TargetStates:
             columns (`torch.LongTensor` of shape `(batch, q)`): Columns of these tokens.
             positions (`torch.LongTensor` of shape `(batch, q)`): Their positions; before position 0 the states are
                 zeros.
+            rows (`Sequence[int]`, *optional*): Whose they are; defaults to all rows in their order.
 
         Returns:
             `torch.Tensor` of shape `(batch, q, size)`: On the target's device.
         """
         device = self._values.device
         columns, positions = columns.to(device), positions.to(device)
-        rows = torch.arange(len(columns), device=device)[:, None]
-        found = self._values[rows, columns.clamp(0, self._columns)]
+        places = torch.arange(len(columns), device=device) if rows is None else upload(rows, device)
+        found = self._values[places[:, None], columns.clamp(0, self._columns)]
         return found.masked_fill_((positions <= 0)[..., None], 0.0)
+
+    def of_rows(self, rows: Sequence[int]) -> "StatesOfRows":
+        """Return what a draft reads that serves only some of the rows."""
+        return StatesOfRows(self, rows)
 
     def of(self, row: int, end: int) -> torch.Tensor:
         """Return the states of a row's tokens up to a column, without its padding: `(tokens, size)`."""
         return self._values[row, self._padding[row] + 1 : end + 1]
+
+
+class StatesOfRows:
+    """The states of some rows of a batch, for a draft that serves these alone; see [`TargetStates.before`]."""
+
+    def __init__(self, states: TargetStates, rows: Sequence[int]) -> None:
+        self._states, self._rows = states, list(rows)
+
+    def before(self, columns: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the states of the token before each of some tokens; see [`TargetStates.before`]."""
+        return self._states.before(columns, positions, self._rows)

@@ -35,7 +35,7 @@ GoesOn = Callable[[Step], bool]
 @dataclass(slots=True)
 class Counts:
     """
-    What became of the proposed tokens of one request.
+    What became of the proposed tokens of one row.
 
     Attributes:
         proposed (`int`): Tokens the draft chose.

@@ -1,0 +1,268 @@
+"""`Routes`: the drafts of an assistant by route, which of them serves a prompt, and how they are kept."""
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .config import OnlineConfig
+from .drafts.adapters import base_of
+from .drafts.sharing import copy_beside
+from .drafts.wrapping import is_peft, unwrap
+from .errors import InputError, LearningError
+from .journal import Counters
+from .learning.resuming import resume, snapshot_of
+from .learning_draft import LearningDraft, Tokenizers
+from .records import Observation
+from .routing.prompt import Prompt
+from .routing.router import Router, route_of
+from .serving.experience import Experience
+from .serving.sequences import Sequences
+from .storage import Snapshot, StateDirectory, read_state, write_state
+from .team import Team
+
+logger = logging.get_logger(__name__)
+
+_ROUTER = "router"  # folder of a state directory
+
+
+class Routes(Mapping[str, LearningDraft]):
+    """
+    The drafts by route, in the order in which they came. Routes are added as requests ask for them.
+
+    Args:
+        drafts (`Mapping[str, PreTrainedModel]`): Those to begin with.
+        target (`PreTrainedModel`): The model they draft for.
+        config (`OnlineConfig`): Settings of all; with `state_dir`, each route has a folder of its own in there.
+        router (`Router`, *optional*): Chooses among them; `None` for one draft that serves everything.
+        most (`int`): Drafts at most.
+        tokenizers (`tuple`): Of the target and of the drafts, as far as they are known.
+
+    Attributes:
+        first (`LearningDraft`): The first one.
+        router (`Router`, *optional*): As given.
+
+    Raises:
+        LearningError: The state directory is of other drafts.
+    """
+
+    def __init__(
+        self,
+        drafts: Mapping[str, PreTrainedModel],
+        target: PreTrainedModel,
+        config: OnlineConfig,
+        router: Router | None,
+        most: int,
+        tokenizers: Tokenizers = (None, None),
+    ) -> None:
+        self.router, self._config, self._most, self._tokenizers = router, config, most, tokenizers
+        self._target = weakref.ref(target)
+        self._lock = threading.Lock()
+        self._drafts: dict[str, LearningDraft] = {}
+        self._likes: dict[str, str] = {}  # which route each that was not given began from
+        self._mixed = Experience()
+        self._asked = self._kept = 0  # prompts that the router was asked about, and how many the disk knows of
+        self._disk: StateDirectory | None = None
+        inside = {name: unwrap(given) for name, given in drafts.items()}
+        for name, given in drafts.items():
+            self._add(name, given, target, [model for other, model in inside.items() if other != name])
+        self.first = next(iter(self._drafts.values()))
+        self._mixed = self.first.experience.of_another_draft()
+        if router is not None and config.state_dir is not None:
+            self._go_on(Path(config.state_dir), router)
+
+    def __getitem__(self, name: str) -> LearningDraft:
+        return self._drafts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._drafts])  # another thread may add one
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    def _add(self, name: str, given: Any, target: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
+        config, beside = self._config, next(iter(self._drafts.values()), None)
+        if self.router is not None and config.state_dir is not None:
+            config = replace(config, state_dir=Path(config.state_dir) / folder_of(name))
+        self._drafts[name] = LearningDraft(given, target, config, beside, others, self._tokenizers)
+
+    # Which draft serves a prompt.
+
+    def team(self, target: PreTrainedModel, sequences: Sequences, keys: Sequence[str] | None) -> Team:
+        """
+        Return the drafts that serve a batch.
+
+        Args:
+            target (`PreTrainedModel`): The model that is served.
+            sequences (`Sequences`): The batch.
+            keys (`Sequence[str]`, *optional*): The routes that the caller asks for, by row.
+
+        Raises:
+            InputError: There are keys, and no routes.
+        """
+        if self.router is None:
+            if keys is not None:
+                raise InputError(
+                    f"osd_route={keys[0]!r} names a route, and this assistant has none: make it with drafts={{...}}, "
+                    "or with a router"
+                )
+            return Team(["" for _ in range(sequences.batch)], {"": self.first}, self._mixed)
+        names = []
+        with self._lock:
+            for row in range(sequences.batch):
+                read = sequences.text(row)[0] if sequences.sources is None else sequences.sources[row]
+                prompt = Prompt(read, target)
+                names.append(self.route(prompt, None if keys is None else keys[row]))
+        return Team(names, self, self._mixed)
+
+    def route(self, prompt: Prompt, key: str | None = None) -> str:
+        """Return the route of a prompt, which has a draft from now on. Not thread-safe."""
+        assert self.router is not None
+        self._asked += 1
+        name, like = route_of(self.router, prompt, key, list(self._drafts), self._most)
+        if like is None:
+            return name
+        try:
+            self._begin(name, like)
+        except Exception as error:  # such as no memory: the request must not fail for that
+            self._most = len(self._drafts)
+            logger.warning("No further draft can be made; routes have to do with these.", exc_info=error)
+            return like
+        return name
+
+    def note(self, names: Sequence[str], outcomes: Sequence[tuple[int, int]]) -> None:
+        """Tell the router, for each row of a batch, how many tokens were accepted, and how many judged."""
+        if self.router is not None:
+            with self._lock:
+                for name, (accepted, judged) in zip(names, outcomes, strict=True):
+                    self.router.note(name, accepted, judged)
+
+    def _begin(self, name: str, like: str) -> None:
+        """Make a draft for a new route: a fork of another one, with all that it has learned."""
+        target = self._target()
+        if target is None or like not in self._drafts:
+            raise LearningError(f"route {name!r} cannot begin from {like!r}, which is not there")
+        parent = self._drafts[like]
+        self._add(name, _copy_of(parent), target, [one.draft for one in self._drafts.values()])
+        self._likes[name] = like
+        self._take_over(name, like, target)
+        logger.info("Route %r has a draft of its own from now on, which began as that of %r.", name, like)
+
+    def _take_over(self, name: str, like: str, target: PreTrainedModel) -> None:
+        """Begin with all that another draft has learned, and with those requests kept so far that are of the route."""
+        online, parent = self._drafts[name].learner, self._drafts[like].learner
+        if online.learner is None or parent.learner is None or online.has_state or online.learner.requests:
+            return  # nothing learns, or the disk knows more
+        with parent.at_rest():
+            resume(online.learner, snapshot_of(parent.learner), self._requests_of(name, target))
+        online.learner.counters = Counters()
+
+    def _requests_of(self, name: str, target: PreTrainedModel) -> list[Observation]:
+        """Take the requests of a new route out of the replay buffers of the others."""
+        assert self.router is not None
+        routes, found = list(self._drafts), []
+        others = [one for other, one in self._drafts.items() if other != name and one.translation is None]
+        for learner in (one.learner.learner for one in others):  # the others keep requests in their own tokens
+            if learner is not None:
+                requests = learner.replay.observations()
+                read = (one.prompt_ids if one.source_ids is None else one.source_ids for one in requests)
+                nearest = [self.router.nearest(Prompt(ids, target), routes) for ids in read]
+                kept = [one for one, route in zip(requests, nearest, strict=True) if route != name]
+                found += [one for one, route in zip(requests, nearest, strict=True) if route == name]
+                learner.replay.load_state_dict(kept, learner.replay.state_dict())
+        return found
+
+    # Keeping.
+
+    def _go_on(self, folder: Path, router: Router) -> None:
+        """Go on from what the state directory holds, if anything, and keep it up to date from now on."""
+        self._disk = StateDirectory(folder / _ROUTER, collect=self._collect, flush_seconds=self._config.flush_seconds)
+        snapshot, _ = self._disk.load()
+        if snapshot is not None:
+            self._resume(snapshot, router)
+
+    def _resume(self, snapshot: Snapshot, router: Router) -> None:
+        for name, like in snapshot.numbers["likes"].items():
+            if name not in self._drafts:
+                self._begin(name, like)
+        self.load_router(snapshot, router)
+
+    def load_router(self, snapshot: Snapshot, router: Router) -> None:
+        """Have the router go on from a saved state; that of another kind of router is left alone."""
+        if snapshot.numbers["kind"] == type(router).__name__:
+            router.load_state(snapshot.tensors.get("router", {}), snapshot.numbers["router"])
+
+    def _collect(self) -> Snapshot | None:
+        with self._lock:
+            if self._asked == self._kept:
+                return None
+            self._kept = self._asked
+            return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
+        assert self.router is not None
+        tensors, numbers = self.router.state()
+        about = {"kind": type(self.router).__name__, "router": numbers, "likes": dict(self._likes)}
+        return Snapshot({"router": tensors} if tensors else {}, {**about, "routes": list(self._drafts)})
+
+    def save(self, directory: Path, state: Path) -> None:
+        """Write every draft and its state to a folder of its own, and what the router knows."""
+        if self.router is None:
+            self.first.save(directory, state)
+            return
+        for name in self:
+            folder = directory / folder_of(name)
+            self._drafts[name].save(folder, folder / state.name)
+        with self._lock:
+            snapshot = self._snapshot()
+        write_state(state / _ROUTER, snapshot, [])
+
+    def close(self) -> None:
+        """Stop learning, and leave the disk to others."""
+        for name in self:
+            self._drafts[name].learner.close()
+        if self._disk is not None:
+            self._disk.close()
+
+
+def folder_of(name: str) -> str:
+    """Return the name of a route's folder."""
+    return f"route-{quote(name, safe='')}"
+
+
+def saved_routes(state: Path) -> Snapshot | None:
+    """Return what [`Routes.save`] wrote about routes beside drafts; `None` where there are none."""
+    return read_state(state / _ROUTER)[0] if (state / _ROUTER).is_dir() else None
+
+
+@torch.no_grad()
+def _copy_of(parent: LearningDraft) -> Any:
+    """Copy a draft as it was before it learned anything; where it carries an adapter, over the same base."""
+    source: Any = parent.given if is_peft(parent.given) else parent.draft
+    with parent.weights:
+        copied = copy_beside(source, base_of(source)).eval()
+    parameters, learner = dict(unwrap(copied).named_parameters()), parent.learner.learner
+    for name, weight in (learner.candidates.static.weights if learner is not None else {}).items():
+        parameters[name].copy_(weight)
+    return copied
+
+
+def check_names(drafts: Mapping[str, Any]) -> None:
+    """
+    Refuse a mapping of drafts that is none.
+
+    Raises:
+        InputError: It is empty, a name is no text, or one model is under two names.
+    """
+    if not drafts or not all(isinstance(name, str) and name for name in drafts):
+        raise InputError(f"drafts must map names of routes to drafts, got {list(drafts)!r}")
+    models = [id(draft) for draft in drafts.values() if not isinstance(draft, str)]
+    if len(set(models)) < len(models):
+        raise InputError("drafts has one model under two routes, which would learn for both: pass a copy")
