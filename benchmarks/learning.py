@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     target, draft = pair.target, pair.draft
     recordings, files = _record(options, prompts, _needed(streams), pair)
     tasks = make_tasks(streams, recipes, recordings, draft, options.output / "runs")
-    results = run_all(tasks, _runner(options, draft, recordings, files), _tell, options.any_library)
+    results = run_all(tasks, _runner(options, pair, recordings, files), _tell, options.any_library)
     measured = [(stream, _runs(stream, recipes, results)) for stream in streams]
     about = {"pair": {"target": _about(target), "draft": _about(draft)}, "max_new_tokens": options.max_new_tokens}
     _write(report.document({**about, "temperature": options.temperature}, measured), options.output)
@@ -140,10 +140,10 @@ def _advance(progress: Progress, line: TaskID, done: int) -> None:
     progress.update(line, completed=done)
 
 
-def _runner(options: argparse.Namespace, draft: Any, recordings: Any, files: dict[str, Path]) -> Any:
+def _runner(options: argparse.Namespace, pair: Pair, recordings: Any, files: dict[str, Path]) -> Any:
     def run(tasks: Sequence[Task]) -> Iterator[Task]:
         if options.jobs == 1:
-            return run_here(tasks, draft, recordings)
+            return run_here(tasks, pair.draft, recordings, pair.target)
         source = options.draft or str(EMBEDDED_PAIR / "draft")
         jobs = min(options.jobs, len(tasks))
         return run_in_processes(tasks, source, files, jobs, options.target, options.dtype)

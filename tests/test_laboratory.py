@@ -19,6 +19,7 @@ from benchmarks.laboratory import goals, runs, streams
 from benchmarks.laboratory.recipes import Recipe
 from benchmarks.laboratory.recording import RecordingSettings, read, recorded, write
 from benchmarks.laboratory.replay import replay, score
+from benchmarks.laboratory.routed import replay_routed
 from benchmarks.laboratory.runs import Task, make_tasks, run_all, run_here, run_in_processes
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.drafts.states import with_states
@@ -219,6 +220,24 @@ def test_each_request_is_scored_before_it_is_learned_from(
     assert online["scores"]["overlap"][4] != static["scores"]["overlap"][4]
     assert replay(draft, recordings["a"], Recipe("fast", "fast", FAST))["scores"] == online["scores"]
     assert all(torch.equal(weight, before[name]) for name, weight in draft.state_dict().items())
+
+
+def test_routes_are_replayed_as_each_domain_alone(
+    draft: PreTrainedModel, target: PreTrainedModel, recordings: dict[str, list[Observation]]
+) -> None:
+    """Would catch requests that go to another route's draft, and a route that begins with what others have seen."""
+    order = [("a", 0), ("b", 0), ("b", 1), *(("ab"[i % 2], i // 2 + 1 + i % 2) for i in range(14))]
+    requests, domains = [recordings[name][i] for name, i in order], [name for name, _ in order]
+    found = replay_routed(draft, target, requests, domains, Recipe("by_key", "by_key", FAST, router="key"))
+    for name in "ab":
+        alone = replay(draft, recordings[name][: domains.count(name)], Recipe("fast", "fast", FAST))
+        places = [place for place, domain in enumerate(domains) if domain == name]
+        assert [found["scores"]["overlap"][place] for place in places] == alone["scores"]["overlap"]
+        about = found["learned"]["routes"][name]
+        assert about["requests"] == {name: len(places)}
+        assert about["bytes"]["training"] > about["bytes"]["replay"] > 0
+    assert found["learned"]["updates"] == 4
+    assert found["learned"]["routes"]["first"]["requests"] == {}
 
 
 def test_the_offline_line_has_seen_all_it_is_scored_on(

@@ -17,8 +17,10 @@ _LABORATORY = Path(__file__).parent
 # What a replay runs through; serving, the demo and the reports do not change its figures.
 _SOURCES = (
     *sorted((_LIBRARY / "learning").glob("*.py")),
-    *(_LIBRARY / f"{name}.py" for name in ("config", "records")),
+    *sorted((_LIBRARY / "routing").glob("*.py")),
+    *(_LIBRARY / f"{name}.py" for name in ("config", "learning_draft", "records", "routes")),
     _LABORATORY / "replay.py",
+    _LABORATORY / "routed.py",
 )
 _SAMPLED = 64  # weights of a parameter that go into the hash as they are; the rest is summed
 

@@ -24,12 +24,15 @@ class Recipe:
         family (`str`): Its table in the TOML.
         config (`Mapping[str, Any]`): Fields of `OnlineConfig`.
         epochs (`int`): 0 learns online; otherwise this often over the whole stream, before it is scored.
+        router (`str`): Name of a router, where there are drafts by route: `"key"` (the domain), `"topic"` or
+            `"language"`.
     """
 
     name: str
     family: str
     config: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
+    router: str = ""
 
     def online_config(self, **more: Any) -> OnlineConfig:
         """
@@ -59,18 +62,19 @@ def load_recipes(path: Path = RECIPES) -> list[Recipe]:
 
 
 def _spread(family: str, table: Mapping[str, Any]) -> Iterator[Recipe]:
-    if unknown := table.keys() - {"about", "config", "sweep", "kind", "epochs"}:
+    if unknown := table.keys() - {"about", "config", "sweep", "kind", "epochs", "router"}:
         raise ValueError(f"recipe {family!r} has unknown keys: {', '.join(sorted(unknown))}")
     config = table.get("config", {})
     epochs = table.get("epochs", 3) if table.get("kind") == "offline" else 0
     sweep = table.get("sweep", {})
+    router = table.get("router", "")
     if not sweep:
-        yield Recipe(family, family, config, epochs)
+        yield Recipe(family, family, config, epochs, router)
     elif len(sweep) > 1:
         raise ValueError(f"recipe {family!r} sweeps more than one field: {', '.join(sweep)}")
     for name, values in sweep.items():
         for value in values:
-            yield Recipe(f"{family}@{value}", family, {**config, name: value}, epochs)
+            yield Recipe(f"{family}@{value}", family, {**config, name: value}, epochs, router)
 
 
 def choose(recipes: Sequence[Recipe], names: Sequence[str]) -> list[Recipe]:

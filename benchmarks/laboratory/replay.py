@@ -85,15 +85,20 @@ def replay(draft: PreTrainedModel, requests: Sequence[Observation], recipe: Reci
         `dict[str, Any]`: For each request, in order, the numbers of `Score`; the counters of the learner; seconds.
     """
     started = time.perf_counter()
-    live = _copied(draft)
+    live = copied(draft)
     weights = LiveWeights(live)  # kept here: the learner publishes through it
     run = _train_then_score if recipe.epochs else _score_then_learn
     scores, learned = run(live, weights, requests, recipe)
+    return result_of(scores, learned, started)
+
+
+def result_of(scores: Sequence[Score], learned: dict[str, Any], started: float) -> dict[str, Any]:
+    """Return a run that began at `started` as it is kept: see [`replay`]."""
     columns = {name: [round(getattr(one, name), 4) for one in scores] for name in Score.__slots__}
     return {"scores": columns, "learned": learned, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def _copied(draft: PreTrainedModel) -> PreTrainedModel:
+def copied(draft: PreTrainedModel) -> PreTrainedModel:
     """Copy a draft, with a vocabulary of its own that has seen no traffic."""
     live = copy.deepcopy(draft).eval()
     if isinstance(live, FeatureDraft):
@@ -122,7 +127,7 @@ def _score_then_learn(
                 live.vocabulary.note(request.output_ids.tolist())
     finally:
         learner.close()
-    return scores, _counters(learner)
+    return scores, counters_of(learner)
 
 
 def _train_then_score(
@@ -148,10 +153,11 @@ def _train_then_score(
             learner.update()
     finally:
         learner.close()
-    return [score(live, request)[0] for request in requests], _counters(learner)
+    return [score(live, request)[0] for request in requests], counters_of(learner)
 
 
-def _counters(learner: OnlineLearner) -> dict[str, Any]:
+def counters_of(learner: OnlineLearner) -> dict[str, Any]:
+    """Return what a learner has done, ready for JSON."""
     journal = learner.journal.to_dict()
     return (
         {name: getattr(learner.counters, name) for name in _COUNTERS}

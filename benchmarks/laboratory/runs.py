@@ -21,6 +21,7 @@ from . import fingerprints
 from .recipes import Recipe
 from .recording import read
 from .replay import replay
+from .routed import replay_routed
 from .streams import Stream
 
 Recordings = Mapping[str, Sequence[Observation]]
@@ -82,7 +83,7 @@ def make_tasks(
     for stream in streams:
         requests = fingerprints.of_requests(pick(stream, recordings))
         for recipe in recipes:
-            settings = fingerprints.of_values([asdict(recipe.online_config()), recipe.epochs])
+            settings = fingerprints.of_values([asdict(recipe.online_config()), recipe.epochs, recipe.router])
             depends_on = {"draft": weights, "requests": requests, "settings": settings, "library": library}
             tasks.append(Task(stream, recipe, folder / stream.name / f"{recipe.name}.json", depends_on))
     return tasks
@@ -93,11 +94,23 @@ def pick(stream: Stream, recordings: Recordings) -> list[Observation]:
     return [recordings[domain][index] for domain, index in stream.requests]
 
 
-def run_here(tasks: Sequence[Task], draft: PreTrainedModel, recordings: Recordings) -> Iterator[Task]:
+def run_here(
+    tasks: Sequence[Task], draft: PreTrainedModel, recordings: Recordings, target: PreTrainedModel | None = None
+) -> Iterator[Task]:
     """Run tasks one by one in this process; yield each when its result is kept."""
     for task in tasks:
-        task.keep(replay(draft, pick(task.stream, recordings), task.recipe))
+        task.keep(_result(task, draft, recordings, target))
         yield task
+
+
+def _result(
+    task: Task, draft: PreTrainedModel, recordings: Recordings, target: PreTrainedModel | None
+) -> dict[str, Any]:
+    requests = pick(task.stream, recordings)
+    if not task.recipe.router:
+        return replay(draft, requests, task.recipe)
+    assert target is not None, "a router needs the target"
+    return replay_routed(draft, target, requests, [domain for domain, _ in task.stream.requests], task.recipe)
 
 
 def run_in_processes(
@@ -136,8 +149,9 @@ def _prepare(draft: str, files: Mapping[str, Path], target: str | None, dtype: s
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     model, lender = AutoModelForCausalLM.from_pretrained(draft, dtype=dtype).eval(), None
-    if isinstance(model, FeatureDraft):
+    if target is not None:
         lender = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+    if isinstance(model, FeatureDraft):
         model.borrow(lender)
     _worker = _Worker(model, files, lender)
 
@@ -160,7 +174,7 @@ class _Worker:
     def run(self, task: Task) -> None:
         for domain in task.stream.needed().keys() - self.recordings.keys():
             self.recordings[domain] = read(self.files[domain])[1]
-        task.keep(replay(self.draft, pick(task.stream, self.recordings), task.recipe))
+        task.keep(_result(task, self.draft, self.recordings, self.lender))
 
 
 _worker: _Worker | None = None
