@@ -1,5 +1,5 @@
 """
-Fill the tables of docs/laboratory.md and README.md from the results that the benchmarks wrote.
+Fill the tables of docs/laboratory.md, docs/routing.md and README.md from the results that the benchmarks wrote.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES says what NAME is.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "docs" / "laboratory.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "docs" / "laboratory.md", ROOT / "docs" / "routing.md", ROOT / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 DOMAINS = {"spider": "text to SQL", "python": "code", "gsm8k": "maths", "general": "general", "finance": "finance"}
@@ -215,6 +215,25 @@ def real() -> str:
     return table([*streams, "all (geometric mean)", "the last quarter of all"], rows)
 
 
+def routes() -> str:
+    """Acceptance on a mix of domains by how many drafts there are and what routes to them."""
+    (stream,) = streams("learning_routes").values()
+    names = {"static": "static draft", "defaults": "one draft", "by_topic": "`ByTopic(4)`", "by_key": "`osd_route`"}
+    rows = []
+    for recipe, label in names.items():
+        run = stream["recipes"][recipe]
+        worst = rate((run["goals"] or {}).get("worst_window_above_static"), "+.4f")
+        seconds = f"{run['learned']['seconds']:.0f}" if recipe != "static" else ""
+        rows.append([label, *map(rate, run["acceptance_by_quarter"]), worst, seconds])
+    return table(["1st quarter", "2nd", "3rd", "last", "worst window", "learning, s"], rows)
+
+
+def mixed_batches() -> str:
+    """Seconds of a batch by how many drafts serve its rows."""
+    seconds = json.loads((RESULTS / "mixed_batches.json").read_text(encoding="utf-8"))["seconds"]
+    return table(list(seconds), [["seconds a batch", *(f"{value:.2f}" for value in seconds.values())]])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "domains": lambda: domains(streams("learning")),
     "return": lambda: _segments("learning_streams", "return"),
@@ -230,6 +249,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "live": live,
     "hostile": lambda: _segments("learning_hostile", "shift-gsm8k"),
     "real": real,
+    "routes": routes,
+    "mixed batches": mixed_batches,
     "selector": selector,
 }
 
