@@ -91,13 +91,11 @@ class Team:
             if isinstance(one.draft, FeatureDraft):
                 source = states if states is None or len(self.groups) == 1 else states.of_rows(rows)
                 make = partial(make, source=source, vocabulary=vocabulary)
-            vocab_size = (
-                (target if one.translation is not None else one.draft).config.get_text_config(decoder=True).vocab_size
-            )
-            makes.append((rows, make, one.weights, vocab_size))
+            known = one.draft if one.translation is None else target
+            makes.append((rows, make, one.weights, _vocab_size(known)))
         if len(makes) == 1:
             return makes[0][1], states
-        size = target.config.get_text_config(decoder=True).vocab_size
+        size = _vocab_size(target)
         return lambda: GroupedDecoder([Group(rows, make(), *more) for rows, make, *more in makes], size), states
 
     def _states(self, target: PreTrainedModel, sequences: Sequences) -> TargetStates | None:
@@ -160,3 +158,7 @@ class Request:
             served = zip(self._team.by_row, self._recorded, lengths, strict=True)
             delivered = (one for one, is_recorded, length in served if is_recorded and length)
             self.observations = list(zip(delivered, self._found, strict=True))
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)
