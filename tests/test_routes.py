@@ -9,6 +9,9 @@ import pytest
 import torch
 from fakes import VOCAB, prompts, tiny_model, wrong_draft
 from seq2seq import encoder_decoder, inputs_for
+from tongues import DRAFT as WORDS
+from tongues import TARGET as TARGET_WORDS
+from tongues import random_draft
 from transformers import AutoModelForCausalLM
 
 import hf_osd
@@ -238,6 +241,28 @@ def test_targets_with_an_encoder() -> None:
     assert torch.equal(found, target.generate(**inputs))
     assert stats.fallback_reasons == {}
     assert stats.routes["right"].acceptance_rate == 1.0 > stats.routes["wrong"].acceptance_rate
+
+
+def test_a_draft_with_another_tokenizer_beside_one_with_the_same(tmp_path: Path) -> None:
+    """Catches scores of a part of the vocabulary that are taken for all of it, and requests in the wrong tokens."""
+    target = tiny_model("llama", dtype=torch.float32)
+    target.resize_token_embeddings(2000)  # so that nobody takes the difference for padding
+    loaded = {}
+    for name, model, words in (("target", target, TARGET_WORDS), ("other", random_draft(dtype=torch.float32), WORDS)):
+        model.save_pretrained(tmp_path / name)
+        words.save_pretrained(tmp_path / name)
+        loaded[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    target = loaded["target"]
+    drafts = {"same": copy.deepcopy(target), "other": loaded["other"]}
+    keys = ["other", "same", "other", "same"]
+    with OnlineAssistant(drafts=drafts, target=target, config=FAST) as assistant:
+        for seed in range(3):
+            assert torch.equal(serve(assistant, seed=seed, target=target, osd_route=keys), plain(4, seed, target))
+        stats = assistant.stats()
+    assert stats.fallback_reasons == {}
+    assert stats.failed_updates == 0
+    assert stats.routes["same"].acceptance_rate > 0.9
+    assert stats.routes["other"].updates > 0 < stats.routes["other"].draft_tokens
 
 
 def test_adapters_on_one_base_share_its_memory(tmp_path: Path) -> None:
