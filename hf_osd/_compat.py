@@ -12,22 +12,19 @@ import logging
 import random
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import (
@@ -37,14 +34,8 @@ from transformers.generation.utils import (
 )
 from transformers.integrations import sdpa_attention
 
+from ._caches import CACHE_NAME, CACHE_NAMES, empty_cache
 from .errors import UnsupportedGenerationError
-
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""Names of the cache among model inputs: from transformers 5.24 on, up to 5.23, and Mamba's up to 5.23."""
-
-_CACHE_NAME = next(
-    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
 
 FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 """Model inputs that `generate` hands to the first pass only: images, sounds, and what was made of them (5.17)."""
@@ -55,45 +46,14 @@ FIRST_PASS_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL)
 logging.getLogger(__package__).parent = logging.getLogger("transformers")
 
 
-def cache_argument(parameters: Collection[str], cache: Cache | None) -> dict[str, Any]:
-    """Return a cache as a keyword argument of a function with these parameters, some of which may be unnamed."""
-    return {next((name for name in CACHE_NAMES if name in parameters), _CACHE_NAME): cache}
-
-
 def parameters_of(function: Callable[..., Any]) -> frozenset[str]:
     """Return the names of a function's parameters."""
     return frozenset(inspect.signature(function).parameters)
 
 
-def cache_of(values: Mapping[str, Any]) -> Cache | None:
-    """Return the cache among model inputs or outputs, whatever it is called there."""
-    return next((values[name] for name in CACHE_NAMES if values.get(name) is not None), None)
-
-
 def decoder_prefix(model: PreTrainedModel) -> str:
     """Return what the names of inputs about the output begin with: without it, they are those of an encoder."""
     return "decoder_" if model.config.is_encoder_decoder else ""
-
-
-def empty_cache(model: PreTrainedModel, reads_encoder: bool) -> Cache:
-    """
-    Return an empty dynamic cache, as `generate` makes it (5.17 to 5.24).
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        reads_encoder (`bool`): Whether its passes get the outputs of an encoder.
-    """
-    config = model.config.get_text_config(decoder=True)
-    if not reads_encoder:
-        return DynamicCache(config=config)
-    # A decoder's windows are not for the encoder's outputs, and a decoder alone may count the layers of an encoder.
-    text = DynamicCache(config=config) if model.config.is_encoder_decoder else DynamicCache()
-    return EncoderDecoderCache(text, DynamicCache())
-
-
-def text_cache(cache: Cache) -> Any:
-    """Return the part of a cache that grows with the text; keys of an encoder's outputs lie beside it."""
-    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def encoder_inputs(model: PreTrainedModel, rows: int, model_kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -205,7 +165,7 @@ def plain_logits(
     config.num_beams, config.return_dict_in_generate, config.output_logits = 1, True, True
     config.prompt_lookup_num_tokens = config.prefill_chunk_size = None
     fresh = empty_cache(model, reads_encoder="encoder_outputs" in model_kwargs)
-    name = "cache_params" if "cache_params" in parameters_of(model.forward) else _CACHE_NAME  # Mamba's, up to 5.23
+    name = "cache_params" if "cache_params" in parameters_of(model.forward) else CACHE_NAME  # Mamba's, up to 5.23
     inputs = {name: value for name, value in model_kwargs.items() if name not in CACHE_NAMES}
     output = decode_plainly(
         model,
@@ -243,36 +203,6 @@ def pad_token_of(generation_config: GenerationConfig) -> int | None:
     """Return the pad token that `generate` settled on, which it keeps privately (5.17)."""
     pad = generation_config._pad_token_tensor
     return None if pad is None else int(pad)
-
-
-def is_callers_own(cache: Cache) -> bool:
-    """Whether a cache came from the caller, not from `generate`, which marks it privately (5.17)."""
-    return bool(getattr(cache, "_is_user_defined", False))
-
-
-def carries_state(model: PreTrainedModel) -> bool:
-    """Whether a model carries a state from token to token in transformers' own cache, which cannot be cropped."""
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-
-
-def hides_state(model: PreTrainedModel) -> bool:
-    """Whether transformers says, privately (5.17), that a model carries a state elsewhere than in its own cache."""
-    own: Any = getattr(model, "_supports_default_dynamic_cache", lambda: True)
-    return not own() and (bool(getattr(model, "_is_stateful", False)) or carries_state(model))
-
-
-def is_croppable(model: PreTrainedModel) -> bool:
-    """Whether transformers' own cache of a model can drop its last tokens (not said before 5.23)."""
-    return bool(getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), "is_croppable", True))
-
-
-def tokens_held(cache: Cache) -> int:
-    """Return how many tokens a cache holds; 0 for one of states alone, which does not count them (5.17)."""
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:
-        return 0
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -343,38 +273,6 @@ def _install() -> None:
         return _grouped.on or decides(*given, **named)
 
     sdpa_attention.use_gqa_in_sdpa = decide
-
-
-class _WindowLayer(DynamicSlidingWindowLayer):
-    """Returns the keys that its mask is made for: the window before the new tokens, and these."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        visible = self.sliding_window - 1 + key_states.shape[-2]
-        return keys[:, :, -visible:], values[:, :, -visible:]
-
-
-def show_windows_only(cache: Cache) -> None:
-    """
-    Make the windowed layers of a cache that records its past fit for several forwards between two crops.
-
-    transformers 5.17 returns the recorded past as well, for which the mask is too short; 5.23 does as here. This can
-    go once 5.17 is no longer supported. The class is replaced, not the method, so that the cache can still be copied.
-    """
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.__class__ = _WindowLayer
-
-
-def stop_recording(cache: Cache) -> None:
-    """Undo [`show_windows_only`] and `activate_past_recording`, for which transformers (5.17) has no way back."""
-    for layer in cache.layers:
-        if type(layer) is _WindowLayer:
-            layer.__class__ = DynamicSlidingWindowLayer  # type: ignore[assignment]
-        if hasattr(layer, "record_past"):
-            layer.record_past = False
 
 
 def import_quietly(name: str) -> ModuleType:

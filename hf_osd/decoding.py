@@ -13,15 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.utils import logging
 
-from ._compat import (
-    cache_argument,
-    cache_of,
-    decode_plainly,
-    decoder_prefix,
-    execution_device,
-    is_callers_own,
-    pad_token_of,
-)
+from ._caches import cache_argument, cache_of, is_callers_own
+from ._compat import decode_plainly, decoder_prefix, execution_device, pad_token_of
 from .assistant import OnlineAssistant
 from .config import OnlineConfig
 from .errors import InputError, UnsupportedError

@@ -12,7 +12,7 @@ from transformers import DynamicCache, StoppingCriteria
 
 import hf_osd
 from hf_osd import InputError
-from hf_osd._compat import cache_argument, cache_of
+from hf_osd._caches import cache_argument, cache_of
 
 
 def tokens(count, rows=1, seed=3):

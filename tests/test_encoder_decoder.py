@@ -12,7 +12,7 @@ from seq2seq import SOUND, TEXT, VOCAB, encoder_decoder, inputs_for, with_noise
 
 import hf_osd
 from hf_osd import InputError, OnlineAssistant, OnlineConfig, UnsupportedModelError
-from hf_osd._compat import cache_of
+from hf_osd._caches import cache_of
 
 TARGETS = {kind: encoder_decoder(kind) for kind in (*TEXT, *SOUND)}
 FALSE_ALARM = 1e-6  # of the statistical test below

@@ -7,7 +7,7 @@ from fakes import Collector, prompts, tiny_model, wrong_draft
 from transformers import LogitsProcessorList, pipeline
 
 import hf_osd
-from hf_osd._compat import cache_argument, cache_of
+from hf_osd._caches import cache_argument, cache_of
 
 
 def test_arguments_by_position():

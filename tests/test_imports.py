@@ -41,6 +41,7 @@ LAYERS = {
     "config": 2,
     "_compat": 1,
     "precision": 1,
+    "_caches": 0,
     "errors": 0,
 }
 

@@ -26,7 +26,7 @@ from transformers import (
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd._compat import cache_argument
+from hf_osd._caches import cache_argument
 from hf_osd.serving.preparation import Preparation
 
 IMAGE = 3  # token id of an image

@@ -8,7 +8,7 @@ import torch
 from fakes import tiny_model
 from huggingface_hub import constants
 
-from hf_osd._compat import cache_of
+from hf_osd._caches import cache_of
 from hf_osd.drafts import profiling
 from hf_osd.drafts.profiles import Cost, Profile
 from hf_osd.drafts.profiling import profile

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd._compat import cache_argument, cache_of, parameters_of
+from hf_osd._caches import cache_argument, cache_of
+from hf_osd._compat import parameters_of
 from hf_osd.serving import recurrent_decoder
 from hf_osd.serving.recurrent_decoder import RecurrentDecoder
 

@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from hf_osd._compat import attention_implementation, cache_argument
+from hf_osd._caches import cache_argument
+from hf_osd._compat import attention_implementation
 from hf_osd.evaluation.contenders import Contender, Sample, timed
 from hf_osd.evaluation.encoding import Inputs
 from hf_osd.evaluation.race import Race

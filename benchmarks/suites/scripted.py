@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_osd._compat import cache_of
+from hf_osd._caches import cache_of
 from hf_osd.evaluation.encoding import Inputs
 
 _CERTAIN = 1e4  # a logit that no other one reaches in any dtype

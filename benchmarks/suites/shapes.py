@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from hf_osd._compat import cache_of
+from hf_osd._caches import cache_of
 from hf_osd.evaluation.contenders import Assisted, Contender, Generate
 from hf_osd.serving.croppable_decoder import CroppableDecoder
 from hf_osd.serving.decoder import Decoder, Parents, RaggedDecoder

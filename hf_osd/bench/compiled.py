@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
-from .._compat import cache_argument
+from .._caches import cache_argument
 from ..config import reason_of
 from ..errors import ConfigError
 from ..evaluation.contenders import Sample, timed_answer

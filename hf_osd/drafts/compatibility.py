@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._compat import carries_state, hides_state, is_offloaded
+from .._caches import carries_state, hides_state
+from .._compat import is_offloaded
 from ..config import OnlineConfig, shown
 from ..errors import ConfigError, UnsupportedModelError
 from .features import FeatureDraft

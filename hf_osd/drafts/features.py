@@ -23,7 +23,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .._compat import attention_implementation, cache_argument, cache_of
+from .._caches import cache_argument, cache_of
+from .._compat import attention_implementation
 from ..errors import UnsupportedModelError, is_out_of_memory
 from .borrowing import Borrowed
 from .feature_config import FeatureDraftConfig

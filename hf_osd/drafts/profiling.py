@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
-from .._compat import cache_argument, execution_device, show_windows_only
+from .._caches import cache_argument, show_windows_only
+from .._compat import execution_device
 from ..config import shown
 from ..errors import HfOsdError, InputError
 from .machine import describe_machine, describe_model, digest, synchronize

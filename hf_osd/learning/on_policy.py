@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._compat import cache_argument, cache_of
+from .._caches import cache_argument, cache_of
 from ..config import OnlineConfig
 from ..records import Observation, sparse_teacher
 from .reading import ObservationCollator, Reader, longest_request, target_logits, vocabulary

@@ -8,7 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import attention_implementation, carries_state, execution_device, hides_state, is_croppable
+from .._caches import carries_state, hides_state, is_croppable
+from .._compat import attention_implementation, execution_device
 from ..drafts.features import FeatureDraft
 from ..drafts.translation import Translation
 from ..errors import UnsupportedModelError

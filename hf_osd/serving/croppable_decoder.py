@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .._compat import cache_argument, empty_cache, show_windows_only, stop_recording, text_cache, tokens_held
+from .._caches import cache_argument, empty_cache, show_windows_only, stop_recording, text_cache, tokens_held
 from ..errors import UnsupportedModelError
 from .decoder import Decoder, Parents
 from .preparation import Preparation

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
-from .._compat import tokens_held
+from .._caches import tokens_held
 from ..errors import InputError
 
 

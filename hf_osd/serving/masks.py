@@ -15,7 +15,8 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from .._compat import cache_argument, parameters_of
+from .._caches import cache_argument
+from .._compat import parameters_of
 from .cache import RaggedCache, Staged
 
 _KIND = "hf_osd_ragged"  # the attention implementation by whose name transformers finds the function below

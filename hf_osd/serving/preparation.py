@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .._compat import CACHE_NAMES, FIRST_PASS_INPUTS, cache_argument, cache_of, decoder_prefix
+from .._caches import CACHE_NAMES, cache_argument, cache_of
+from .._compat import FIRST_PASS_INPUTS, decoder_prefix
 
 _TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}  # perhaps behind a prefix
 _OURS = {"use_cache", "logits_to_keep", *CACHE_NAMES}
