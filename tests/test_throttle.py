@@ -15,7 +15,7 @@ import hf_osd
 from hf_osd import ClosedError, ConfigError, OnlineAssistant, OnlineConfig
 from hf_osd.drafts.feature_config import LEARNING
 from hf_osd.drafts.features import FeatureDraft
-from hf_osd.learning import OnlineLearner, throttle
+from hf_osd.learning import OnlineLearner, reading, throttle
 from hf_osd.learning.reading import BatchParts
 from hf_osd.learning.throttle import Throttle
 from hf_osd.team import Team
@@ -118,7 +118,7 @@ def test_parts_fit_the_time() -> None:
         "position_ids": torch.zeros(8, 3, dtype=torch.long),
         "learn_mask": torch.ones(8, 2, dtype=torch.bool),
     }
-    parts, sizes, seen = BatchParts(max_rows=4), [], []
+    parts, sizes, seen = BatchParts(9, max_rows=4), [], []
     for seconds in (0.001, 0.007, 0.1):
         for part in parts.of(batch):
             sizes.append(len(part["input_ids"]))
@@ -126,6 +126,22 @@ def test_parts_fit_the_time() -> None:
             parts.fit(seconds)
     assert sizes == [1, 2, 4, 1, 4, 4, 4, 2, 1, 1]
     assert torch.equal(torch.cat(seen), batch["input_ids"].repeat(3, 1))
+
+
+def test_parts_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches logits of all positions by the whole vocabulary at once, which take gigabytes where it is large."""
+    batch = {
+        "input_ids": torch.arange(24).reshape(8, 3),
+        "attention_mask": torch.ones(8, 3, dtype=torch.long),
+        "position_ids": torch.zeros(8, 3, dtype=torch.long),
+        "learn_mask": torch.ones(8, 2, dtype=torch.bool),
+    }
+    assert next(BatchParts(1000).of(batch)) is batch
+    monkeypatch.setattr(reading, "LOGITS_BYTES", 3 * 2 * 1000 * 4)
+    assert [len(part["input_ids"]) for part in BatchParts(1000).of(batch)] == [3, 3, 2]
+    assert [len(part["input_ids"]) for part in BatchParts(10**9).of(batch)] == [1] * 8
+    batch["vocabulary"] = torch.arange(1500)
+    assert [len(part["input_ids"]) for part in BatchParts(10**9).of(batch)] == [2] * 4
 
 
 def test_a_part_needs_no_columns_of_other_rows() -> None:
@@ -137,7 +153,7 @@ def test_a_part_needs_no_columns_of_other_rows() -> None:
         "teacher_tail": torch.tensor([[0.0, 0.0, 0.3], [0.1, 0.2, 0.3], [0.0, 0.0, 0.0]]),
         "learn_mask": torch.tensor([[False, False, True], [True, True, False], [False, False, False]]),
     }
-    first, second = BatchParts(max_rows=1).of(batch)
+    first, second = BatchParts(9, max_rows=1).of(batch)
     assert first["input_ids"].tolist() == [[5, 6]]
     assert first["teacher_tail"].tolist() == [[pytest.approx(0.3)]]
     assert all(torch.equal(second[name], batch[name][1:2]) for name in batch)

@@ -18,6 +18,7 @@ from ..records import Observation
 
 ALL = 2**31  # tokens: more than any prompt has
 _NEVER = -1e4  # logit of tokens that are not proposed; finite in every dtype
+LOGITS_BYTES = 2**28  # bytes of a part's logits, at most (256 MiB), unless those of one row are more
 LONGEST_PART = 0.01  # seconds that a part of a batch takes at most, since a request may have to wait for it
 
 Batch = dict[str, Any]
@@ -240,26 +241,32 @@ def longest_request(model: nn.Module, max_length: int) -> int:
 
 
 class BatchParts:
-    """Cuts batches into parts of as many rows, up to `max_rows`, as are learned from in `LONGEST_PART` seconds."""
+    """Cuts batches into parts of `LOGITS_BYTES`, for `tokens` each; with `max_rows`, of `LONGEST_PART` seconds too."""
 
-    def __init__(self, max_rows: int) -> None:
-        self._max_rows, self._rows = max_rows, 1
+    def __init__(self, tokens: int, max_rows: int | None = None) -> None:
+        self._tokens, self._max_rows, self._rows = tokens, max_rows, 1 if max_rows else ALL
 
     def of(self, batch: Batch) -> Iterator[Batch]:
         """
         Yield smaller batches, without the columns that only other rows need; parts with nothing to learn are left out.
 
-        The size of each is chosen when it is asked for.
+        The size of each is chosen when it is asked for. A batch that is one part stays as it is.
         """
-        start = 0
-        while start < len(batch["learn_mask"]):
-            rows = rows_of(batch, slice(start, start + self._rows))
-            start += self._rows
+        start, (count, length) = 0, batch["learn_mask"].shape
+        fit = max(LOGITS_BYTES // (4 * max(length, 1) * len(batch.get("vocabulary", range(self._tokens)))), 1)
+        if min(self._rows, fit) >= count and self._max_rows is None:
+            yield batch
+            return
+        while start < count:
+            rows = rows_of(batch, slice(start, start + min(self._rows, fit)))
+            start += min(self._rows, fit)
             if bool(rows["learn_mask"].any()):
                 yield _trimmed(rows)
 
     def fit(self, seconds: float) -> None:
         """Halve parts that take too long, and double them where there is room."""
+        if self._max_rows is None:
+            return
         if seconds > LONGEST_PART:
             self._rows = max(1, self._rows // 2)
         elif seconds < LONGEST_PART / 2:

@@ -201,7 +201,8 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
             assert target is not None
             self._sample = OnPolicySource(sample, self.model, target, config, callback.session.give_way).sample
         self._session = callback.session
-        self._parts = BatchParts(config.batch_size) if config.background else None
+        vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+        self._parts = BatchParts(vocab_size, config.batch_size if config.background else None)
         self._loss_sum = torch.zeros((), device=model.device)
         self._loss_count = self.steps_before = 0
         self.positions = 0  # learned from in the step in progress
@@ -260,17 +261,15 @@ class OnlineGKDTrainer(GKDTrainer):  # type: ignore[misc, unused-ignore]
         """
         Run forward and backward passes; GKD's own step would first toss a global coin, whether to sample new outputs.
 
-        In the background a batch goes in parts, which add up to its gradient, and gives way to serving in between.
+        A batch may go in parts, which add up to its gradient, and in the background gives way to serving in between.
         """
         positions = positions_of(inputs)
         loss = torch.zeros((), device=self.args.device)
-        for part in [inputs] if self._parts is None else self._parts.of(inputs):
+        for part in self._parts.of(inputs):
             if part is not inputs:
                 part["positions"] = positions
             loss += super(GKDTrainer, self).training_step(model, part, num_items_in_batch)  # type: ignore[no-untyped-call]
-            seconds = self._session.give_way()
-            if self._parts is not None:
-                self._parts.fit(seconds)
+            self._parts.fit(self._session.give_way())
         self.positions += positions
         self._loss_count += 1
         return loss
