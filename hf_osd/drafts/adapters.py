@@ -1,7 +1,7 @@
 """
 Adapters of a draft, by peft: one that is added for training and merged for serving, or one that it carries already.
 
-Written against peft 0.18 to 0.21. Not covered: quantised drafts, and several adapters at once.
+Written against peft 0.18 to 0.21. Not covered: quantised drafts, and several active adapters at once.
 """
 
 import copy
