@@ -92,7 +92,8 @@ class Call:
         if self.keys is None:
             return None
         keys = [self.keys] if isinstance(self.keys, str) else list(self.keys)
-        if not keys or rows % len(keys) or not all(isinstance(key, str) and key for key in keys):
+        counts = {1, rows, rows // (self.setting("num_return_sequences") or 1)}
+        if len(keys) not in counts or not all(isinstance(key, str) and key for key in keys):
             raise InputError(f"osd_route must be the name of a route, or one for each of {rows} rows, got {keys!r}")
         return [key for key in keys for _ in range(rows // len(keys))]
 

@@ -75,8 +75,8 @@ class LearningDraft:
     ) -> None:
         self.given, self.draft, self.config = given, unwrap(given), config
         check_draft(target, self.draft)
-        if isinstance(self.draft, FeatureDraft):
-            self.draft.borrow(target)
+        if isinstance(self.draft, FeatureDraft) and (beside is None or self.draft.target is not target):
+            self.draft.borrow(target)  # a fork has done so, and keeps the vocabulary of its parent
         self.experience: Experience = Experience() if beside is None else beside.experience.of_another_draft()
         self._target = weakref.ref(target)  # a draft kept for a target must not keep the target alive
         self._lock = threading.Lock()
@@ -101,6 +101,11 @@ class LearningDraft:
             proposed=proposable(target, self.translation),
             throttle=None if beside is None else beside.learner.throttle,
         )
+
+    def reads_as(self, other: "LearningDraft") -> bool:
+        """Whether another draft could learn from the requests kept for this one: it reads the same of them."""
+        layers = [getattr(one.draft, "state_layers", ()) for one in (self, other)]
+        return self is not other and self.translation is None and other.translation is None and layers[0] == layers[1]
 
     def _can_learn(self) -> bool:
         plain = all(type(weight) is torch.nn.Parameter for weight in self.draft.parameters())

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .config import OnlineConfig
 from .drafts.adapters import base_of
+from .drafts.compatibility import have_one_size
 from .drafts.sharing import copy_beside
 from .drafts.wrapping import is_peft, unwrap
 from .errors import InputError, LearningError
@@ -91,7 +92,10 @@ class Routes(Mapping[str, LearningDraft]):
         config, beside = self._config, next(iter(self._drafts.values()), None)
         if self.router is not None and config.state_dir is not None:
             config = replace(config, state_dir=Path(config.state_dir) / folder_of(name))
-        self._drafts[name] = LearningDraft(given, target, config, beside, others, self._tokenizers)
+        # Of several drafts, those of the target's own family are told by the sizes of their vocabularies.
+        is_known = len(others) > 0 and have_one_size(target, unwrap(given))
+        tokenizers = (None, None) if is_known else self._tokenizers
+        self._drafts[name] = LearningDraft(given, target, config, beside, others, tokenizers)
 
     # Which draft serves a prompt.
 
@@ -152,7 +156,12 @@ class Routes(Mapping[str, LearningDraft]):
         parent = self._drafts[like]
         self._add(name, _copy_of(parent), target, [one.draft for one in self._drafts.values()])
         self._likes[name] = like
-        self._take_over(name, like, target)
+        try:
+            self._take_over(name, like, target)
+        except BaseException:
+            del self._likes[name]
+            self._drafts.pop(name).learner.close()
+            raise
         logger.info("Route %r has a draft of its own from now on, which began as that of %r.", name, like)
 
     def _take_over(self, name: str, like: str, target: PreTrainedModel) -> None:
@@ -168,8 +177,7 @@ class Routes(Mapping[str, LearningDraft]):
         """Take the requests of a new route out of the replay buffers of the others."""
         assert self.router is not None
         routes, found = list(self._drafts), []
-        others = [one for other, one in self._drafts.items() if other != name and one.translation is None]
-        for learner in (one.learner.learner for one in others):  # the others keep requests in their own tokens
+        for learner in (one.learner.learner for one in self._drafts.values() if one.reads_as(self._drafts[name])):
             if learner is not None:
                 requests = learner.replay.observations()
                 read = (one.prompt_ids if one.source_ids is None else one.source_ids for one in requests)
@@ -217,11 +225,11 @@ class Routes(Mapping[str, LearningDraft]):
         if self.router is None:
             self.first.save(directory, state)
             return
-        for name in self:
-            folder = directory / folder_of(name)
-            self._drafts[name].save(folder, folder / state.name)
         with self._lock:
             snapshot = self._snapshot()
+        for name in snapshot.numbers["routes"]:
+            folder = directory / folder_of(name)
+            self._drafts[name].save(folder, folder / state.name)
         write_state(state / _ROUTER, snapshot, [])
 
     def close(self) -> None:

@@ -56,9 +56,9 @@ class GroupedDecoder(Decoder):
         """Run every draft over its rows; see [`Decoder.feed`]."""
         assert parents is None, "drafts are fed chains"
         width = self._vocab_size if self.vocabulary is None else len(self.vocabulary)
-        logits = torch.empty(len(ids), keep, width, device=self._device)
+        logits = torch.empty(len(ids), keep, width, device=ids.device)
         for group in self._groups:
-            logits[group.rows] = self._feed(group, ids, ends, keep).to(self._device)
+            logits[group.rows] = self._feed(group, ids, ends, keep).to(ids.device)
         self._note_cached()
         return logits
 
