@@ -92,11 +92,11 @@ class Team:
                 source = states if states is None or len(self.groups) == 1 else states.of_rows(rows)
                 make = partial(make, source=source, vocabulary=vocabulary)
             known = one.draft if one.translation is None else target
-            makes.append((rows, make, one.weights, _vocab_size(known)))
+            makes.append((rows, make, (one.weights, _vocab_size(known))))
         if len(makes) == 1:
             return makes[0][1], states
         size = _vocab_size(target)
-        return lambda: GroupedDecoder([Group(rows, make(), *more) for rows, make, *more in makes], size), states
+        return lambda: GroupedDecoder([Group(one, make(), *more) for one, make, more in makes], size), states
 
     def _states(self, target: PreTrainedModel, sequences: Sequences) -> TargetStates | None:
         layers = {one.draft.state_layers if isinstance(one.draft, FeatureDraft) else () for one in self.groups}
