@@ -130,7 +130,9 @@ def tiny_model(
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     config = _CONFIGS[kind](num_hidden_layers=layers, **overrides)
-    model = AutoModelForCausalLM.from_config(config).to(DEVICE, dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    if model.device.type != "meta":
+        model = model.to(DEVICE)
     torch.set_rng_state(state)
     return model
 
