@@ -80,7 +80,7 @@ class Team:
         prompts = sequences.ids[:, : sequences.prompt_length]
         states = self._states(target, sequences)
         vocabulary = self._vocabulary([*prompts.flatten().tolist(), *sequences.eos_token_ids])
-        makes = []
+        makes: list[tuple[list[int], MakeDecoder, LearningDraft]] = []
         for one, rows in self.groups.items():
             read = encoded if len(self.groups) == 1 else encoded.of_rows(rows)
             own, padding = prompts[rows], [sequences.padding[row] for row in rows]
@@ -91,12 +91,10 @@ class Team:
             if isinstance(one.draft, FeatureDraft):
                 source = states if states is None or len(self.groups) == 1 else states.of_rows(rows)
                 make = partial(make, source=source, vocabulary=vocabulary)
-            known = one.draft if one.translation is None else target
-            makes.append((rows, make, (one.weights, _vocab_size(known))))
+            makes.append((rows, make, one))
         if len(makes) == 1:
             return makes[0][1], states
-        size = _vocab_size(target)
-        return lambda: GroupedDecoder([Group(one, make(), *more) for one, make, more in makes], size), states
+        return partial(_grouped, makes, _vocab_size(target)), states
 
     def _states(self, target: PreTrainedModel, sequences: Sequences) -> TargetStates | None:
         layers = {one.draft.state_layers if isinstance(one.draft, FeatureDraft) else () for one in self.groups}
@@ -158,6 +156,13 @@ class Request:
             served = zip(self._team.by_row, self._recorded, lengths, strict=True)
             delivered = (one for one, is_recorded, length in served if is_recorded and length)
             self.observations = list(zip(delivered, self._found, strict=True))
+
+
+def _grouped(makes: Sequence[tuple[list[int], MakeDecoder, LearningDraft]], vocab_size: int) -> GroupedDecoder:
+    """Make the decoder of several drafts; one with a translation can be fed whatever the target can."""
+    known = [vocab_size if one.translation is not None else _vocab_size(one.draft) for _, _, one in makes]
+    groups = [Group(rows, make(), one.weights, count) for (rows, make, one), count in zip(makes, known, strict=True)]
+    return GroupedDecoder(groups, vocab_size)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

@@ -159,9 +159,9 @@ def test_what_goes_not_with_it():
     used = assistant(random_draft())
     other = tiny_model("llama", vocab_size=VOCAB + 1)
     with pytest.raises(UnsupportedModelError, match="their tokenizers differ"):
-        used.check_usable(other)
+        used.routes.first.check_usable(other)
 
 
 def test_the_same_tokenizer_needs_no_translation():
     """Catches a detour for drafts of the target's own family."""
-    assert assistant(tiny_model("llama", seed=1), words=tokenizer(LETTERS)).translation is None
+    assert assistant(tiny_model("llama", seed=1), words=tokenizer(LETTERS)).routes.first.translation is None
