@@ -46,18 +46,9 @@ def write_answers(target: PreTrainedModel, prompts: Sequence[torch.Tensor], max_
         `list[torch.LongTensor]`: Each of shape `(answer,)`, on the CPU, the end of text included.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-
-    @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), len(prompts) or 1))  # type: ignore[untyped-decorator]
-    def write(rows: int) -> list[torch.Tensor]:
-        answers: dict[int, torch.Tensor] = {}
-        for start in range(0, len(order), rows):
-            indices = order[start : start + rows]
-            written = _continue(target, [prompts[index] for index in indices], max_new_tokens)
-            answers |= dict(zip(indices, written, strict=True))
-        return [answers[index] for index in range(len(prompts))]
-
-    found: list[torch.Tensor] = write()
-    return found
+    written = _in_batches(target, [prompts[index] for index in order], max_new_tokens)
+    answers = dict(zip(order, written, strict=True))
+    return [answers[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -87,23 +78,13 @@ def write_prompts(
     """
     if not tokenizer.chat_template:
         raise UnsupportedModelError("the target writes no prompts, since its tokenizer has no chat template")
-    head, openings = template_head(tokenizer), _openings(tokenizer)
+    head, some = template_head(tokenizer), _openings(tokenizer)
+    openings = [some[number % len(some)] for number in range(count)]
+    heads = [torch.cat((head, opening)) for opening in openings]
     sampling = {"do_sample": True, "top_k": _TOP_K, "top_p": _TOP_P}
-
-    @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), count))  # type: ignore[untyped-decorator]
-    def write(rows: int) -> dict[str, None]:
-        found = dict[str, None]()
-        torch.manual_seed(seed)
-        for start in range(0, count, rows):
-            some = [openings[number % len(openings)] for number in range(start, min(start + rows, count))]
-            heads = [torch.cat((head, opening)) for opening in some]
-            written = _continue(target, heads, _PROMPT_TOKENS, **sampling)
-            found |= dict.fromkeys(_texts(tokenizer, some, written))
-            tell(start + len(some))
-        return found
-
     with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-        return [Text(prompt) for prompt in write() if prompt]
+        written = _in_batches(target, heads, _PROMPT_TOKENS, seed, tell, **sampling)
+    return [Text(prompt) for prompt in dict.fromkeys(_texts(tokenizer, openings, written)) if prompt]
 
 
 def _openings(tokenizer: Any) -> list[torch.Tensor]:
@@ -119,6 +100,30 @@ def _texts(tokenizer: Any, openings: Sequence[torch.Tensor], written: Sequence[t
     """Return the prompts that ended by themselves, with their openings."""
     whole = [torch.cat(pair) for pair in zip(openings, written, strict=True) if len(pair[1]) < _PROMPT_TOKENS]
     return [text.strip() for text in tokenizer.batch_decode(whole, skip_special_tokens=True)]
+
+
+def _in_batches(
+    target: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    seed: int | None = None,
+    tell: Callable[[int], object] = lambda done: None,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """Continue prompts, as many at a time as fit into memory: if they do not, anew with fewer, by the same seed."""
+
+    @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), len(prompts) or 1))  # type: ignore[untyped-decorator]
+    def write(rows: int) -> list[torch.Tensor]:
+        if seed is not None:
+            torch.manual_seed(seed)
+        found: list[torch.Tensor] = []
+        for start in range(0, len(prompts), rows):
+            found += _continue(target, prompts[start : start + rows], max_new_tokens, **options)
+            tell(len(found))
+        return found
+
+    written: list[torch.Tensor] = write()
+    return written
 
 
 def _continue(target: Any, prompts: Sequence[torch.Tensor], max_new_tokens: int, **options: Any) -> list[torch.Tensor]:

@@ -43,7 +43,6 @@ class GroupedDecoder(Decoder):
         first, *others = (group.decoder.vocabulary for group in groups)
         is_shared = first is not None and all(one is not None and one.equal(first) for one in others)
         self.vocabulary = first if is_shared else None
-        self._device = execution_device(groups[0].decoder.model)
         self.cached = [0] * sum(len(group.rows) for group in groups)
         self._note_cached()
 
