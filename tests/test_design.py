@@ -113,8 +113,12 @@ def test_the_card_says_how_it_was_made(made):
 
 
 def test_a_second_run_repeats_nothing(made, monkeypatch):
-    """Catches a run that was cut off at its end and begins anew: records, starts and steps are all there."""
+    """
+    Catches a run that was cut off at its end and begins anew: records, starts and steps are all there. Costs that are
+    measured again may promise most of another candidate, which would begin anew, too.
+    """
     target, design, folder, prompts = made
+    monkeypatch.setattr(hf_osd.design.designing, "promising", lambda found: found[-1:])
     monkeypatch.setattr(hf_osd.design.designing, "start", lambda *_: pytest.fail("started again"))
     monkeypatch.setattr(hf_osd.design.recording, "write_shard", lambda *_: pytest.fail("recorded again"))
     monkeypatch.setattr(hf_osd.design.distilling, "_train", lambda *_: pytest.fail("trained again"))

@@ -1,5 +1,6 @@
 """Makes a draft for a target: gathers and records texts, weighs drafts, distils, measures, chooses."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..drafts.features import FeatureDraft, default_state_layers
+from ..drafts.machine import digest
 from ..drafts.starting import start
 from ..drafts.states import layers_of
 from ..evaluation.contenders import Sample
 from ..evaluation.encoding import end_tokens
 from ..evaluation.output import try_output, writing
+from ..storage.files import write_file
 from .blueprints import Blueprint, blueprints, make_draft, settled
 from .candidates import Candidate, named, promising, weigh
 from .costs import target_costs
@@ -130,7 +133,7 @@ class _Designer:
         general = self._general(learned)
         costs, candidates = shared(self._weigh(general, learned) if is_first() else None)
         drafts, histories = {}, {}
-        worth_it = promising(candidates)
+        worth_it = self._promising(candidates, learned)
         for one in worth_it:
             draft = self._started(one, general, learned)
             histories[one.name] = self._distil(one, draft, learned, held_out, self._recipe.shared(len(worth_it)))
@@ -176,6 +179,16 @@ class _Designer:
                 "learns as well as may be hoped"
             )
         return costs, candidates
+
+    def _promising(self, candidates: list[Candidate], learned: Recording) -> list[Candidate]:
+        """Return what to distil. A run that resumes keeps its choice: costs measured again may lead to another one."""
+        plans = sorted(one.name for one in candidates)
+        path = self._work / f"promising-{digest([learned.name, *plans])}.json"
+        with first_alone():
+            if not path.is_file():
+                write_file(path, json.dumps([one.name for one in promising(candidates)]).encode())
+        names = json.loads(path.read_text(encoding="utf-8"))
+        return [one for one in candidates if one.name in names]
 
     def _started(self, candidate: Candidate, general: torch.Tensor, learned: Recording) -> FeatureDraft:
         """Make a draft, started in closed form, or by the weights of an earlier run."""
