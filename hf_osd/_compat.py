@@ -5,7 +5,6 @@ Each function says for which versions it was written. Not here: TRL, which `lear
 """
 
 import copy
-import functools
 import importlib
 import inspect
 import logging
@@ -32,7 +31,6 @@ from transformers.generation.utils import (
     MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
     GenerationMixin,
 )
-from transformers.integrations import sdpa_attention
 
 from ._caches import CACHE_NAME, CACHE_NAMES, empty_cache
 from .errors import UnsupportedGenerationError
@@ -235,44 +233,6 @@ def is_offloaded(model: Any) -> bool:
 def _hooks(module: Any) -> Sequence[Any]:
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", (hook,))
-
-
-class _Grouped(threading.local):
-    """Whether attention in this thread reads keys in place that several heads share."""
-
-    on = False
-
-
-_grouped = _Grouped()
-
-
-@contextmanager
-def grouped_attention(device: torch.device) -> Iterator[None]:
-    """
-    On a CPU, let heads that share keys and values read them in place.
-
-    With a mask, transformers (5.17 to 5.24) copies them for each head, as CUDA's fast kernels need. Without the
-    copies, a pass over several tokens takes a tenth less time on a CPU.
-    """
-    before, _grouped.on = _grouped.on, device.type == "cpu"
-    if _grouped.on:
-        _install()
-    try:
-        yield
-    finally:
-        _grouped.on = before
-
-
-def _install() -> None:
-    decides: Callable[..., bool] | None = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
-    if decides is None or hasattr(decides, "__wrapped__"):
-        return
-
-    @functools.wraps(decides)
-    def decide(*given: Any, **named: Any) -> bool:
-        return _grouped.on or decides(*given, **named)
-
-    sdpa_attention.use_gqa_in_sdpa = decide
 
 
 def import_quietly(name: str) -> ModuleType:

@@ -11,7 +11,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .._caches import cache_argument, cache_of
-from .._compat import attention_implementation, decoder_prefix, execution_device, grouped_attention
+from .._compat import attention_implementation, decoder_prefix, execution_device
+from .attention import grouped_attention
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back

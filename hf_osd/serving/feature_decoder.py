@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from .._compat import grouped_attention
 from ..drafts.features import FeatureDraft
+from .attention import grouped_attention
 from .decoder import Parents, Pass, RaggedDecoder
 from .preparation import Preparation
 from .states import StatesOfRows, TargetStates
