@@ -5,6 +5,8 @@ Every request goes to every contender, and who goes first changes with each. Lea
 and the request that waits for it pays. A draft that has learned nothing stands for the lookup alone: it is never worth
 a proposal.
 
+Without `--assistant` the online draft begins with nothing, and the lookup alone is what it has to beat.
+
     python -m benchmarks.real --target HuggingFaceTB/SmolLM2-135M-Instruct --assistant hf_osd/demo/smollm2 \
         --prompts gsm8k.jsonl --prompts spider.jsonl --prompts python.jsonl --requests 200 --output real.json
 """
@@ -34,17 +36,16 @@ COLD = "cold online"
 OVER = ((ONLINE, PLAIN), (ONLINE, STATIC), (ONLINE, LOOKUP), (STATIC, PLAIN), (LOOKUP, PLAIN), (STOCK, PLAIN))
 
 
-def contenders(pair: Pair, online: dict[str, Any], stack: ExitStack, with_cold: bool = False) -> list[Contender]:
+def contenders(pair: Pair, options: argparse.Namespace, stack: ExitStack) -> list[Contender]:
     """Make the contenders; each has a draft of its own."""
     fixed = OnlineConfig(learn=False)
     static, learner, cold = copy.deepcopy(pair.draft), copy.deepcopy(pair.draft), FeatureDraft.of(pair.target)
-    ours = {
-        LOOKUP: (FeatureDraft.of(pair.target), fixed),
-        STATIC: (static, fixed),
-        ONLINE: (learner, OnlineConfig.for_draft(learner, **online)),
-    }
-    if with_cold:
-        ours[COLD] = cold, OnlineConfig.for_draft(cold, **online)
+    ours = {LOOKUP: (FeatureDraft.of(pair.target), fixed)}
+    if options.assistant is not None:
+        ours[STATIC] = static, fixed
+    ours[ONLINE] = learner, OnlineConfig.for_draft(learner, **options.online)
+    if options.cold:
+        ours[COLD] = cold, OnlineConfig.for_draft(cold, **options.online)
     return [
         Generate(PLAIN, pair.target),
         stock(STOCK, pair),
@@ -60,7 +61,7 @@ def serve(pair: Pair, path: str, options: argparse.Namespace) -> dict[str, Any]:
     *requests, warm_up = load_requests(pair, [path], options.requests + 1, options.max_new_tokens)
     settings = generate_options(pair, options.max_new_tokens)
     with ExitStack() as stack:
-        racers = contenders(pair, options.online, stack, options.cold)
+        racers = contenders(pair, options, stack)
         done = stack.enter_context(open_steps(Console(stderr=True)))(Path(path).stem, len(requests))
         race = run_race(
             racers,
@@ -84,7 +85,7 @@ def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
     """Say what a stream took and gave."""
     rounds = race.rounds
     last = rounds[-(len(rounds) // 4) :]
-    static, learner = total(rounds, STATIC), total(rounds, ONLINE)
+    accepted = {name: total(rounds, name).acceptance or 0.0 for name in (STATIC, ONLINE) if name in rounds[0]}
     return {
         "requests": len(rounds),
         "last_quarter": ratios(last),
@@ -93,8 +94,7 @@ def figures(race: Race, online: OnlineAssistant) -> dict[str, Any]:
         "tokens_per_second_last_quarter": {
             name: round(total(last, name).tokens_per_second_with_learning, 1) for name in rounds[0]
         },
-        "static_acceptance_of_drafted": round(static.acceptance or 0.0, 3),
-        "online_acceptance_of_drafted": round(learner.acceptance or 0.0, 3),
+        **{f"{name}_acceptance_of_drafted": round(value, 3) for name, value in accepted.items()},
         **learned(race, ONLINE, online),
     }
 
@@ -133,11 +133,15 @@ def ratios(rounds: list[Round], *, learning: bool = True) -> dict[str, float]:
     """
     Return how many times as fast some contenders are as others.
 
-    Online over plain is by way of static: updates would fall by chance on some of the requests that plain answers.
+    Online over plain is by way of what serves every request: updates would fall by chance on some of those that plain
+    answers.
     """
-    found = {f"{one} over {other}": ratio(rounds, one, other, learning=learning) for one, other in OVER}
+    served = {name for samples in rounds for name in samples}
+    pairs = [(one, other) for one, other in OVER if {one, other} <= served]
+    found = {f"{one} over {other}": ratio(rounds, one, other, learning=learning) for one, other in pairs}
+    between = STATIC if STATIC in served else LOOKUP
     return found | {
-        f"{ONLINE} over {PLAIN}": round(found[f"{STATIC} over {PLAIN}"] * found[f"{ONLINE} over {STATIC}"], 3)
+        f"{ONLINE} over {PLAIN}": round(found[f"{between} over {PLAIN}"] * found[f"{ONLINE} over {between}"], 3)
     }
 
 

@@ -79,6 +79,7 @@ class Candidates:
         self.static = static
         self.frozen: dict[str, Checkpoint] = {}
         self.learned: dict[str, torch.Tensor] = {}
+        self._cast: dict[str, Weights] = {}  # of what is learned
         self._size, self._averages = size, averages
         self._updates = self._numbered = 0
 
@@ -97,6 +98,14 @@ class Candidates:
         start = self.static.weights
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
+    def weights_in(self, dtype: torch.dtype, name: str) -> Weights:
+        """Return the weights to score a candidate by: learned ones cast to `dtype`, once for each update."""
+        if name not in ALPHAS:
+            return self._kept(name).weights
+        if name not in self._cast:
+            self._cast[name] = {one: weight.to(dtype) for one, weight in self.weights(name).items()}
+        return self._cast[name]
+
     def origin(self, name: str, latest: Weights) -> Weights:
         """Return what training goes on from where a candidate leads: of what is learned, the `latest` state."""
         return self._kept(name).state if name not in ALPHAS else latest
@@ -108,6 +117,7 @@ class Candidates:
     def follow(self, weights: Weights) -> None:
         """Take the weights after an update into the average."""
         self._updates += 1
+        self._cast.clear()
         share = max(SHARE_OF_LATEST, 2.0 / (self._updates + 1)) if self._averages else 1.0
         if not self.learned:
             self.learned = {name: weight.detach().float().clone() for name, weight in weights.items()}
@@ -119,6 +129,7 @@ class Candidates:
         """Begin the average anew, with the weights that training goes on from; with none, at the next update."""
         self.learned = {name: weight.float().clone() for name, weight in weights.items()}
         self._updates = min(len(weights), 1)
+        self._cast.clear()
 
     def freeze(self, leader: Checkpoint) -> str | None:
         """Keep a leader that gives way, for when its traffic comes back; return its name, `None` if none is kept."""
@@ -151,3 +162,4 @@ class Candidates:
         self.frozen = {name: Checkpoint.from_groups(groups, name) for name in numbers["frozen"]}
         self.learned = {name: tensor.clone() for name, tensor in groups["learned"].items()}
         self._updates, self._numbered = numbers["updates"], numbers["numbered"]
+        self._cast.clear()

@@ -142,7 +142,7 @@ class Learner:
         if not requests or not self._throttle.allows_scoring():
             return []
         began = self._throttle.now()
-        candidates = {name: self.candidates.weights(name) for name in self.candidates.names()}
+        candidates = {name: self.candidates.weights_in(self._draft.dtype, name) for name in self.candidates.names()}
         found = self._scorer.scores(candidates, requests)
         self._throttle.spend(0.0, scoring=self._throttle.now() - began)
         return found
