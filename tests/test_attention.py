@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,9 +66,20 @@ def test_what_is_not_packed():
     assert seen == [4] * 5
 
 
-def test_it_is_installed_once():
-    """Catches a wrapper around a wrapper with each call."""
+def test_it_is_installed_once_and_never_over_the_users_own():
+    """Catches a wrapper around a wrapper with each call, and a function of the user's that is passed over."""
     for _ in range(2):
         with grouped_attention(CPU):
             pass
-    assert not isinstance(ALL_ATTENTION_FUNCTIONS["sdpa"]._attend, _Packing)
+    packing = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert packing._attend is sdpa_attention_forward
+
+    def own(*given, **options):
+        raise AssertionError
+
+    AttentionInterface.register("sdpa", own)
+    try:
+        with grouped_attention(CPU):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    finally:
+        AttentionInterface.register("sdpa", packing)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "sdpa"
@@ -45,9 +46,8 @@ def grouped_attention(device: torch.device) -> Iterator[None]:
 
 
 def _install() -> None:
-    attend: Attend = ALL_ATTENTION_FUNCTIONS[_NAME]
-    if not isinstance(attend, _Packing):
-        AttentionInterface.register(_NAME, _Packing(attend))
+    if ALL_ATTENTION_FUNCTIONS[_NAME] is sdpa_attention_forward:  # neither installed before, nor the user's own
+        AttentionInterface.register(_NAME, _Packing(sdpa_attention_forward))
 
 
 class _Packing:
