@@ -55,6 +55,7 @@ class LearningDraft:
         given (`PreTrainedModel`): As passed.
         draft (`PreTrainedModel`): The model inside.
         config (`OnlineConfig`): As passed.
+        frozen (`frozenset[str]`): Parameters that it shares with the target or with others, which are not trained.
         weights (`LiveWeights`): Guards the live weights.
         experience (`Experience`): What requests have measured.
         learner (`OnlineLearner`): Teaches it.
@@ -89,15 +90,15 @@ class LearningDraft:
         except UnsupportedError as error:
             self.leave_out(error)
         self._checked = weakref.WeakSet([target])  # targets that the draft was checked against
-        self._frozen = shared_with(self.draft, target).union(*(shared_with(self.draft, one) for one in others))
-        self.weights = LiveWeights(self.draft, self._frozen)
+        self.frozen = shared_with(self.draft, target).union(*(shared_with(self.draft, one) for one in others))
+        self.weights = LiveWeights(self.draft, self.frozen)
         learns = config.learn and self._misfit is None and self._can_learn()
         self.learner: OnlineLearner = OnlineLearner(
             self.draft,
             config if learns else replace(config, learn=False),
             self._publish,
             target=target if config.needs_target else None,
-            frozen=self._frozen,
+            frozen=self.frozen,
             proposed=proposable(target, self.translation),
             throttle=None if beside is None else beside.learner.throttle,
         )
@@ -134,7 +135,7 @@ class LearningDraft:
         if target not in self._checked:  # another one, or the inner model of a PEFT model
             check_draft(target, self.draft)
             check_pair(target, self.draft, self.translation)
-            if not shared_with(self.draft, target) <= self._frozen:
+            if not shared_with(self.draft, target) <= self.frozen:
                 raise InputError(
                     f"the draft shares weights with {describe(target)}, which learning would change: make an "
                     "OnlineAssistant for this target"
@@ -143,7 +144,7 @@ class LearningDraft:
 
     def _publish(self, parameters: Mapping[str, torch.Tensor], acceptance: float) -> None:
         target = self._target()
-        if target is not None and not shared_with(self.draft, target) <= self._frozen:
+        if target is not None and not shared_with(self.draft, target) <= self.frozen:
             raise LearningError(
                 "the draft was given weights of the target after this assistant was made: make another"
             )

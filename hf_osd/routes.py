@@ -252,10 +252,12 @@ def saved_routes(state: Path) -> Snapshot | None:
 
 @torch.no_grad()
 def _copy_of(parent: LearningDraft) -> Any:
-    """Copy a draft as it was before it learned anything; where it carries an adapter, over the same base."""
+    """Copy a draft as it was before it learned anything, over the same memory of all that is not trained."""
     source: Any = parent.given if is_peft(parent.given) else parent.draft
+    shared = {id(weight) for name, weight in parent.draft.named_parameters() if name in parent.frozen}
+    untrained = base_of(source).union(name for name, weight in source.named_parameters() if id(weight) in shared)
     with parent.weights:
-        copied = copy_beside(source, base_of(source)).eval()
+        copied = copy_beside(source, untrained).eval()
     parameters, learner = dict(unwrap(copied).named_parameters()), parent.learner.learner
     for name, weight in (learner.candidates.static.weights if learner is not None else {}).items():
         parameters[name].copy_(weight)
