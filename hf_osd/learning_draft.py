@@ -46,7 +46,7 @@ class LearningDraft:
         target (`PreTrainedModel`): The model it drafts for. Never changed.
         config (`OnlineConfig`): Settings.
         beside (`LearningDraft`, *optional*): Another one of the same assistant. They share what has been measured of
-            target and traffic, and learn one at a time, in the time that there is for all of them.
+            target and traffic, and learn one at a time.
         others (`Sequence[PreTrainedModel]`, *optional*): All other drafts of the assistant. What a draft shares with
             them, such as the base under adapters, is not trained.
         tokenizers (`tuple`, *optional*): Of the target and of the draft; see [`OnlineAssistant`].
@@ -107,6 +107,12 @@ class LearningDraft:
         """Whether another draft could learn from the requests kept for this one: it reads the same of them."""
         layers = [getattr(one.draft, "state_layers", ()) for one in (self, other)]
         return self is not other and self.translation is None and other.translation is None and layers[0] == layers[1]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has seen requests to learn from, in this process or before, or never learns."""
+        learner = self.learner.learner
+        return learner is None or learner.requests > 0 or self.learner.has_state
 
     def _can_learn(self) -> bool:
         plain = all(type(weight) is torch.nn.Parameter for weight in self.draft.parameters())
@@ -187,6 +193,7 @@ class LearningDraft:
         counted["saved_seconds"] = accepted * self.journal.learned_share * seconds_a_pass
         with self._lock:
             self._totals.update(counted)
+        self.learner.earn(share * seconds)
         if isinstance(self.draft, FeatureDraft):
             for row in rows:
                 self.draft.vocabulary.note(engine.sequences.text(row)[1].tolist())

@@ -123,7 +123,7 @@ class Team:
             states (`TargetStates`, *optional*): Hidden states of the target, for drafts that read them.
         """
         request = Request(self, recorded, states)
-        with self.by_row[0].learner.serving():  # that of all: they share their time
+        with self.by_row[0].learner.serving():  # for the learners of all drafts, which share their throttle
             yield request
         for one, observation in request.observations:
             one.observe(observation)

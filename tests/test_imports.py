@@ -29,6 +29,7 @@ LAYERS = {
     "team": 8,  # the drafts of one batch
     "learning_draft": 7,  # it joins serving and learning
     "saving": 6,
+    "route_folders": 6,
     "reporting": 6,  # of the journal; the assistant offers it
     "serving": 5,
     "learning": 5,
@@ -36,6 +37,7 @@ LAYERS = {
     "stats": 5,
     "drafts": 4,
     "storage": 4,  # of records, whatever they are for
+    "budget": 3,  # serving earns, learning spends
     "journal": 3,  # what learning tells reports
     "records": 3,
     "config": 2,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import VOCAB, prompts, tiny_model, wrong_draft
+from fakes import VOCAB, tiny_model, wrong_draft
 from routed import ALWAYS, FAST, STATIC, TARGET, kept, plain, same, serve, small, weights_of
 from seq2seq import encoder_decoder, inputs_for
 from tongues import DRAFT as WORDS
@@ -100,47 +100,6 @@ def test_sampling_has_the_targets_distribution() -> None:
     total = 40 * rows
     statistic = sum((counts[pair] - total * chance) ** 2 / (total * chance) for pair, chance in chances.items())
     assert statistic < 44.3  # the 99.99th percentile of chi-square with 15 degrees of freedom
-
-
-def test_each_draft_learns_from_its_own_requests() -> None:
-    """Catches requests that teach another route's draft, and drafts that are changed by what others learn."""
-    drafts = {"a": small(5), "b": small(6)}
-    with OnlineAssistant(drafts=drafts, target=TARGET, config=FAST) as assistant:
-        before = {name: weights_of(assistant, name) for name in drafts}
-        serve(assistant, batch=2, osd_route="a")
-        assert not same(before["a"], weights_of(assistant, "a"))
-        assert same(before["b"], weights_of(assistant, "b"))
-        serve(assistant, osd_route=KEYS)
-        assert not same(before["b"], weights_of(assistant, "b"))
-        replayed = {name: [one.prompt_ids for one in kept(assistant, name)] for name in drafts}
-        inputs = prompts(4)
-        rows = [ids[mask.bool()] for ids, mask in zip(*inputs.values(), strict=True)]
-        assert same(replayed["b"], [rows[1], rows[3]])
-        assert same(replayed["a"][2:], [rows[0], rows[2]])
-        stats = assistant.stats()
-        assert (stats.routes["a"].updates, stats.routes["b"].updates, stats.updates) == (2, 1, 3)
-        assert stats.failed_updates == 0
-
-
-def test_a_new_route_begins_with_what_the_nearest_has_learned() -> None:
-    """Catches a new route that starts cold, that forgets the static draft, or that shares what it learns."""
-    with OnlineAssistant(small(), TARGET, FAST, router=ByKey(), max_routes=2) as assistant:
-        static = weights_of(assistant, "default")
-        serve(assistant)
-        learned = weights_of(assistant, "default")
-        assert not same(static, learned)
-        serve(assistant, batch=1, osd_route="new")
-        assert list(assistant.routes) == ["default", "new"]
-        assert same(learned, weights_of(assistant, "new"))
-        candidates = assistant.routes["new"].learner.learner.candidates
-        named = dict(assistant.routes["new"].draft.named_parameters())
-        assert same(static, [candidates.static.weights[name] for name in named])
-        serve(assistant, osd_route="new")
-        assert same(learned, weights_of(assistant, "default"))
-        assert not same(learned, weights_of(assistant, "new"))
-        serve(assistant, batch=1, osd_route="no room")
-        assert list(assistant.routes) == ["default", "new"]
-        assert assistant.stats().routes["default"].requests == 5
 
 
 class Halves(Router):
@@ -301,15 +260,6 @@ def test_routes_go_on_from_a_state_directory(tmp_path: Path) -> None:
         assert again.stats().updates == before.updates
         assert torch.equal(serve(again, osd_route=["default", "x", "x", "y"]), plain())
         assert again.stats().failed_updates == 0
-
-
-def test_one_learner_works_at_a_time_in_the_time_of_all() -> None:
-    """Catches routes that each take the share of time, or the core, that was meant for all of them."""
-    with OnlineAssistant(drafts={"a": small(5), "b": small(6)}, target=TARGET, config=FAST) as assistant:
-        one, other = (assistant.routes[name].learner for name in "ab")
-        assert one.throttle is other.throttle
-        assert one.at_rest() is other.at_rest()
-        assert assistant.routes["a"].experience.target_costs is assistant.routes["b"].experience.target_costs
 
 
 def test_reports_of_routes(tmp_path: Path) -> None:

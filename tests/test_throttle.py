@@ -15,19 +15,19 @@ import hf_osd
 from hf_osd import ClosedError, ConfigError, OnlineAssistant, OnlineConfig
 from hf_osd.drafts.feature_config import LEARNING
 from hf_osd.drafts.features import FeatureDraft
-from hf_osd.learning import OnlineLearner, reading, throttle
+from hf_osd.learning import OnlineLearner, reading
 from hf_osd.learning.reading import BatchParts
 from hf_osd.learning.throttle import Throttle
 from hf_osd.team import Team
 
 
-def learn(duty: Throttle, seconds: float, part: float = 0.004) -> float:
+def learn(duty: Throttle, seconds: float, part: float = 0.004, is_over: Callable[[], bool] = lambda: False) -> float:
     """Work in parts for a while; the share of the time that was work."""
     began, worked = time.perf_counter(), 0.0
     duty.resume()
     while worked == 0.0 or time.perf_counter() - began < seconds:
         time.sleep(part)
-        worked += duty.give_way()
+        worked += duty.give_way(is_over)
     return worked / (time.perf_counter() - began)
 
 
@@ -93,17 +93,18 @@ def test_all_of_the_time_never_pauses() -> None:
 @pytest.mark.parametrize("wakes", ["the end of the last request", "stop"])
 def test_a_pause_ends_early(wakes: str) -> None:
     """Catches a `close` that waits for a pause, idle time that is slept through, and a pause of the wrong request."""
-    duty = Throttle(1e-4)
+    duty, over = Throttle(1e-4), threading.Event()
     first, second = duty.serving(), duty.serving()
     first.__enter__()
     second.__enter__()
-    thread = threading.Thread(target=learn, args=(duty, 0.0))
+    thread = threading.Thread(target=learn, args=(duty, 0.0, 0.004, over.is_set))
     thread.start()
     first.__exit__(None, None, None)
     thread.join(0.3)
     assert thread.is_alive()
     if wakes == "stop":
-        duty.stop()
+        over.set()
+        duty.wake()
     else:
         second.__exit__(None, None, None)
     thread.join(5.0)
@@ -230,32 +231,6 @@ def test_a_duty_cycle_is_a_share(value: float) -> None:
         OnlineConfig(duty_cycle=value)
 
 
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(throttle.time, "perf_counter", lambda: self.now)
-
-    def serve(self, of, seconds):
-        with of.serving():
-            self.now += seconds
-
-
-def test_updates_wait_until_they_are_earned(monkeypatch):
-    """Catches learning that costs more than its share, and one that never begins again."""
-    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
-    assert not of.allows_training()
-    spent = 0.0
-    for served in range(1, 1001):
-        clock.serve(of, 1.0)
-        if of.allows_training():
-            of.spend(1.5)
-            spent += 1.5
-        assert spent <= 0.1 * served + 1.5
-    assert spent >= 0.1 * 1000 - 1.5
-
-
 def test_the_clock_of_work_stands_still_during_pauses():
     """Catches pauses that count as scoring: beside requests, hardly any would be scored any more."""
     of, over = Throttle(0.1), threading.Event()
@@ -265,64 +240,6 @@ def test_the_clock_of_work_stands_still_during_pauses():
         over.wait(0.02)
         worked = of.give_way()
         assert abs(of.now() - began - worked) < 0.005
-
-
-def test_less_eagerness_earns_less(monkeypatch):
-    """Catches a share that is cut for training alone, or for all that was earned before."""
-    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
-    clock.serve(of, 10.0)
-    of.spend(1.0)
-    of.eagerness = 0.125
-    clock.serve(of, 79.0)
-    of.spend(0.98, scoring=0.98)
-    of.spend(0.0, scoring=0.02)
-    assert of.allows_training()
-    assert not of.allows_scoring()
-    of.spend(0.1)
-    assert not of.allows_training()
-
-
-def test_little_time_is_saved_up(monkeypatch):
-    """Catches learning that goes on as before where nothing is gained, from what better times have left over."""
-    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
-    for _ in range(100):
-        clock.serve(of, 1.0)
-    of.spend(0.5)
-    assert not of.allows_training()
-    clock.serve(of, 4.0)
-    assert of.allows_training()
-
-
-def test_an_update_takes_no_longer_than_the_request_that_waits(monkeypatch):
-    """Catches a request that takes many times as long as its neighbours."""
-    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
-    clock.serve(of, 2.0)
-    assert not of.is_used_up(1.9)
-    assert of.is_used_up(2.0)
-
-
-def test_training_takes_half(monkeypatch):
-    """Catches scoring that leaves no time for training, and scoring that stops while an update is paid back."""
-    clock, of = Clock(monkeypatch), Throttle(learning_share=0.1)
-    scored = 0
-    for _ in range(1000):
-        clock.serve(of, 1.0)
-        if of.allows_scoring():
-            of.spend(0.2, scoring=0.2)
-            scored += 1
-        if of.allows_training():
-            of.spend(1.5)
-    assert 200 <= scored <= 251  # half of a tenth of 1,000 seconds, at 0.2 each
-
-
-def test_without_a_limit_time_does_not_matter(monkeypatch):
-    """Catches inline results that depend on the clock although nobody asked for a limit."""
-    clock, of = Clock(monkeypatch), Throttle()
-    of.spend(1e9, scoring=1e9)
-    clock.serve(of, 1.0)
-    assert of.allows_training()
-    assert of.allows_scoring()
-    assert not of.is_used_up(1e9)
 
 
 def test_settings_that_a_draft_recommends():
@@ -348,7 +265,7 @@ def test_nothing_is_recorded_while_there_is_no_time_to_learn():
     with OnlineAssistant(wrong_draft(target, "noisy"), target, OnlineConfig(learning_share=0.1)) as assistant:
         hf_osd.generate(target, **prompts(1), online_assistant=assistant, max_new_tokens=8)
         assert len(assistant._learner.learner.replay) == 1
-        assistant._learner.throttle.spend(1e6, scoring=1e6)
+        assistant._learner.learner.budget.spend(1e6, scoring=1e6)
         hf_osd.generate(target, **prompts(1), online_assistant=assistant, max_new_tokens=8)
         assert len(assistant._learner.learner.replay) == 1
 

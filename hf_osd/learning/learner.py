@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from .._compat import import_quietly
+from ..budget import Budget
 from ..config import OnlineConfig
 from ..drafts.starting import solve_again
 from ..errors import LearningError
@@ -56,7 +57,7 @@ class Learner:
     Args:
         draft ([`~transformers.PreTrainedModel`]): The live draft; only read.
         config (`OnlineConfig`): Settings.
-        throttle (`Throttle`): What learning may cost.
+        throttle (`Throttle`): Its clock counts the time of learning.
         publish (`Callable[[Mapping[str, torch.Tensor], float], None]`): Makes weights live.
         give_way (`Callable[[], float]`): Called between parts of the work; returns the seconds since the last call.
         is_stopped (`Callable[[], bool]`): Whether to end with the step in progress.
@@ -65,6 +66,7 @@ class Learner:
     Attributes:
         journal (`Journal`): What happened.
         counters (`Counters`): The same in numbers.
+        budget (`Budget`): What learning may cost.
         replay (`ReplayBuffer`): The latest requests.
         live (`Checkpoint`): The live checkpoint.
         initial (`Mapping[str, torch.Tensor]`): A sample of the static draft's weights, which tells drafts apart.
@@ -82,7 +84,7 @@ class Learner:
         frozen: Collection[str] = (),
         proposed: int | torch.Tensor | None = None,
     ) -> None:
-        self.journal, self.counters = Journal(), Counters()
+        self.journal, self.counters, self.budget = Journal(), Counters(), Budget(config.learning_share)
         bounds = config.replay_size * config.max_length, config.max_state_bytes
         self.replay = ReplayBuffer(config.replay_size, config.seed, *bounds)
         self.give_way, self._is_stopped = give_way, is_stopped
@@ -113,12 +115,20 @@ class Learner:
         self._publish(weights, 0.0)
         self.start()
 
+    def branch_off(self) -> None:
+        """Count anew, and find out anew what there is to gain: from now on this is the draft of other traffic."""
+        self.counters = Counters()
+        self._pace.begin_trial()
+
     # Observe.
+
+    def earn(self, seconds: float) -> None:
+        """Have a request that took some seconds pay for learning, as much as there seems to be to gain."""
+        self.budget.earn(seconds, self._pace.eagerness)
 
     def learn(self, requests: Sequence[Observation]) -> None:
         """Score new requests, select what is live, keep them for replay, and train if an update is due."""
         began = self._throttle.now()
-        self._throttle.eagerness = self._pace.eagerness
         first = self.requests + 1
         self.requests += len(requests)
         self._fresh += len(requests)
@@ -133,18 +143,18 @@ class Learner:
 
     def _is_due(self) -> bool:
         is_time = self._fresh >= self.config.update_every and len(self.replay) > 0
-        return is_time and not self._is_stopped() and self._throttle.allows_training()
+        return is_time and not self._is_stopped() and self.budget.allows_training()
 
     # Score.
 
     def _score(self, requests: Sequence[Observation]) -> list[dict[str, Score]]:
-        """Score all candidates on new requests; none, if the throttle leaves no time for it."""
-        if not requests or not self._throttle.allows_scoring():
+        """Score all candidates on new requests; none, if the budget leaves no time for it."""
+        if not requests or not self.budget.allows_scoring():
             return []
         began = self._throttle.now()
         candidates = {name: self.candidates.weights_in(self._draft.dtype, name) for name in self.candidates.names()}
         found = self._scorer.scores(candidates, requests)
-        self._throttle.spend(0.0, scoring=self._throttle.now() - began)
+        self.budget.spend(0.0, scoring=self._throttle.now() - began)
         return found
 
     # Select.
@@ -325,7 +335,7 @@ class Learner:
     def is_over(self) -> bool:
         """Whether the update in progress has to end with this step."""
         since = self._waiting_since
-        return self._is_stopped() or (since is not None and self._throttle.is_used_up(self._throttle.now() - since))
+        return self._is_stopped() or (since is not None and self.budget.is_used_up(self._throttle.now() - since))
 
     # Failing.
 

@@ -56,7 +56,7 @@ class OnlineLearner:
             [`~hf_osd.drafts.sharing.shared_with`].
         proposed (`int` or `torch.LongTensor`, *optional*):
             Tokens that the draft may propose; see [`~hf_osd.learning.reading.Reader`]. Defaults to all of them.
-        throttle (`Throttle`, *optional*): That of other learners, which share their time; one works at a time.
+        throttle (`Throttle`, *optional*): That of other learners; one works at a time.
 
     Attributes:
         learns (`bool`): Whether there is anything to train.
@@ -86,7 +86,7 @@ class OnlineLearner:
         if config.learn and frozen:
             _tell(frozen, self.learns)
         # Inline, a request in flight may be one that waits for this very update.
-        self.throttle = throttle or Throttle(config.duty_cycle if config.background else 1.0, config.learning_share)
+        self.throttle = throttle or Throttle(config.duty_cycle if config.background else 1.0)
         self._worker = worker = Worker(config.background, self.throttle, draft.device)
         self._disk: StateDirectory | None = None
         self._collected = 0, 0, 0  # requests, steps and failures that the last snapshot knew of
@@ -133,8 +133,8 @@ class OnlineLearner:
     @property
     def takes_requests(self) -> bool:
         """Whether a request is worth recording now: where time to learn is limited, something of it has to be left."""
-        has_time = self.throttle.allows_training() or self.throttle.allows_scoring()
-        return self.learns and has_time and not self._worker.stopped
+        budget = None if self.learner is None or self._worker.stopped else self.learner.budget
+        return budget is not None and (budget.allows_training() or budget.allows_scoring())
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -150,6 +150,11 @@ class OnlineLearner:
     def _requests_here(self) -> int:
         """Requests of this thread that are in flight: one may make another, in a logits processor or a streamer."""
         return getattr(self.throttle.here, "requests", 0)
+
+    def earn(self, seconds: float) -> None:
+        """Have a request, or the part of one that this draft has served, pay for learning with its time."""
+        if self.learner is not None:
+            self.learner.earn(seconds)
 
     def observe(self, observation: Observation) -> None:
         """
@@ -200,9 +205,19 @@ class OnlineLearner:
         if error is not None:
             raise LearningError(f"the update failed: {_reason(error)}") from error
 
+    def end(self) -> None:
+        """Begin nothing any more; a step in progress goes on. `settle` and `close` wait for it."""
+        self._worker.end()
+
+    def settle(self) -> None:
+        """Stop learning after the step in progress, and have the disk written without waiting for that."""
+        self._stop()
+        if self._disk is not None:
+            self._disk.end()
+
     def close(self) -> None:
         """Stop learning after the step in progress. Idempotent; the state can still be saved."""
-        self._stop()
+        self.settle()
         if self._disk is not None:
             self._disk.close()
 
@@ -232,6 +247,13 @@ class OnlineLearner:
         """
         if self.learner is not None:
             resuming.load(self.learner, self._draft, Path(directory))
+            self.keep()
+
+    def keep(self) -> None:
+        """Have the state directory, if there is one, hold requests that have come from elsewhere."""
+        if self.learner is not None and self._disk is not None:
+            for request in self.learner.replay.observations():
+                self._disk.add(request)
 
     def _collect(self) -> Snapshot | None:
         """Return the state for the disk, `None` where it has not changed, or an update keeps changing it."""

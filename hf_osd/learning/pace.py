@@ -33,7 +33,12 @@ class Pace:
 
     def begin_anew(self) -> None:
         """Learn from new traffic as fast as from the first."""
-        self.learning_rate, self.eagerness = self._rate, 1.0
+        self.learning_rate = self._rate
+        self.begin_trial()
+
+    def begin_trial(self) -> None:
+        """Spend all of the allowed time until it is known what there is to gain."""
+        self.eagerness = 1.0
         self._updates, self._record = 0, 0.0  # on this traffic, and the highest gain so far
 
     def spend_by(self, gain: float) -> None:

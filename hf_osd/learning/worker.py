@@ -104,14 +104,14 @@ class Worker:
             return error
         finally:
             worked = self.throttle.now() - began
-            self.throttle.spend(worked)
+            learner.budget.spend(worked)
             learner.counters.seconds += worked
         return None
 
     def give_way(self) -> float:
         """Let serving go first; return the seconds of work since the last call."""
         self.stream.synchronize()
-        return self.throttle.give_way()
+        return self.throttle.give_way(lambda: self.stopped)
 
     def in_order(self, publish: Publish) -> Publish:
         """Return a `publish` that keeps to the order of serving on CUDA."""
@@ -128,12 +128,16 @@ class Worker:
             self._waiting.clear()
             return requests
 
-    def stop(self) -> None:
-        """End the thread, and wait for it: a daemon in the middle of a kernel can crash a dying interpreter."""
+    def end(self) -> None:
+        """Have the thread end with the step in progress."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
-        self.throttle.stop()
+        self.throttle.wake()
+
+    def stop(self) -> None:
+        """End the thread, and wait for it: a daemon in the middle of a kernel can crash a dying interpreter."""
+        self.end()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(PATIENCE)
 

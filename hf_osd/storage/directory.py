@@ -160,6 +160,10 @@ class StateDirectory:
         """
         self._writer.save(snapshot)
 
+    def end(self) -> None:
+        """Begin to close: `close` waits until everything is written."""
+        self._writer.end()
+
     def close(self) -> None:
         """Write everything, and let others have the directory. Idempotent; logs what it cannot write."""
         self._stop()
@@ -216,13 +220,18 @@ class _Writer:
             self._urgent = True
             self._changed.notify_all()
 
+    def end(self) -> None:
+        """Let the thread write the rest and end."""
+        if self._store.held:  # not in a forked child: the thread is the parent's
+            with self._changed:
+                self.stopped = True
+                self._changed.notify_all()
+
     def stop(self) -> None:
         """Let the thread write the rest and end, and wait for it."""
-        if not self._store.held:  # a forked child: the thread is the parent's
+        if not self._store.held:
             return
-        with self._changed:
-            self.stopped = True
-            self._changed.notify_all()
+        self.end()
         if self._thread is threading.current_thread():  # the garbage collector ran here
             return
         self._thread.join(_PATIENCE)
