@@ -23,12 +23,14 @@ from .errors import ClosedError, InputError, UnsupportedError
 from .journal import Journal
 from .learning.online import OnlineLearner
 from .reporting import write_report
-from .routes import Routes, check_names, folder_of, saved_routes
+from .route_folders import folder_of, saved_routes
+from .routes import Routes, check_names
 from .routing.router import ByKey, Router
-from .saving import load_config, load_draft, load_tokenizer, saved_config
+from .saving import load_draft, load_tokenizer, saved_config, saved_settings
 from .serving.experience import Experience
 from .serving.weights import LiveWeights
 from .stats import OnlineStats
+from .storage import Snapshot
 from .storage.files import write_file
 from .storage.identity import STATE_FOLDER
 from .team import Team
@@ -147,41 +149,36 @@ class OnlineAssistant:
             InputError: The folder holds the drafts of another router, and none is given.
             UnsupportedModelError: See the class.
         """
+        state = Path(draft) / STATE_FOLDER
+        saved = saved_routes(state)
+        if saved is not None and router is None and saved.numbers["kind"] != ByKey.__name__:
+            raise InputError(f"{draft} holds the drafts of a {saved.numbers['kind']}: pass a router")
         kwargs.setdefault("dtype", target.dtype)
         kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
-        state = Path(draft) / STATE_FOLDER
-        tokenizer = load_tokenizer(str(draft))
-        if config is None and (state / "config.json").is_file():
-            config = load_config(state / "config.json")
-        saved = saved_routes(state)
-        kwargs["has_encoder"] = target.config.is_encoder_decoder
-        target_tokenizer = target_tokenizer or load_tokenizer(target.config._name_or_path)
-        tokenizers = {"tokenizer": tokenizer, "target_tokenizer": target_tokenizer}
-        options: dict[str, Any] = {"router": router, "max_routes": max_routes, **tokenizers}
-        if saved is None:
-            assistant = cls(load_draft(draft, **kwargs), target, config, **options)
-            states = dict.fromkeys(assistant.routes, state)
-        else:
-            folders = {name: Path(draft) / folder_of(name) for name in saved.numbers["routes"]}
-            if router is None and saved.numbers["kind"] != ByKey.__name__:
-                raise InputError(f"{draft} holds the drafts of a {saved.numbers['kind']}: pass a router")
-            loaded = {name: load_draft(folder, **kwargs) for name, folder in folders.items()}
-            assistant = cls(
-                None, target, config, drafts=loaded, **{**options, "max_routes": max(max_routes, len(loaded))}
-            )
-            states = {name: folder / STATE_FOLDER for name, folder in folders.items()}
-        assistant._go_on(states)
-        if saved is not None and assistant.routes.router is not None:
-            assistant.routes.load_router(saved, assistant.routes.router)
+        names = [] if saved is None else saved.numbers["routes"]
+        sources: dict[str, str | Path] = {name: Path(draft) / folder_of(name) for name in names} or {_DEFAULT: draft}
+        loaded = {name: load_draft(one, target.config.is_encoder_decoder, **kwargs) for name, one in sources.items()}
+        assistant = cls(
+            loaded[_DEFAULT] if saved is None else None,
+            target,
+            saved_settings(state) if config is None else config,
+            drafts=None if saved is None else loaded,
+            router=router,
+            max_routes=max(max_routes, len(loaded)),
+            tokenizer=load_tokenizer(str(draft)),
+            target_tokenizer=target_tokenizer or load_tokenizer(target.config._name_or_path),
+        )
+        assistant._go_on({name: Path(one) / STATE_FOLDER for name, one in sources.items()}, saved)
         return assistant
 
-    def _go_on(self, states: Mapping[str, Path]) -> None:
-        """Go on from the states that lie beside loaded drafts."""
+    def _go_on(self, states: Mapping[str, Path], saved: Snapshot | None) -> None:
+        """Go on from the states that lie beside loaded drafts, and from what was saved of the router."""
         try:
             for name, state in states.items():
-                learner = self.routes[name].learner
-                if state.is_dir() and not learner.has_state:  # a state directory is newer
-                    learner.load(state)
+                if state.is_dir() and not self.routes[name].has_begun:  # a state directory is newer
+                    self.routes[name].learner.load(state)
+            if saved is not None:
+                self.routes.load_router(saved)
         except BaseException:
             self.close()
             raise

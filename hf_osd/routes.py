@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from transformers import PreTrainedModel
@@ -18,20 +17,19 @@ from .drafts.compatibility import have_one_size
 from .drafts.sharing import copy_beside
 from .drafts.wrapping import is_peft, unwrap
 from .errors import InputError, LearningError
-from .journal import Counters
+from .learning.online import OnlineLearner
 from .learning.resuming import resume, snapshot_of
 from .learning_draft import LearningDraft, Tokenizers
 from .records import Observation
+from .route_folders import ROUTER, check_kind, folder_of, save_routes
 from .routing.prompt import Prompt
 from .routing.router import Router, route_of
 from .serving.experience import Experience
 from .serving.sequences import Sequences
-from .storage import Snapshot, StateDirectory, read_state, write_state
+from .storage import Snapshot, StateDirectory
 from .team import Team
 
 logger = logging.get_logger(__name__)
-
-_ROUTER = "router"  # folder of a state directory
 
 
 class Routes(Mapping[str, LearningDraft]):
@@ -51,7 +49,8 @@ class Routes(Mapping[str, LearningDraft]):
         router (`Router`, *optional*): As given.
 
     Raises:
-        LearningError: The state directory is of other drafts.
+        LearningError: The state directory is of other drafts, or of a router that lacks something in it.
+        StateError: It is that of a single draft, and there is a router, or the other way round; or it cannot be used.
     """
 
     def __init__(
@@ -71,13 +70,18 @@ class Routes(Mapping[str, LearningDraft]):
         self._mixed = Experience()
         self._asked = self._kept = 0  # prompts that the router was asked about, and how many the disk knows of
         self._disk: StateDirectory | None = None
-        inside = {name: unwrap(given) for name, given in drafts.items()}
-        for name, given in drafts.items():
-            self._add(name, given, target, [model for other, model in inside.items() if other != name])
+        self._knows_router = False  # from the state directory
+        if config.learn and config.state_dir is not None:
+            check_kind(Path(config.state_dir), None if router is None else next(iter(drafts)))
+        try:
+            self._begin_with(drafts, target)
+            if router is not None and config.state_dir is not None:
+                self._go_on(Path(config.state_dir))
+        except BaseException:  # which keeps what it has seen alive, and so the directories of these drafts
+            self.close()
+            raise
         self.first = next(iter(self._drafts.values()))
         self._mixed = self.first.experience.of_another_draft()
-        if router is not None and config.state_dir is not None:
-            self._go_on(Path(config.state_dir), router)
 
     def __getitem__(self, name: str) -> LearningDraft:
         return self._drafts[name]
@@ -87,6 +91,11 @@ class Routes(Mapping[str, LearningDraft]):
 
     def __len__(self) -> int:
         return len(self._drafts)
+
+    def _begin_with(self, drafts: Mapping[str, PreTrainedModel], target: PreTrainedModel) -> None:
+        inside = {name: unwrap(given) for name, given in drafts.items()}
+        for name, given in drafts.items():
+            self._add(name, given, target, [model for other, model in inside.items() if other != name])
 
     def _add(self, name: str, given: Any, target: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
         config, beside = self._config, next(iter(self._drafts.values()), None)
@@ -148,30 +157,39 @@ class Routes(Mapping[str, LearningDraft]):
                 for name, (accepted, judged) in zip(names, outcomes, strict=True):
                     self.router.note(name, accepted, judged)
 
-    def _begin(self, name: str, like: str) -> None:
+    def _begin(self, name: str, nearest: str) -> None:
         """Make a draft for a new route: a fork of another one, with all that it has learned."""
-        target = self._target()
-        if target is None or like not in self._drafts:
-            raise LearningError(f"route {name!r} cannot begin from {like!r}, which is not there")
+        target, like = self._target(), self._like(name, nearest)
+        if target is None:
+            raise LearningError(f"route {name!r} cannot begin: the target is gone")
         parent = self._drafts[like]
         self._add(name, _copy_of(parent), target, [one.draft for one in self._drafts.values()])
-        self._likes[name] = like
         try:
             self._take_over(name, like, target)
         except BaseException:
-            del self._likes[name]
             self._drafts.pop(name).learner.close()
             raise
+        self._likes.setdefault(name, like)
         logger.info("Route %r has a draft of its own from now on, which began as that of %r.", name, like)
+
+    def _like(self, name: str, nearest: str) -> str:
+        """Return the route whose draft a new one begins from: as before, where the state directory knows of it."""
+        like = self._likes.get(name, nearest)
+        while like not in self._drafts:
+            if like not in self._likes:
+                raise LearningError(f"route {name!r} cannot begin from {like!r}, which is not there")
+            like = self._likes[like]
+        return like
 
     def _take_over(self, name: str, like: str, target: PreTrainedModel) -> None:
         """Begin with all that another draft has learned, and with those requests kept so far that are of the route."""
         online, parent = self._drafts[name].learner, self._drafts[like].learner
-        if online.learner is None or parent.learner is None or online.has_state or online.learner.requests:
+        if online.learner is None or parent.learner is None or self._drafts[name].has_begun:
             return  # nothing learns, or the disk knows more
         with parent.at_rest():
             resume(online.learner, snapshot_of(parent.learner), self._requests_of(name, target))
-        online.learner.counters = Counters()
+        online.learner.branch_off()
+        online.keep()
 
     def _requests_of(self, name: str, target: PreTrainedModel) -> list[Observation]:
         """Take the requests of a new route out of the replay buffers of the others."""
@@ -189,23 +207,49 @@ class Routes(Mapping[str, LearningDraft]):
 
     # Keeping.
 
-    def _go_on(self, folder: Path, router: Router) -> None:
+    def _go_on(self, folder: Path) -> None:
         """Go on from what the state directory holds, if anything, and keep it up to date from now on."""
-        self._disk = StateDirectory(folder / _ROUTER, collect=self._collect, flush_seconds=self._config.flush_seconds)
+        self._disk = StateDirectory(folder / ROUTER, collect=self._collect, flush_seconds=self._config.flush_seconds)
         snapshot, _ = self._disk.load()
         if snapshot is not None:
-            self._resume(snapshot, router)
+            self._resume(snapshot, folder)
+            self.load_router(snapshot)
+            self._knows_router = True
 
-    def _resume(self, snapshot: Snapshot, router: Router) -> None:
-        for name, like in snapshot.numbers["likes"].items():
-            if name not in self._drafts:
-                self._begin(name, like)
-        self.load_router(snapshot, router)
+    def _resume(self, snapshot: Snapshot, folder: Path) -> None:
+        """Make the routes again that were made while serving, as far as there is room."""
+        likes = {name: like for name, like in snapshot.numbers["likes"].items() if name not in self._drafts}
+        for name in snapshot.numbers["routes"]:
+            if name not in self._drafts and name not in likes:
+                raise LearningError(
+                    f"{folder} keeps the draft of route {name!r}, which was passed: pass it again, or use another "
+                    "state directory"
+                )
+        self._likes, room = likes, max(self._most - len(self._drafts), 0)
+        for name, like in [*likes.items()][:room]:
+            self._begin(name, like)
+        if len(likes) > room:
+            without = [*likes][room:]
+            logger.warning(
+                "max_routes leaves no room for the drafts of routes %s; others serve in their place.", without
+            )
 
-    def load_router(self, snapshot: Snapshot, router: Router) -> None:
-        """Have the router go on from a saved state; that of another kind of router is left alone."""
-        if snapshot.numbers["kind"] == type(router).__name__:
-            router.load_state(snapshot.tensors.get("router", {}), snapshot.numbers["router"])
+    def load_router(self, snapshot: Snapshot) -> None:
+        """
+        Have the router go on from a saved state, unless the state directory has a newer one.
+
+        That of another kind of router is left alone.
+
+        Raises:
+            LearningError: Something is missing in it.
+        """
+        kind = type(self.router).__name__
+        if self.router is None or self._knows_router or snapshot.numbers["kind"] != kind:
+            return
+        try:
+            self.router.load_state(snapshot.tensors.get("router", {}), snapshot.numbers["router"])
+        except KeyError as error:
+            raise LearningError(f"a {kind} cannot go on from what was saved of it: {error!r}") from error
 
     def _collect(self) -> Snapshot | None:
         with self._lock:
@@ -222,32 +266,25 @@ class Routes(Mapping[str, LearningDraft]):
 
     def save(self, directory: Path, state: Path) -> None:
         """Write every draft and its state to a folder of its own, and what the router knows."""
+        snapshot = None
         if self.router is None:
             self.first.save(directory, state)
-            return
-        with self._lock:
-            snapshot = self._snapshot()
-        for name in snapshot.numbers["routes"]:
-            folder = directory / folder_of(name)
-            self._drafts[name].save(folder, folder / state.name)
-        write_state(state / _ROUTER, snapshot, [])
+        else:
+            with self._lock:
+                snapshot = self._snapshot()
+            for name in snapshot.numbers["routes"]:
+                folder = directory / folder_of(name)
+                self._drafts[name].save(folder, folder / state.name)
+        save_routes(state, snapshot)  # last: until then, what was saved before counts
 
     def close(self) -> None:
         """Stop learning, and leave the disk to others."""
-        for name in self:
-            self._drafts[name].learner.close()
+        learners = [self._drafts[name].learner for name in self]
+        for end in (OnlineLearner.end, OnlineLearner.settle, OnlineLearner.close):
+            for learner in learners:  # each step for all of them, so that none waits for the work of another
+                end(learner)
         if self._disk is not None:
             self._disk.close()
-
-
-def folder_of(name: str) -> str:
-    """Return the name of a route's folder."""
-    return f"route-{quote(name, safe='')}"
-
-
-def saved_routes(state: Path) -> Snapshot | None:
-    """Return what [`Routes.save`] wrote about routes beside drafts; `None` where there are none."""
-    return read_state(state / _ROUTER)[0] if (state / _ROUTER).is_dir() else None
 
 
 @torch.no_grad()

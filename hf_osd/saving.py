@@ -43,9 +43,11 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else str(value)
 
 
-def load_config(path: Path) -> OnlineConfig:
-    """Load settings of [`saved_config`]; those that this version does not have are left out."""
-    known = {field.name for field in fields(OnlineConfig)}
+def saved_settings(state: Path) -> OnlineConfig | None:
+    """Return the settings that lie in a state, if any; those that this version does not have are left out."""
+    path, known = state / "config.json", {field.name for field in fields(OnlineConfig)}
+    if not path.is_file():
+        return None
     return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
 
 

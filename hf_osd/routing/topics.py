@@ -75,7 +75,8 @@ class ByTopic(Router):
         """Go on with saved topics; see [`Router.load_state`]."""
         if numbers["topics"]:
             self._mean = tensors["mean"]
-            self._centroids = dict(zip(numbers["topics"], tensors["centroids"].unbind(), strict=True))
+            found = zip(numbers["topics"], tensors["centroids"].unbind(), strict=True)
+            self._centroids = dict([*found][: self._topics])
 
     def _nearest(self, embedding: torch.Tensor, centroids: Mapping[str, torch.Tensor]) -> str | None:
         if not centroids:
