@@ -206,7 +206,14 @@ class OnlineAssistant:
 
     @property
     def journal(self) -> Journal:
-        """What its learning did: scored requests, updates and what went live, changes of the traffic."""
+        """
+        What its learning did: scored requests, updates and what went live, changes of the traffic.
+
+        Raises:
+            InputError: There are routes, each with a journal of its own.
+        """
+        if self.routes.router is not None:
+            raise InputError("each route has a journal of its own: assistant.routes[NAME].journal")
         return self.routes.first.journal
 
     # Serving.

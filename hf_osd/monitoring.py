@@ -7,7 +7,7 @@ Not covered: prometheus_client's multiprocess mode, which keeps values in files 
 import re
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["register", "unregister"]
 
 _RECENT = 100  # scored requests that the gauge `recent_acceptance_ratio` averages over
+_TAKEN = ("decision", "reason", "route")  # labels that metrics have by themselves
 _LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
 
 # Fields of `OnlineStats` that become counters, and the help that Prometheus shows for them.
@@ -80,7 +81,8 @@ def register(
     Counters are those of [`OnlineStats`], named `hf_osd_requests_total`, `hf_osd_accepted_tokens_total`,
     `hf_osd_learn_seconds_total` and so on, with `hf_osd_fallbacks_total` by `reason`, `hf_osd_updates_total` by
     `decision` and `hf_osd_drifts_total`; gauges are `hf_osd_recent_acceptance_ratio`, over the last 100 scored
-    requests, and `hf_osd_tokens_per_target_pass`.
+    requests, and `hf_osd_tokens_per_target_pass`. Those of an assistant with routes have the label `route`, which is
+    empty for prompts that no draft served, and for other assistants in the registry.
 
     Args:
         assistant (`OnlineAssistant`): What to show. May be registered in several registries.
@@ -103,7 +105,7 @@ def register(
     registry = _resolve(registry)
     labels = {name: str(value) for name, value in (labels or {}).items()}
     for name in labels:
-        if not _LABEL.fullmatch(name) or name in ("decision", "reason"):
+        if not _LABEL.fullmatch(name) or name in _TAKEN:
             raise ConfigError(f"labels: {name!r} is no name of a label, or is taken")
     with _lock:
         collector = _collectors.get(registry)
@@ -152,13 +154,20 @@ class _Tally:
         self._last = entries[-1] if entries else self._last
 
 
+class _Tallies:
+    """What one journal has had."""
+
+    def __init__(self) -> None:
+        self.updates, self.drifts = _Tally(), _Tally()
+
+
 class _Source:
     """One assistant in a registry."""
 
     def __init__(self, assistant: Assistant, labels: dict[str, str]) -> None:
         self.assistant = weakref.ref(assistant)
         self.labels = labels
-        self.updates, self.drifts = _Tally(), _Tally()
+        self.tallies: defaultdict[str, _Tallies] = defaultdict(_Tallies)  # by route
 
 
 class _Collector:
@@ -195,19 +204,22 @@ class _Collector:
         """Return the metrics as they are now."""
         with self._lock:
             living = [(source, kept) for source in self._sources if (kept := source.assistant()) is not None]
-            families = _Families([*living[0][0].labels] if living else [])
-            for source, assistant in living:
-                families.add(source, assistant)
+            counted = [(source, kept, kept.stats()) for source, kept in living]
+            names = [*living[0][0].labels] if living else []
+            families = _Families(names, any(stats.routes for _, _, stats in counted))
+            for source, assistant, stats in counted:
+                families.add(source, assistant, stats)
         return families.all.values()
 
 
 class _Families:
-    """The metrics of one answer to Prometheus."""
+    """The metrics of one answer to Prometheus, by route where any assistant has some."""
 
-    def __init__(self, labels: list[str]) -> None:
+    def __init__(self, names: list[str], has_routes: bool = False) -> None:
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-        self._labels = labels
+        self._names, self._has_routes = names, has_routes
+        labels = [*names, "route"] if has_routes else names
         self.all: dict[str, Family] = {
             name: CounterMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _COUNTERS.items()
         }
@@ -216,25 +228,31 @@ class _Families:
         self.all["drifts"] = CounterMetricFamily("hf_osd_drifts", _DRIFTS, labels=labels)
         self.all |= {name: GaugeMetricFamily(f"hf_osd_{name}", text, labels=labels) for name, text in _GAUGES.items()}
 
-    def add(self, source: _Source, assistant: Assistant) -> None:
+    def add(self, source: _Source, assistant: Any, stats: Any) -> None:
         """Add what an assistant has counted, under the labels of its source."""
-        values = [source.labels[name] for name in self._labels]
-        self._add_stats(values, assistant.stats())
-        journal = assistant.journal
-        source.updates.take(journal.updates, lambda update: update.decision)
-        source.drifts.take(journal.drifts, lambda drift: "noticed")
+        own = [source.labels[name] for name in self._names]
+        without = [*own, ""] if self._has_routes else own
+        for name, one in stats.routes.items():
+            self._add_draft([*own, name], one, assistant.routes[name].journal, source.tallies[name])
+        if stats.routes:
+            undrafted = stats.requests - sum(one.requests for one in stats.routes.values())
+            self.all["requests"].add_metric(without, undrafted)
+        else:
+            self._add_draft(without, stats, assistant.journal, source.tallies[""])
+        for reason, count in stats.fallback_reasons.items():
+            self.all["fallbacks"].add_metric([*without, reason], count)
+
+    def _add_draft(self, values: list[str], stats: Any, journal: Journal, tallies: _Tallies) -> None:
+        for name in (*_COUNTERS, "tokens_per_target_pass"):
+            self.all[name].add_metric(values, getattr(stats, name))
+        tallies.updates.take(journal.updates, lambda update: update.decision)
+        tallies.drifts.take(journal.drifts, lambda drift: "noticed")
         for decision in get_args(Decision):
-            self.all["updates"].add_metric([*values, decision], source.updates.counts[decision])
-        self.all["drifts"].add_metric(values, source.drifts.counts["noticed"])
+            self.all["updates"].add_metric([*values, decision], tallies.updates.counts[decision])
+        self.all["drifts"].add_metric(values, tallies.drifts.counts["noticed"])
         acceptance = mean_acceptance(journal.requests[-_RECENT:])
         if acceptance is not None:
             self.all["recent_acceptance_ratio"].add_metric(values, acceptance)
-
-    def _add_stats(self, values: list[str], stats: Any) -> None:
-        for name in (*_COUNTERS, "tokens_per_target_pass"):
-            self.all[name].add_metric(values, getattr(stats, name))
-        for reason, count in stats.fallback_reasons.items():
-            self.all["fallbacks"].add_metric([*values, reason], count)
 
 
 _lock = threading.Lock()

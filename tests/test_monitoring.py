@@ -103,6 +103,32 @@ def test_two_assistants_share_a_registry():
     assert "hf_osd_requests_total|draft=other" in samples(registry)
 
 
+def test_routes_have_a_label_of_their_own():
+    """Catches counters of all routes beside what one of them learned, and prompts that are counted twice or not."""
+    registry = CollectorRegistry()
+    single, several = Assistant(requests=1, generated_tokens=4), Assistant()
+    routes = {name: Assistant(requests=number, generated_tokens=10 * number) for number, name in enumerate("ab", 2)}
+    for number, route in enumerate(routes.values(), 1):
+        for _ in range(number):
+            route.journal.add(update("published"))
+        route.journal.add(JudgedRequest(1, number / 4, 10, 0.0))
+    several.counters |= {"requests": 9, "fallbacks": 4, "fallback_reasons": {"beam search": 4}}
+    several.routes = routes
+    register(single, registry, {"draft": "one"})
+    assert "route" not in "".join(samples(registry))
+    register(several, registry, {"draft": "more"})
+    several.counters["routes"] = {name: route.stats() for name, route in routes.items()}
+    found = samples(registry)
+    requests = {name: found[f"hf_osd_requests_total|draft=more|route={name}"] for name in ("", "a", "b")}
+    assert requests == {"": 4, "a": 2, "b": 3}
+    assert found["hf_osd_requests_total|draft=one|route="] == 1
+    assert found["hf_osd_generated_tokens_total|draft=more|route=b"] == 30
+    assert "hf_osd_generated_tokens_total|draft=more|route=" not in found
+    assert found["hf_osd_fallbacks_total|draft=more|reason=beam search|route="] == 4
+    assert found["hf_osd_updates_total|decision=published|draft=more|route=b"] == 2
+    assert found["hf_osd_recent_acceptance_ratio|draft=more|route=a"] == 0.25
+
+
 @pytest.mark.parametrize("labels", [None, {"draft": "one"}, {"model": "two"}])
 def test_assistants_that_cannot_be_told_apart_are_refused(labels):
     """Catches two assistants whose samples overwrite each other, or label sets that make the whole answer invalid."""
@@ -115,7 +141,7 @@ def test_assistants_that_cannot_be_told_apart_are_refused(labels):
     assert [name for name in samples(registry) if "requests" in name] == ["hf_osd_requests_total|draft=renamed"]
 
 
-@pytest.mark.parametrize("name", ["decision", "__reserved", "with space", "", "9th"])
+@pytest.mark.parametrize("name", ["decision", "route", "__reserved", "with space", "", "9th"])
 def test_bad_labels_are_refused(name):
     """Catches a label that breaks every answer to Prometheus from then on, of other libraries too."""
     with pytest.raises(ConfigError, match="no name of a label"):

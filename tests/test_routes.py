@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import VOCAB, tiny_model, wrong_draft
+from prometheus_client import CollectorRegistry
 from routed import ALWAYS, FAST, STATIC, TARGET, kept, plain, same, serve, small, weights_of
 from seq2seq import encoder_decoder, inputs_for
 from tongues import DRAFT as WORDS
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import hf_osd
 from hf_osd import InputError, OnlineAssistant, OnlineConfig
 from hf_osd.drafts.features import FeatureDraft
+from hf_osd.monitoring import register
 from hf_osd.routing import Bandit, ByKey, ByTopic, Prompt, Router
 
 KEYS = ["a", "b", "a", "b"]
@@ -263,10 +265,16 @@ def test_routes_go_on_from_a_state_directory(tmp_path: Path) -> None:
 
 
 def test_reports_of_routes(tmp_path: Path) -> None:
-    """Catches a report that mixes what routes have learned."""
+    """Catches reports and metrics that mix what routes have learned, or show that of one for all."""
     with OnlineAssistant(drafts={"a": small(5), "b": small(6)}, target=TARGET, config=FAST) as assistant:
         serve(assistant, osd_route=KEYS)
         written = assistant.report(tmp_path, plot=False)
+        registry = CollectorRegistry()
+        register(assistant, registry)
+        updates = {"decision": "published", "route": "b"}
+        assert registry.get_sample_value("hf_osd_updates_total", updates) == assistant.routes["b"].stats().updates == 1
+        with pytest.raises(InputError, match="each route has a journal of its own"):
+            _ = assistant.journal
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [f"route-{n}/report.json" for n in "ab"]
 
 
