@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_osd
 from hf_osd import OnlineAssistant
-from hf_osd.routing import ByLanguage
+from hf_osd.routing import ByLanguage, Prompt
 
 SENTENCES = {
     "en": [
@@ -71,3 +71,19 @@ def test_each_language_has_a_draft_that_learns_from_it() -> None:
     assert learned == SENTENCES
     assert [one.requests for one in stats.routes.values()] == [3] * 5
     assert all(one.updates > 0 == one.failed_updates for one in stats.routes.values())
+
+
+def test_a_system_prompt_has_no_language() -> None:
+    """Catches questions that take the language of what stands before each of them, and prompts with no part left."""
+    pytest.importorskip("py3langid")
+    tokenizer, target = tokenizer_of_bytes(), tiny_model("llama")
+    router = ByLanguage(tokenizer, list(SENTENCES))
+    system = "You are a helpful assistant of the public library. Answer in one sentence, and stay polite. User: "
+
+    def language(text: str) -> str:
+        return router.choose(Prompt(torch.tensor(tokenizer(text)["input_ids"]), target), ["en"])
+
+    assert language(system + SENTENCES["en"][0]) == "en"
+    found = [[language(system + text) for text in texts] for texts in zip(*SENTENCES.values(), strict=True)]
+    assert found == [list(SENTENCES)] * 3
+    assert [language(SENTENCES["de"][0]) for _ in range(20)] == ["de"] * 20

@@ -2,6 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,9 @@ class ByLanguage(Router):
     """
     Routes by the language that a prompt is written in, by [py3langid](https://github.com/adbar/py3langid).
 
+    What at least half of the latest 16 prompts begin with as well, such as a system prompt, is left out: it says
+    nothing of the language of this one.
+
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The target's.
         languages (`Sequence[str]`): Codes of ISO 639-1, such as `["en", "de", "zh"]`. They are the routes; that of a
@@ -112,11 +116,25 @@ class ByLanguage(Router):
         if unknown or len(set(languages)) < 2:
             raise ConfigError(f"languages must be two or more codes that py3langid knows, got {list(languages)!r}")
         self._identifier.set_languages(list(languages))
+        self._latest: deque[torch.Tensor] = deque(maxlen=16)
 
     def choose(self, prompt: Prompt, routes: Sequence[str]) -> str:
         """Return the code of the likeliest language."""
-        text = self._tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        text = self._tokenizer.decode(self._own_part(prompt.ids), skip_special_tokens=True)
+        self._latest.append(prompt.ids)
         return str(self._identifier.classify(text)[0])
+
+    def _own_part(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return what follows the beginning that at least half of the latest prompts share; all, if nothing does."""
+        shared = sorted(_same_beginning(ids, other) for other in self._latest)
+        begin = shared[len(shared) // 2] if shared else 0
+        return ids[begin:] if begin < len(ids) else ids
+
+
+def _same_beginning(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Return how many tokens two texts have in common before the first that differs."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length]).cumprod(0).sum())
 
 
 class Bandit(Router):
