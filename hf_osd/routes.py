@@ -68,7 +68,7 @@ class Routes(Mapping[str, LearningDraft]):
         self._drafts: dict[str, LearningDraft] = {}
         self._likes: dict[str, str] = {}  # which route each that was not given began from
         self._mixed = Experience()
-        self._asked = self._kept = 0  # prompts that the router was asked about, and how many the disk knows of
+        self._heard = self._kept = 0  # what the router was told of, and how much of it the disk knows
         self._disk: StateDirectory | None = None
         self._knows_router = False  # from the state directory
         if config.learn and config.state_dir is not None:
@@ -138,7 +138,7 @@ class Routes(Mapping[str, LearningDraft]):
     def route(self, prompt: Prompt, key: str | None = None) -> str:
         """Return the route of a prompt, which has a draft from now on. Not thread-safe."""
         assert self.router is not None
-        self._asked += 1
+        self._heard += 1
         name, like = route_of(self.router, prompt, key, list(self._drafts), self._most)
         if like is None:
             return name
@@ -154,6 +154,7 @@ class Routes(Mapping[str, LearningDraft]):
         """Tell the router, for each row of a batch, how many tokens were accepted, and how many judged."""
         if self.router is not None:
             with self._lock:
+                self._heard += len(names)
                 for name, (accepted, judged) in zip(names, outcomes, strict=True):
                     self.router.note(name, accepted, judged)
 
@@ -253,9 +254,9 @@ class Routes(Mapping[str, LearningDraft]):
 
     def _collect(self) -> Snapshot | None:
         with self._lock:
-            if self._asked == self._kept:
+            if self._heard == self._kept:
                 return None
-            self._kept = self._asked
+            self._kept = self._heard
             return self._snapshot()
 
     def _snapshot(self) -> Snapshot:
@@ -279,6 +280,8 @@ class Routes(Mapping[str, LearningDraft]):
 
     def close(self) -> None:
         """Stop learning, and leave the disk to others."""
+        with self._lock:
+            self._most = 0  # a request in flight begins no other route
         learners = [self._drafts[name].learner for name in self]
         for end in (OnlineLearner.end, OnlineLearner.settle, OnlineLearner.close):
             for learner in learners:  # each step for all of them, so that none waits for the work of another

@@ -12,7 +12,7 @@ import torch
 from routed import FAST, TARGET, kept, plain, same, serve, small, weights_of
 
 from hf_osd import LearningError, OnlineAssistant, OnlineConfig, StateError
-from hf_osd.routing import Bandit, ByKey, ByTopic
+from hf_osd.routing import Bandit, ByKey, ByTopic, Prompt
 from hf_osd.storage import read_state
 
 KEYS = ["a", "b", "x", "x"]
@@ -227,3 +227,12 @@ def test_no_route_waits_for_the_update_of_another(tmp_path: Path) -> None:
         snapshot, observations = read_state(tmp_path / f"route-{name}")
         assert snapshot is not None
         assert snapshot.numbers["learner"]["requests"] == len(observations) == 2
+
+
+def test_a_request_in_flight_begins_no_route_after_the_close(tmp_path: Path) -> None:
+    """Catches a draft that nobody closes, and that holds its directory."""
+    assistant = OnlineAssistant(drafts=two(), target=TARGET, config=kept_in(tmp_path))
+    assistant.close()
+    assert assistant.routes.route(Prompt(torch.tensor([3, 4]), TARGET), "new") == "a"
+    assert list(assistant.routes) == ["a", "b"]
+    run(kept_in(tmp_path), keys="new")
