@@ -190,7 +190,7 @@ class Routes(Mapping[str, LearningDraft]):
         with parent.at_rest():
             resume(online.learner, snapshot_of(parent.learner), self._requests_of(name, target))
         online.learner.branch_off()
-        online.keep()
+        online.keep_requests()
 
     def _requests_of(self, name: str, target: PreTrainedModel) -> list[Observation]:
         """Take the requests of a new route out of the replay buffers of the others."""

@@ -18,7 +18,7 @@ _LABORATORY = Path(__file__).parent
 _SOURCES = (
     *sorted((_LIBRARY / "learning").glob("*.py")),
     *sorted((_LIBRARY / "routing").glob("*.py")),
-    *(_LIBRARY / f"{name}.py" for name in ("config", "learning_draft", "records", "routes")),
+    *(_LIBRARY / f"{name}.py" for name in ("budget", "config", "learning_draft", "records", "routes")),
     _LABORATORY / "replay.py",
     _LABORATORY / "routed.py",
 )

@@ -247,9 +247,9 @@ class OnlineLearner:
         """
         if self.learner is not None:
             resuming.load(self.learner, self._draft, Path(directory))
-            self.keep()
+            self.keep_requests()
 
-    def keep(self) -> None:
+    def keep_requests(self) -> None:
         """Have the state directory, if there is one, hold requests that have come from elsewhere."""
         if self.learner is not None and self._disk is not None:
             for request in self.learner.replay.observations():
