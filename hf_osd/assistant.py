@@ -31,8 +31,9 @@ from .serving.experience import Experience
 from .serving.weights import LiveWeights
 from .stats import OnlineStats
 from .storage import Snapshot
-from .storage.files import write_file
+from .storage.files import make_private, write_file
 from .storage.identity import STATE_FOLDER
+from .storage.places import REPLAY, SNAPSHOTS
 from .team import Team
 
 logger = logging.get_logger(__name__)
@@ -142,8 +143,9 @@ class OnlineAssistant:
             router (`Router`, *optional*): As for the class; it goes on with what a saved one of its kind knew.
             max_routes (`int`, defaults to 8): As for the class.
             target_tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to that of where the target came from.
-            kwargs: For `AutoModelForCausalLM.from_pretrained`, or `AutoModelForSeq2SeqLM` where the target has an
-                encoder and the draft reads text by one; `dtype` and `device_map` default to the target's.
+            kwargs: For `from_pretrained` of the draft's Auto class: `AutoModelForCausalLM`, or where target and draft
+                have encoders, `AutoModelForSeq2SeqLM` or `AutoModelForSpeechSeq2Seq`. `dtype` and `device_map` default
+                to the target's.
 
         Raises:
             InputError: The folder holds the drafts of another router, and none is given.
@@ -157,7 +159,7 @@ class OnlineAssistant:
         kwargs.setdefault("device_map", execution_device(target))  # not the meta device of an offloaded one
         names = [] if saved is None else saved.numbers["routes"]
         sources: dict[str, str | Path] = {name: Path(draft) / folder_of(name) for name in names} or {_DEFAULT: draft}
-        loaded = {name: load_draft(one, target.config.is_encoder_decoder, **kwargs) for name, one in sources.items()}
+        loaded = {name: load_draft(one, target, **kwargs) for name, one in sources.items()}
         assistant = cls(
             loaded[_DEFAULT] if saved is None else None,
             target,
@@ -175,7 +177,8 @@ class OnlineAssistant:
         """Go on from the states that lie beside loaded drafts, and from what was saved of the router."""
         try:
             for name, state in states.items():
-                if state.is_dir() and not self.routes[name].has_begun:  # a state directory is newer
+                is_saved = any((state / place).is_dir() for place in (REPLAY, SNAPSHOTS))
+                if is_saved and not self.routes[name].has_begun:  # a state directory is newer
                     self.routes[name].learner.load(state)
             if saved is not None:
                 self.routes.load_router(saved)
@@ -318,6 +321,7 @@ class OnlineAssistant:
         """
         directory = Path(directory)
         state = directory / STATE_FOLDER
+        make_private(state)
         self.routes.save(directory, state)
         write_file(state / "config.json", json.dumps(saved_config(self.config), indent=2).encode() + b"\n")
         if self.tokenizer is not None:

@@ -8,10 +8,13 @@ from typing import Any
 
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,6 +22,7 @@ from transformers.utils import logging
 
 from .config import OnlineConfig, reason_of
 from .drafts.compatibility import have_one_size, translation_for
+from .drafts.sharing import share_encoder
 from .drafts.translation import Translation
 
 logger = logging.get_logger(__name__)
@@ -51,33 +55,44 @@ def saved_settings(state: Path) -> OnlineConfig | None:
     return OnlineConfig(**{name: value for name, value in json.loads(path.read_text()).items() if name in known})
 
 
-def load_draft(source: str | Path, has_encoder: bool, **kwargs: Any) -> Any:
+def load_draft(source: str | Path, target: PreTrainedModel, **kwargs: Any) -> Any:
     """
     Load a draft, also one that peft has saved in a folder of its adapter's name.
 
     Args:
         source (`str` or `Path`): Hub id or local folder.
-        has_encoder (`bool`): Whether the target has an encoder; the draft then keeps its own, if that reads text. Of
-            a draft that hears, the decoder is loaded, which reads what the target's encoder has heard.
+        target (`PreTrainedModel`): The target. Where it has an encoder, the draft keeps its own. One that hears as the
+            target's does, which is so in Distil-Whisper, is the target's from then on: it does not run twice.
         kwargs: For `from_pretrained` of the model's class.
     """
     is_checkpoint = any((Path(source) / name).is_file() for name in ("config.json", "adapter_config.json"))
     named = [] if is_checkpoint else [path.parent for path in Path(source).glob("*/adapter_config.json")]
     if len(named) != 1:
-        return _load_model(source, has_encoder, **kwargs)
+        return _load_model(source, target, **kwargs)
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(str(named[0])).base_model_name_or_path
-    return PeftModel.from_pretrained(_load_model(base, has_encoder, **kwargs), named[0], adapter_name=named[0].name)
+    return PeftModel.from_pretrained(_load_model(base, target, **kwargs), named[0], adapter_name=named[0].name)
 
 
-def _load_model(source: str | Path, has_encoder: bool, **kwargs: Any) -> Any:
-    loader: Any = AutoModelForCausalLM
-    if has_encoder:
-        config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in _HUB if name in kwargs})
-        if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-            loader = AutoModelForSeq2SeqLM
-    return loader.from_pretrained(source, **kwargs)
+def _load_model(source: str | Path, target: PreTrainedModel, **kwargs: Any) -> Any:
+    if not target.config.is_encoder_decoder:
+        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in _HUB if name in kwargs})
+    reads_text = target.main_input_name == "input_ids"
+    draft = _auto_class(config, reads_text).from_pretrained(source, **kwargs)
+    if draft.config.is_encoder_decoder and not reads_text:  # one that reads text has its encoder to learn with
+        share_encoder(draft, target)
+    return draft
+
+
+def _auto_class(config: PreTrainedConfig, reads_text: bool) -> Any:
+    """Return the Auto class of a checkpoint; what has no encoder, or is of no such class, is a decoder alone."""
+    speech: Any = AutoModelForSpeechSeq2Seq, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    text: Any = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    tried = [text, speech] if reads_text else [speech, text]
+    fitting = [auto for auto, known in tried if config.is_encoder_decoder and type(config) in known]
+    return [*fitting, AutoModelForCausalLM][0]
 
 
 def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:

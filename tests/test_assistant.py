@@ -246,6 +246,17 @@ def test_a_state_directory_is_newer_than_a_saved_draft(tmp_path):
         assert second.stats().updates == 2
 
 
+def test_a_draft_that_does_not_learn_is_saved(tmp_path):
+    """Catches a folder of settings that nobody makes, or that is taken for a damaged state."""
+    with OnlineAssistant(fresh_draft(), TARGET, OnlineConfig(learn=False)) as assistant:
+        assistant.save_pretrained(tmp_path)
+    with OnlineAssistant.from_pretrained(tmp_path, TARGET) as again:
+        assert not again.config.learn
+    with OnlineAssistant.from_pretrained(tmp_path, TARGET, FAST) as again:
+        serve(again, batch=1)
+        assert again.stats().failed_updates == 0
+
+
 def hide(observation):
     return None
 

@@ -336,14 +336,54 @@ def test_a_replay_of_sources_survives_a_restart(tmp_path):
         assert all(torch.equal(one.source_ids, inputs_for(target, 1, 0)["input_ids"][0]) for one in kept[:1])
 
 
-def test_loading_by_name(tmp_path):
-    """Catches a draft with an encoder that is loaded as a decoder alone."""
-    target = encoder_decoder("t5", dtype=torch.float32)
-    encoder_decoder("t5", 7, 1, torch.float32).save_pretrained(tmp_path)
-    with OnlineAssistant.from_pretrained(tmp_path, target, OnlineConfig(learn=False)) as assistant:
-        expected, actual = both(target, assistant, inputs_for(target, 1))
-        assert type(assistant.draft) is type(target)
-    assert torch.equal(expected, actual)
+@pytest.mark.parametrize("kind", [*TEXT, *SOUND, "whisper decoder"])
+def test_loading_by_name(kind, tmp_path):
+    """Catches a draft with an encoder that is loaded as a decoder alone, or not at all, also once it was saved."""
+    target = encoder_decoder("whisper" if kind == "whisper decoder" else kind, dtype=torch.float32)
+    draft = encoder_decoder(kind, 7, 1, torch.float32)
+    draft.save_pretrained(tmp_path / "draft")
+    config = OnlineConfig(learn=False, unsupported="error", draft_length_schedule="constant")
+    for source, kept in (("draft", "saved"), ("saved", "again")):
+        with OnlineAssistant.from_pretrained(tmp_path / source, target, config) as assistant:
+            expected, actual = both(target, assistant, inputs_for(target, 1))
+            assert type(assistant.draft) is type(draft)
+            assert assistant.stats().draft_tokens > 0
+            assistant.save_pretrained(tmp_path / kept)
+        assert torch.equal(expected, actual)
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_a_draft_by_name_goes_on_to_learn(kind, tmp_path):
+    """Catches a saved draft whose state is that of another class: what it has learned would be lost."""
+    target = encoder_decoder(kind, dtype=torch.float32)
+    encoder_decoder(kind, 7, 1, torch.float32).save_pretrained(tmp_path / "0")
+    settings = dict(update_every=2, steps_per_update=2, batch_size=2, gate=False, unsupported="error")
+    for number in range(2):
+        with OnlineAssistant.from_pretrained(tmp_path / str(number), target, OnlineConfig(**settings)) as assistant:
+            for seed in range(4):
+                kwargs = dict(online_assistant=assistant, max_new_tokens=6, do_sample=False)
+                hf_osd.generate(target, **inputs_for(target, 1, seed), **kwargs)
+            stats = assistant.stats()
+            assistant.save_pretrained(tmp_path / str(number + 1))
+            kept = assistant._learner.learner.replay.observations()
+        assert (stats.failed_updates, stats.updates > 0) == (0, True)
+        assert len(kept) == 4 * (number + 1)
+
+
+def test_a_draft_by_name_that_hears_as_its_target_does(tmp_path, monkeypatch):
+    """Catches an encoder of the Distil-Whisper kind that runs beside the target's, or one that only looks like it."""
+    target, draft = (encoder_decoder("whisper", seed, layers=1, dtype=torch.float32) for seed in (0, 7))
+    draft.save_pretrained(tmp_path / "other")
+    draft.set_encoder(target.get_encoder())
+    draft.save_pretrained(tmp_path / "same")
+    counts = count_passes(target, monkeypatch)
+    for name, is_shared in (("same", True), ("other", False)):
+        counts.clear()
+        with OnlineAssistant.from_pretrained(tmp_path / name, target, OnlineConfig(learn=False)) as assistant:
+            expected, actual = both(target, assistant, inputs_for(target, 1))
+            assert (assistant.draft.get_encoder() is target.get_encoder()) == is_shared
+        assert torch.equal(expected, actual)
+        assert counts["passes"] == 2  # one is that of `generate`
 
 
 def test_a_decoders_mask_has_to_fit():

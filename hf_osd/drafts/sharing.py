@@ -36,6 +36,23 @@ def shared_with(draft: nn.Module, target: nn.Module) -> frozenset[str]:
     return frozenset(name for name, weight in draft.named_parameters() if taken.overlaps(weight))
 
 
+def share_encoder(draft: Any, target: Any) -> None:
+    """
+    Let a draft use its target's own encoder, where its own is the same in every weight.
+
+    Args:
+        draft, target ([`~transformers.PreTrainedModel`]): Models with encoders.
+    """
+    own, other = (model.get_encoder() for model in (draft, target))
+    if type(own) is type(other) and _are_equal(own.state_dict(), other.state_dict()):
+        draft.set_encoder(other)
+
+
+def _are_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
+    kinds = [{name: (one.shape, one.dtype, one.device) for name, one in each.items()} for each in (ours, theirs)]
+    return kinds[0] == kinds[1] and all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
 class _Memory:
     """The memory of some tensors, by device."""
 
