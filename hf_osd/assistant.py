@@ -26,7 +26,7 @@ from .reporting import write_report
 from .route_folders import folder_of, saved_routes
 from .routes import Routes, check_names
 from .routing.router import ByKey, Router
-from .saving import load_draft, load_tokenizer, saved_config, saved_settings
+from .saving import load_draft, saved_config, saved_settings
 from .serving.experience import Experience
 from .serving.weights import LiveWeights
 from .stats import OnlineStats
@@ -35,6 +35,7 @@ from .storage.files import make_private, write_file
 from .storage.identity import STATE_FOLDER
 from .storage.places import REPLAY, SNAPSHOTS
 from .team import Team
+from .tokenizing import GivenTokenizers, load_tokenizer, saved_tokenizers, tokenizer_of_target
 
 logger = logging.get_logger(__name__)
 
@@ -64,9 +65,9 @@ class OnlineAssistant:
             first of `drafts`. With `draft`, that one is the first route.
         max_routes (`int`, defaults to 8):
             Drafts at most. A new route begins with a copy of the nearest draft; with no room, that one serves it.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            That of the draft, which [`save_pretrained`] saves beside it. Needed only for a draft with another
-            tokenizer than the target's.
+        tokenizer (`PreTrainedTokenizerBase` or `Mapping[str, PreTrainedTokenizerBase]`, *optional*):
+            That of the draft, or of the drafts by route, which [`save_pretrained`] saves beside it. Needed only for a
+            draft with another tokenizer than the target's.
         target_tokenizer (`PreTrainedTokenizerBase`, *optional*):
             That of the target, likewise. Where the two vocabularies differ in size, tokenizers that are not given are
             loaded from where the models came from.
@@ -101,7 +102,7 @@ class OnlineAssistant:
         drafts: Mapping[str, PreTrainedModel | str] | PreTrainedModel | None = None,
         router: Router | None = None,
         max_routes: int = 8,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: GivenTokenizers = None,
         target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if (draft is None) == (drafts is None) or target is None:
@@ -111,7 +112,6 @@ class OnlineAssistant:
         if not isinstance(max_routes, int) or max_routes < len(given):
             raise InputError(f"max_routes must be at least the number of drafts, {len(given)}, got {max_routes!r}")
         self.config = config or OnlineConfig.for_draft(unwrap(next(iter(given.values()))))
-        self.tokenizer = tokenizer
         self._target = weakref.ref(target)  # an assistant kept for a target must not keep the target alive
         self._lock = threading.Lock()
         self._random = Random(self.config.seed)
@@ -119,7 +119,7 @@ class OnlineAssistant:
         self._reasons: Counter[str] = Counter()
         self._closed = False
         router = ByKey() if router is None and drafts is not None else router
-        self.routes = Routes(given, target, self.config, router, max_routes, (target_tokenizer, tokenizer))
+        self.routes = Routes(given, target, self.config, router, max_routes, tokenizer, target_tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -142,7 +142,8 @@ class OnlineAssistant:
             config (`OnlineConfig`, *optional*): Settings; defaults to the saved ones, else to those of the draft.
             router (`Router`, *optional*): As for the class; it goes on with what a saved one of its kind knew.
             max_routes (`int`, defaults to 8): As for the class.
-            target_tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to that of where the target came from.
+            target_tokenizer (`PreTrainedTokenizerBase`, *optional*): Defaults to that of where the target came from,
+                or else to what [`save_pretrained`] has kept.
             kwargs: For `from_pretrained` of the draft's Auto class: `AutoModelForCausalLM`, or where target and draft
                 have encoders, `AutoModelForSeq2SeqLM` or `AutoModelForSpeechSeq2Seq`. `dtype` and `device_map` default
                 to the target's.
@@ -167,8 +168,8 @@ class OnlineAssistant:
             drafts=None if saved is None else loaded,
             router=router,
             max_routes=max(max_routes, len(loaded)),
-            tokenizer=load_tokenizer(str(draft)),
-            target_tokenizer=target_tokenizer or load_tokenizer(target.config._name_or_path),
+            tokenizer=load_tokenizer(str(draft)) if saved is None else saved_tokenizers(sources),
+            target_tokenizer=target_tokenizer or tokenizer_of_target(target, state),
         )
         assistant._go_on({name: Path(one) / STATE_FOLDER for name, one in sources.items()}, saved)
         return assistant
@@ -311,8 +312,8 @@ class OnlineAssistant:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """
-        Save the draft as a plain transformers checkpoint, and what is needed to go on learning beside it. With routes,
-        each has a folder of that kind.
+        Save the draft as a plain transformers checkpoint, its tokenizer where that is known, and what is needed to go
+        on learning beside it. With routes, each has a folder of that kind.
 
         The state holds the replay buffer, and so the token ids of recorded prompts.
 
@@ -323,9 +324,8 @@ class OnlineAssistant:
         state = directory / STATE_FOLDER
         make_private(state)
         self.routes.save(directory, state)
+        self.routes.tokenizers.save(state)
         write_file(state / "config.json", json.dumps(saved_config(self.config), indent=2).encode() + b"\n")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(directory)
 
     def close(self) -> None:
         """Stop learning. The draft stays as it is. Closing twice is fine."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ._compat import is_offloaded
@@ -24,17 +24,14 @@ from .journal import Journal
 from .learning.online import OnlineLearner
 from .records import Observation
 from .reporting import write_report
-from .saving import translation_of
 from .serving.engine import Engine
 from .serving.experience import Experience
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
+from .tokenizing import Tokenizers
 
 logger = logging.get_logger(__name__)
-
-Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
-"""Of a target and of its draft, as far as they are known."""
 
 
 class LearningDraft:
@@ -42,14 +39,15 @@ class LearningDraft:
     One draft of an [`OnlineAssistant`], which serves and learns on its own.
 
     Args:
+        route (`str`): Its name.
         given (`PreTrainedModel`): The draft, as the user passed it. Its weights are updated in place.
         target (`PreTrainedModel`): The model it drafts for. Never changed.
         config (`OnlineConfig`): Settings.
+        tokenizers (`Tokenizers`): Of the target and of the drafts.
         beside (`LearningDraft`, *optional*): Another one of the same assistant. They share what has been measured of
             target and traffic, and learn one at a time.
         others (`Sequence[PreTrainedModel]`, *optional*): All other drafts of the assistant. What a draft shares with
             them, such as the base under adapters, is not trained.
-        tokenizers (`tuple`, *optional*): Of the target and of the draft; see [`OnlineAssistant`].
 
     Attributes:
         given (`PreTrainedModel`): As passed.
@@ -59,6 +57,7 @@ class LearningDraft:
         weights (`LiveWeights`): Guards the live weights.
         experience (`Experience`): What requests have measured.
         learner (`OnlineLearner`): Teaches it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its own, where that is known.
         translation (`Translation`, *optional*): How it reads the target's tokens, where its tokenizer differs.
 
     Raises:
@@ -67,12 +66,13 @@ class LearningDraft:
 
     def __init__(
         self,
+        route: str,
         given: PreTrainedModel,
         target: PreTrainedModel,
         config: OnlineConfig,
+        tokenizers: Tokenizers,
         beside: "LearningDraft | None" = None,
         others: Sequence[PreTrainedModel] = (),
-        tokenizers: Tokenizers = (None, None),
     ) -> None:
         self.given, self.draft, self.config = given, unwrap(given), config
         check_draft(target, self.draft)
@@ -83,9 +83,10 @@ class LearningDraft:
         self._lock = threading.Lock()
         self._totals: Counter[str] = Counter()
         self._misfit: tuple[str, str] | None = None  # message and cause
+        self.tokenizer = tokenizers.of(route, self.draft, target)
         self.translation: Translation | None = None
         try:
-            self.translation = translation_of(target, self.draft, *tokenizers)
+            self.translation = tokenizers.translation(route, self.draft, target)
             check_pair(target, self.draft, self.translation)
         except UnsupportedError as error:
             self.leave_out(error)
@@ -217,8 +218,10 @@ class LearningDraft:
         return write_report(self.journal, self.stats(), directory, window=window, plot=plot)
 
     def save(self, directory: Path, state: Path) -> None:
-        """Write the draft as a plain checkpoint, and the state of its learner, as of one moment."""
+        """Write the draft as a plain checkpoint with its tokenizer, and the state of its learner, as of one moment."""
         with self.learner.at_rest():
             with self.weights:
                 self.given.save_pretrained(directory)
             self.learner.save(state)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .config import OnlineConfig
 from .drafts.adapters import base_of
-from .drafts.compatibility import have_one_size
 from .drafts.sharing import copy_beside
 from .drafts.wrapping import is_peft, unwrap
 from .errors import InputError, LearningError
 from .learning.online import OnlineLearner
 from .learning.resuming import resume, snapshot_of
-from .learning_draft import LearningDraft, Tokenizers
+from .learning_draft import LearningDraft
 from .records import Observation
 from .route_folders import ROUTER, check_kind, folder_of, save_routes
 from .routing.prompt import Prompt
@@ -28,6 +27,7 @@ from .serving.experience import Experience
 from .serving.sequences import Sequences
 from .storage import Snapshot, StateDirectory
 from .team import Team
+from .tokenizing import GivenTokenizers, Tokenizers
 
 logger = logging.get_logger(__name__)
 
@@ -42,11 +42,12 @@ class Routes(Mapping[str, LearningDraft]):
         config (`OnlineConfig`): Settings of all; with `state_dir`, each route has a folder of its own in there.
         router (`Router`, *optional*): Chooses among them; `None` for one draft that serves everything.
         most (`int`): Drafts at most.
-        tokenizers (`tuple`): Of the target and of the drafts, as far as they are known.
+        tokenizer, target_tokenizer (*optional*): Of the drafts and of the target; see [`OnlineAssistant`].
 
     Attributes:
         first (`LearningDraft`): The first one.
         router (`Router`, *optional*): As given.
+        tokenizers (`Tokenizers`): Of the target and of the drafts.
 
     Raises:
         LearningError: The state directory is of other drafts, or of a router that lacks something in it.
@@ -60,9 +61,10 @@ class Routes(Mapping[str, LearningDraft]):
         config: OnlineConfig,
         router: Router | None,
         most: int,
-        tokenizers: Tokenizers = (None, None),
+        tokenizer: GivenTokenizers = None,
+        target_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        self.router, self._config, self._most, self._tokenizers = router, config, most, tokenizers
+        self.router, self._config, self._most = router, config, most
         self._target = weakref.ref(target)
         self._lock = threading.Lock()
         self._drafts: dict[str, LearningDraft] = {}
@@ -71,6 +73,8 @@ class Routes(Mapping[str, LearningDraft]):
         self._heard = self._kept = 0  # what the router was told of, and how much of it the disk knows
         self._disk: StateDirectory | None = None
         self._knows_router = False  # from the state directory
+        inside = {name: unwrap(given) for name, given in drafts.items()}
+        self.tokenizers = Tokenizers(target, inside, target_tokenizer, tokenizer)
         if config.learn and config.state_dir is not None:
             check_kind(Path(config.state_dir), None if router is None else next(iter(drafts)))
         try:
@@ -101,10 +105,7 @@ class Routes(Mapping[str, LearningDraft]):
         config, beside = self._config, next(iter(self._drafts.values()), None)
         if self.router is not None and config.state_dir is not None:
             config = replace(config, state_dir=Path(config.state_dir) / folder_of(name))
-        # Of several drafts, those of the target's own family are told by the sizes of their vocabularies.
-        is_known = len(others) > 0 and have_one_size(target, unwrap(given))
-        tokenizers = (None, None) if is_known else self._tokenizers
-        self._drafts[name] = LearningDraft(given, target, config, beside, others, tokenizers)
+        self._drafts[name] = LearningDraft(name, given, target, config, self.tokenizers, beside, others)
 
     # Which draft serves a prompt.
 
@@ -164,6 +165,7 @@ class Routes(Mapping[str, LearningDraft]):
         if target is None:
             raise LearningError(f"route {name!r} cannot begin: the target is gone")
         parent = self._drafts[like]
+        self.tokenizers.fork(name, like)
         self._add(name, _copy_of(parent), target, [one.draft for one in self._drafts.values()])
         try:
             self._take_over(name, like, target)

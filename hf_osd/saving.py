@@ -1,4 +1,4 @@
-"""Saves and loads the settings of an assistant beside its draft, and loads drafts and tokenizers."""
+"""Saves and loads the settings of an assistant beside its draft, and loads drafts."""
 
 import json
 from collections.abc import Mapping
@@ -13,19 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-from .config import OnlineConfig, reason_of
-from .drafts.compatibility import have_one_size, translation_for
+from .config import OnlineConfig
 from .drafts.sharing import share_encoder
-from .drafts.translation import Translation
-
-logger = logging.get_logger(__name__)
 
 _HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "trust_remote_code")  # where a config lies
 
@@ -93,33 +86,3 @@ def _auto_class(config: PreTrainedConfig, reads_text: bool) -> Any:
     tried = [text, speech] if reads_text else [speech, text]
     fitting = [auto for auto, known in tried if config.is_encoder_decoder and type(config) in known]
     return [*fitting, AutoModelForCausalLM][0]
-
-
-def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase | None:
-    """Load a tokenizer, or warn where there is none: tokenizers only help to refuse a wrong pair early."""
-    try:
-        return AutoTokenizer.from_pretrained(source) if source else None
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "No tokenizer can be loaded from %s, so nothing checks that draft and target share one: %s",
-            source,
-            reason_of(error),
-        )
-        return None
-
-
-def translation_of(
-    target: PreTrainedModel,
-    draft: PreTrainedModel,
-    target_tokenizer: PreTrainedTokenizerBase | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Translation | None:
-    """
-    Return how a draft reads its target's tokens; see [`~hf_osd.drafts.compatibility.translation_for`].
-
-    Tokenizers that are not given are loaded where the sizes of the vocabularies show that they differ.
-    """
-    if not have_one_size(target, draft):
-        target_tokenizer = target_tokenizer or load_tokenizer(target.name_or_path)
-        tokenizer = tokenizer or load_tokenizer(draft.name_or_path)
-    return translation_for(target, draft, target_tokenizer, tokenizer)

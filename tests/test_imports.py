@@ -30,6 +30,7 @@ LAYERS = {
     "learning_draft": 7,  # it joins serving and learning
     "saving": 6,
     "route_folders": 6,
+    "tokenizing": 6,  # what each draft reads
     "reporting": 6,  # of the journal; the assistant offers it
     "serving": 5,
     "learning": 5,

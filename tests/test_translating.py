@@ -9,7 +9,9 @@ from tongues import DRAFT, LETTERS, PERMUTED, TARGET, begun, permuted, random_dr
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.errors import ConfigError, UnsupportedModelError
+from hf_osd.drafts.translation import Translation
+from hf_osd.errors import ConfigError, InputError, UnsupportedModelError
+from hf_osd.routing import ByKey
 from hf_osd.serving.translating_decoder import TranslatingDecoder
 
 
@@ -128,23 +130,92 @@ def test_learning_goes_live_and_acceptance_rises():
     assert sum(rates[-8:]) > sum(rates[:8]) + 2.0
 
 
+def on_disk(folder, draft, words=DRAFT):
+    """A target and a draft that come from folders, with their tokenizers."""
+    target, found = tiny_model("llama", dtype=torch.float32), []
+    target.resize_token_embeddings(2000)  # so that nobody takes the difference for padding
+    for name, model, own in (("target", target, TARGET), ("draft", draft, words)):
+        model.save_pretrained(folder / name)
+        own.save_pretrained(folder / name)
+        found.append(type(model).from_pretrained(folder / name))
+    return found
+
+
+def reads(used, route="default"):
+    found = used.routes[route].translation
+    return found.targets.tolist(), found.drafts.tolist(), found.begins, found.leads
+
+
 def test_tokenizers_come_with_the_models(tmp_path):
     """Catches a draft that is refused although both tokenizers lie beside their models."""
-    target = tiny_model("llama", dtype=torch.float32)
-    target.resize_token_embeddings(2000)  # so that nobody takes the difference for padding
-    draft = random_draft(dtype=torch.float32)
-    for name, model, words in (("target", target, TARGET), ("draft", draft, DRAFT)):
-        model.save_pretrained(tmp_path / name)
-        words.save_pretrained(tmp_path / name)
-    target, draft = (
-        type(model).from_pretrained(tmp_path / name) for name, model in (("target", target), ("draft", draft))
-    )
+    target, draft = on_disk(tmp_path, random_draft(dtype=torch.float32))
     for one in (draft, str(tmp_path / "draft")):
         expected = target.generate(torch.arange(3, 9)[None], max_new_tokens=8, do_sample=False)
         actual = hf_osd.generate(
             target, torch.arange(3, 9)[None], max_new_tokens=8, do_sample=False, online_assistant=one
         )
         assert torch.equal(expected, actual)
+
+
+def test_a_saved_draft_keeps_the_tokenizer_that_was_found(tmp_path):
+    """Catches a saved draft that cannot be loaded again, since its tokenizer lay beside the model it came from."""
+    target, draft = on_disk(tmp_path, random_draft(dtype=torch.float32))
+    with OnlineAssistant(draft, target, OnlineConfig(unsupported="error")) as used:
+        used.save_pretrained(tmp_path / "saved")
+    with OnlineAssistant.from_pretrained(tmp_path / "saved", target) as again:
+        assert reads(again) == reads(used)
+        expected, actual = both(target, again, begun(prompts(2)))
+    assert torch.equal(expected, actual)
+
+
+def test_a_saved_draft_keeps_the_tokenizer_of_a_target_from_nowhere(tmp_path):
+    """Catches a draft that takes the target's numbers for its own where the target's tokenizer was given by hand."""
+    with assistant(permuted(LLAMA), words=PERMUTED) as used:
+        used.save_pretrained(tmp_path)
+    with OnlineAssistant.from_pretrained(tmp_path, LLAMA, OnlineConfig(learn=False)) as again:
+        assert reads(again) == reads(used)
+        expected, actual = both(LLAMA, again, begun(prompts(1)))
+    assert torch.equal(expected, actual)
+    assert again.stats().accepted_tokens == again.stats().draft_tokens
+
+
+def test_routes_keep_their_tokenizers(tmp_path):
+    """Catches a tokenizer that is saved for one route alone, or lost by a fork, or loaded for a route without one."""
+    target, draft = on_disk(tmp_path, random_draft(dtype=torch.float32))
+    config = OnlineConfig(learn=False, unsupported="error")
+    with OnlineAssistant(
+        drafts={"other": draft, "same": type(target)(target.config)}, target=target, config=config
+    ) as used:
+        expected = target.generate(**begun(prompts(1)), max_new_tokens=4, do_sample=False)
+        call = dict(max_new_tokens=4, do_sample=False)
+        actual = hf_osd.generate(target, **begun(prompts(1)), online_assistant=used, osd_route="new", **call)
+        assert torch.equal(expected, actual)
+        used.save_pretrained(tmp_path / "saved")
+    with OnlineAssistant.from_pretrained(tmp_path / "saved", target) as again:
+        assert again.routes["same"].translation is None
+        assert reads(again, "other") == reads(again, "new") == reads(used, "other")
+    assert not (tmp_path / "saved" / "route-same" / "tokenizer_config.json").exists()
+
+
+def test_a_fork_has_the_tokenizer_of_its_parent_and_compares_nothing_anew(monkeypatch):
+    """Catches a fork that takes the target's numbers for its own, and seconds of comparing at a request."""
+    draft, between, compared = permuted(LLAMA), Translation.between.__func__, []
+    monkeypatch.setattr(Translation, "between", classmethod(lambda *given: compared.append(1) or between(*given)))
+    given = dict(tokenizer=PERMUTED, target_tokenizer=TARGET, router=ByKey())
+    with OnlineAssistant(draft, LLAMA, OnlineConfig(learn=False), **given) as used:
+        keys = ["default", "a", "b"]
+        call = dict(max_new_tokens=9, do_sample=False)
+        actual = hf_osd.generate(LLAMA, **begun(prompts(3)), online_assistant=used, osd_route=keys, **call)
+        assert torch.equal(LLAMA.generate(**begun(prompts(3)), **call), actual)
+        assert used.stats().accepted_tokens == used.stats().draft_tokens
+        assert reads(used, "a") == reads(used, "b") == reads(used)
+    assert len(compared) == 1
+
+
+def test_a_tokenizer_of_a_route_that_is_not_there():
+    """Catches a typing error that would leave a draft without its tokenizer, unsaid."""
+    with pytest.raises(InputError, match="'b'"):
+        OnlineAssistant(drafts={"a": random_draft()}, target=LLAMA, tokenizer={"b": DRAFT})
 
 
 def test_what_goes_not_with_it():
