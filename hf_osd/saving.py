@@ -73,14 +73,20 @@ def _load_model(source: str | Path, target: PreTrainedModel, **kwargs: Any) -> A
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     config = AutoConfig.from_pretrained(source, **{name: kwargs[name] for name in _HUB if name in kwargs})
     reads_text = target.main_input_name == "input_ids"
-    draft = _auto_class(config, reads_text).from_pretrained(source, **kwargs)
+    draft = auto_class(config, reads_text).from_pretrained(source, **kwargs)
     if draft.config.is_encoder_decoder and not reads_text:  # one that reads text has its encoder to learn with
         share_encoder(draft, target)
     return draft
 
 
-def _auto_class(config: PreTrainedConfig, reads_text: bool) -> Any:
-    """Return the Auto class of a checkpoint; what has no encoder, or is of no such class, is a decoder alone."""
+def auto_class(config: PreTrainedConfig, reads_text: bool) -> Any:
+    """
+    Return the Auto class of a checkpoint: what has no encoder, or is of no such class, is a decoder alone.
+
+    Args:
+        config (`PreTrainedConfig`): Of the checkpoint.
+        reads_text (`bool`): What its encoder is to read, where it knows text and sounds.
+    """
     speech: Any = AutoModelForSpeechSeq2Seq, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
     text: Any = AutoModelForSeq2SeqLM, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     tried = [text, speech] if reads_text else [speech, text]

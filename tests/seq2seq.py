@@ -38,14 +38,21 @@ TEXT, SOUND = ("t5", "bart"), ("whisper", "moonshine")
 
 
 def encoder_decoder(
-    kind: str, seed: int = 0, layers: int = 2, dtype: torch.dtype = torch.float64, std: float = 0.3
+    kind: str,
+    seed: int = 0,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float64,
+    std: float = 0.3,
+    vocab_size: int = VOCAB,
 ) -> PreTrainedModel:
     """A model that never ends its output by itself; `layers` are those of its decoder."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
+    size = {"vocab_size": vocab_size}
+    t5 = {"num_layers": 2, "num_decoder_layers": layers}
     model: PreTrainedModel = {
-        "t5": lambda: T5ForConditionalGeneration(T5Config(num_layers=2, num_decoder_layers=layers, **_T5)),
-        "bart": lambda: BartForConditionalGeneration(BartConfig(**{**_BART, "decoder_layers": layers})),
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**{**_T5, **t5, **size})),
+        "bart": lambda: BartForConditionalGeneration(BartConfig(**{**_BART, "decoder_layers": layers, **size})),
         "whisper": lambda: WhisperForConditionalGeneration(WhisperConfig(**{**_WHISPER, "decoder_layers": layers})),
         "whisper decoder": lambda: WhisperForCausalLM(WhisperConfig(**{**_WHISPER, "decoder_layers": layers})),
         "moonshine": lambda: MoonshineForConditionalGeneration(

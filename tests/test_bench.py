@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import string
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from seq2seq import encoder_decoder
 from test_demo_runner import make_model, make_tokenizer
+from tongues import tokenizer
 
 from hf_osd import OnlineStats
 from hf_osd.bench import command as bench_command
@@ -28,7 +31,7 @@ from hf_osd.bench.session import Session
 from hf_osd.drafts.features import FeatureDraft
 from hf_osd.errors import ConfigError
 from hf_osd.evaluation.contenders import Generate, Sample
-from hf_osd.evaluation.models import Pair
+from hf_osd.evaluation.models import Pair, load_pair
 from hf_osd.evaluation.race import Race
 from hf_osd.evaluation.streams import make_stream
 
@@ -170,6 +173,28 @@ def test_a_run_leaves_a_json_and_a_plot_but_no_prompt(options: dict[str, Any]) -
     for word in ("serving: p", "over plain", "tokens/pass", "Plot:"):
         assert word in screen.getvalue()
     assert "efficiency" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["encoders", "two tokenizers"])
+def test_other_pairs(options: dict[str, Any], tmp_path: Path, kind: str, batch: int) -> None:
+    """Would catch contenders that cut answers, pad sources or tokenize otherwise: outputs would not be equal."""
+    words, draft = make_tokenizer(), make_model(1, seed=2)
+    if kind == "encoders":
+        draft = encoder_decoder("bart", 7, dtype=torch.float32, vocab_size=259)
+        encoder_decoder("bart", dtype=torch.float32, vocab_size=259).save_pretrained(tmp_path / "target")
+    else:
+        words = tokenizer(string.ascii_lowercase)
+        draft.resize_token_embeddings(len(words))
+    for made in (draft, words):
+        made.save_pretrained(tmp_path / "draft")
+    (tmp_path / "p.txt").write_text("one\ntwenty\nthree\nfourteen\n")
+    screen = io.StringIO()
+    assert BenchCommand(**options | {"batch": batch}).run(Console(file=screen, width=160))
+    assert (serving.ASSISTED in screen.getvalue()) == (batch == 1)
+    if kind == "encoders":
+        with pytest.raises(ConfigError, match="compiled=True does not go with a target that has an encoder"):
+            BenchCommand(**options, compiled=True).compiles(load_pair(options["target"], options["assistant"], "cpu"))
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(BenchCommand)])

@@ -2,25 +2,37 @@
 
 import json
 import shutil
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from seq2seq import TEXT, encoder_decoder
 from test_demo_runner import make_model, make_tokenizer
+from tongues import tokenizer
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
+from hf_osd import OnlineConfig
 from hf_osd.errors import ConfigError, HfOsdError, InputError, UnsupportedModelError
-from hf_osd.evaluation.encoding import encode_prompts
-from hf_osd.evaluation.models import EMBEDDED_PAIR, Pair, load_pair, resolve_device, resolve_dtype
+from hf_osd.evaluation.contenders import assistant_of
+from hf_osd.evaluation.encoding import encode_prompts, join
+from hf_osd.evaluation.exactness import logits_of_one_pass, plain_answers
+from hf_osd.evaluation.models import (
+    EMBEDDED_PAIR,
+    Pair,
+    generate_options,
+    load_pair,
+    resolve_device,
+    resolve_dtype,
+    stock_helper,
+)
 
 CPU = torch.device("cpu")
 
@@ -141,7 +153,7 @@ def test_a_folder_that_does_not_load_is_named(good: Path, tmp_path: Path, damage
 
 
 def test_other_kinds_of_models_are_refused(good: Path, tmp_path: Path) -> None:
-    """Catches models that read the whole text, that encode it first, or that rate it, all of which may load."""
+    """Catches models that read the whole text, that hear, or that rate it, all of which may load."""
     small = {
         "vocab_size": 259,
         "hidden_size": 32,
@@ -151,9 +163,7 @@ def test_other_kinds_of_models_are_refused(good: Path, tmp_path: Path) -> None:
     }
     models = {
         "is no causal language model": BertForMaskedLM(BertConfig(**small)),
-        "encoder-decoder model": T5ForConditionalGeneration(
-            T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        ),
+        "MoonshineConfig is of a model that hears; use one that reads text": encoder_decoder("moonshine"),
         "weights of LlamaForCausalLM are missing, such as lm_head.weight": LlamaForSequenceClassification(
             make_model(1, seed=0).config
         ),
@@ -162,6 +172,58 @@ def test_other_kinds_of_models_are_refused(good: Path, tmp_path: Path) -> None:
         folder = saved(model, tmp_path / str(number))
         with pytest.raises(UnsupportedModelError, match=message):
             load_pair(str(folder), str(good), "cpu")
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_a_pair_with_encoders(kind: str, tmp_path: Path) -> None:
+    """Catches encoders that are left behind, and an answer that is cut by the columns of its source."""
+    names = [str(saved(encoder_decoder(kind, seed, vocab_size=259), tmp_path / str(seed))) for seed in range(2)]
+    pair = load_pair(*names, "cpu", "float32")
+    assert pair.has_encoder
+    requests = encode_prompts(pair, ["zanzibar", "b" * 20], 8)
+    options = generate_options(pair, 8)
+    batch = join(requests, options["pad_token_id"], right=True)
+    together = plain_answers(pair.target, batch, options)
+    for request, in_batch in zip(requests, together, strict=True):
+        (answer,) = plain_answers(pair.target, request, options)
+        assert torch.equal(answer.tokens, in_batch.tokens)
+        logits = logits_of_one_pass(pair.target, request["input_ids"][0], answer.tokens)
+        torch.testing.assert_close(logits, answer.logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UnsupportedModelError, match="no draft can be made"):
+        load_pair(names[0], None, "cpu")
+
+
+def test_a_prompt_of_an_encoder_leaves_the_decoder_all_of_its_room(tmp_path: Path) -> None:
+    """Catches sources that are left out since source and answer together are longer than the context."""
+    folder = str(saved(encoder_decoder("bart", vocab_size=259), tmp_path / "bart"))
+    pair = load_pair(folder, folder, "cpu")
+    assert len(encode_prompts(pair, ["b" * 80, "b" * 200], 60)) == 1
+
+
+def test_a_draft_with_another_tokenizer(good: Path, tmp_path: Path) -> None:
+    """Catches a draft of as many tokens that is taken for one of the family, also by transformers, or is refused."""
+    words = tokenizer(string.ascii_lowercase)
+    for size, helper in ((259, "prompt_lookup_num_tokens"), (len(words), "assistant_tokenizer")):
+        draft = make_model(1, seed=2)
+        draft.resize_token_embeddings(size)
+        draft.save_pretrained(tmp_path / str(size))
+        words.save_pretrained(tmp_path / str(size))
+        pair = load_pair(str(good), str(tmp_path / str(size)), "cpu")
+        assert pair.draft_tokenizer is not None
+        assert helper in stock_helper(pair)
+        with assistant_of(pair, OnlineConfig()) as assistant:
+            assert assistant.routes.first.translation is not None
+        assert encode_prompts(pair, ["zanzibar"], 8)
+    assert load_pair(str(good), str(good), "cpu").draft_tokenizer is None
+
+
+def test_a_padded_vocabulary_is_no_other_tokenizer(good: Path, tmp_path: Path) -> None:
+    """Catches a pair such as Qwen2.5 7B and 0.5B that transformers refuses for want of two tokenizers."""
+    draft = make_model(1, seed=2)
+    draft.resize_token_embeddings(300)
+    pair = load_pair(str(good), str(saved(draft, tmp_path / "padded")), "cpu")
+    assert pair.draft_tokenizer is None
+    assert stock_helper(pair)["assistant_tokenizer"] is pair.tokenizer
 
 
 def test_a_model_of_nan_is_refused(good: Path, tmp_path: Path) -> None:

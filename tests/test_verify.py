@@ -1,6 +1,7 @@
 """`hf-osd verify`: what it calls a difference, what it calls rounding, and that it finds a decoder that is wrong."""
 
 import json
+import string
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from fakes import prompts, tiny_model, wrong_draft
+from seq2seq import TEXT, encoder_decoder
 from test_demo_runner import make_model, make_tokenizer
+from tongues import tokenizer
 from typer.testing import CliRunner
 
 from hf_osd.cli.app import app
@@ -231,6 +234,32 @@ def test_the_command_exits_with_what_it_found(arguments: list[str], monkeypatch:
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert "Outputs of hf_osd are NOT the target's own:" in result.output
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_a_pair_with_encoders(kind: str, arguments: list[str], tmp_path: Path) -> None:
+    """Would catch sources that a batch pads where the encoder counts, and answers that are cut by their sources."""
+    for name, seed in (("target", 0), ("draft", 7)):
+        encoder_decoder(kind, seed, dtype=torch.float32, vocab_size=259).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    result = runner.invoke(app, [*arguments, "--assistant", "draft"])
+    assert result.exit_code == 0, result.output
+    assert ASSISTED in result.output
+    assert "All outputs of hf_osd equal those of generate." in result.output
+
+
+def test_a_pair_with_two_tokenizers(arguments: list[str], tmp_path: Path) -> None:
+    """Would catch a draft that is fed the target's tokens, or left out."""
+    words = tokenizer(string.ascii_lowercase)
+    draft = make_model(1, seed=2)
+    draft.resize_token_embeddings(len(words))
+    for made in (draft, words):
+        made.save_pretrained(tmp_path / "draft")
+    result = runner.invoke(app, [*arguments, "--assistant", "draft"])
+    assert result.exit_code == 0, result.output
+    assert ASSISTED in result.output
+    assert "without draft" not in result.output
+    assert "All outputs of hf_osd equal those of generate." in result.output
 
 
 @pytest.mark.parametrize(

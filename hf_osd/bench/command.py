@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import FLAG, check_fields, integer, optional
+from ..errors import ConfigError
 from ..evaluation.machine import quiet, use_threads
 from ..evaluation.models import Pair, describe, load_pair
 from ..evaluation.options import NAMES, OPTIONS
@@ -103,9 +104,16 @@ class BenchCommand:
         return make_stream(pair, name, prompts, self.max_new_tokens, self.requests)
 
     def compiles(self, pair: Pair) -> bool:
-        """Say whether compiled decoding takes part."""
-        if self.compiled is not None:
-            return self.compiled
+        """
+        Say whether compiled decoding takes part.
+
+        Raises:
+            ConfigError: It is asked for, and the target has an encoder: there is no static cache for both here.
+        """
+        if pair.has_encoder and self.compiled:
+            raise ConfigError("compiled=True does not go with a target that has an encoder: leave it out")
+        if self.compiled is not None or pair.has_encoder:
+            return bool(self.compiled)
         return pair.target.device.type == "cuda" and find_spec("triton") is not None
 
     def report(

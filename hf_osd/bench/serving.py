@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ..evaluation.contenders import Contender, Generate
-from ..evaluation.models import STOCK_LOOKUP, stock_helper
+from ..evaluation.contenders import Contender, Generate, assisted_by_stock, takes_draft
+from ..evaluation.models import STOCK_LOOKUP
 from ..evaluation.streams import Stream, in_batches
 from .compiled import CompiledGenerate
 from .figures import ratios, speedups, summarise
@@ -43,7 +43,11 @@ def run(session: Session) -> dict[str, Any]:
 
 def in_rows(session: Session, stream: Stream) -> Stream:
     """Return the stream in batches, where the session serves these."""
-    return stream if session.batch == 1 else in_batches(stream, session.batch, session.options["pad_token_id"])
+    return (
+        stream
+        if session.batch == 1
+        else in_batches(stream, session.batch, session.options["pad_token_id"], right=session.pair.has_encoder)
+    )
 
 
 def measure(
@@ -51,7 +55,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one stream; `guests` sets up contenders beside the usual ones, until the stack closes."""
     with ExitStack() as stack:
-        swept = sweep_assisted(session, stream) if session.batch == 1 and _takes_draft(session) else {}
+        swept = sweep_assisted(session, stream) if session.batch == 1 and takes_draft(session.pair) else {}
         contenders = [
             Generate(PLAIN, session.pair.target),
             *(_stock_contenders(session, swept) if session.batch == 1 else ()),
@@ -66,11 +70,6 @@ def measure(
         "total_time_over_plain": ratios(found, PLAIN),
         "assisted_ms_per_token_by_fixed_length": swept,
     }
-
-
-def _takes_draft(session: Session) -> bool:
-    """Say whether transformers can take the draft."""
-    return "assistant_model" in stock_helper(session.pair.draft)
 
 
 def fixed_name(length: int) -> str:
@@ -94,7 +93,7 @@ def sweep_assisted(session: Session, stream: Stream) -> dict[int, float]:
         session,
         stream,
         "assisted generation",
-        lambda length: Generate(fixed_name(length), pair.target, pair.draft, fixed_settings(length)),
+        lambda length: assisted_by_stock(fixed_name(length), pair, fixed_settings(length)),
         _SWEPT_LENGTHS,
     )
 
@@ -132,8 +131,8 @@ def _stock_contenders(session: Session, swept: dict[int, float]) -> list[Contend
         return [lookup]
     best = fastest(swept)
     return [
-        Generate(ASSISTED, pair.target, pair.draft),
-        Generate(fixed_name(best), pair.target, pair.draft, fixed_settings(best)),
+        assisted_by_stock(ASSISTED, pair),
+        assisted_by_stock(fixed_name(best), pair, fixed_settings(best)),
         lookup,
     ]
 

@@ -10,9 +10,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
-from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
-from ..evaluation.contenders import Assisted, Contender
+from ..evaluation.contenders import Assisted, Contender, assistant_of
 from ..evaluation.encoding import Inputs
 from ..evaluation.models import Pair, generate_options
 from ..evaluation.race import Race, run_race
@@ -65,9 +64,8 @@ class Session:
         self, stack: ExitStack, name: str, config: OnlineConfig, draft: PreTrainedModel | None = None
     ) -> Assisted:
         """Set up a contender of ours, with the pair's draft where none is given, until the stack closes."""
-        pair = self.pair
-        assistant = OnlineAssistant(pair.draft if draft is None else draft, pair.target, config)
-        return Assisted(name, pair.target, stack.enter_context(assistant))
+        assistant = assistant_of(self.pair, config, draft)
+        return Assisted(name, self.pair.target, stack.enter_context(assistant))
 
     def race(
         self, contenders: Sequence[Contender], requests: Sequence[Inputs], title: str = "", **settings: Any

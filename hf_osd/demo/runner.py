@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
-from ..evaluation.contenders import Assisted, Contender, Generate, stock
+from ..evaluation.contenders import Assisted, Contender, Generate, assistant_of, stock
 from ..evaluation.encoding import encode_prompts
 from ..evaluation.models import Pair, generate_options
 from ..evaluation.prompts import Prompt
@@ -58,7 +57,7 @@ def open_contenders(pair: Pair, config: OnlineConfig) -> Iterator[list[Contender
     target = pair.target
     with ExitStack() as stack:
         fixed, learner = (
-            stack.enter_context(OnlineAssistant(copy.deepcopy(pair.draft), target, one))
+            stack.enter_context(assistant_of(pair, one, copy.deepcopy(pair.draft)))
             for one in (replace(config, learn=False), config)
         )
         yield [

@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config import check_fields, integer, number
-from ..drafts.features import FeatureDraft
 from ..evaluation.machine import quiet, use_threads
-from ..evaluation.models import load_pair
+from ..evaluation.models import cold_draft, load_pair
 from ..evaluation.options import NAMES, OPTIONS
 from ..evaluation.output import command_line, require_matplotlib
 from .designing import design_draft
@@ -76,7 +75,7 @@ class DesignCommand:
             require_matplotlib()
         use_threads(self.threads)
         with quiet():
-            pair = load_pair(self.target, FeatureDraft.of, self.device, self.dtype)
+            pair = load_pair(self.target, cold_draft, self.device, self.dtype)
             design = design_draft(
                 pair.target,
                 pair.tokenizer,

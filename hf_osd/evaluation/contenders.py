@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..assistant import OnlineAssistant
+from ..config import OnlineConfig
 from ..drafts.machine import synchronize
 from ..generation import generate
 from ..serving.stopwatch import STAGES
 from ..stats import OnlineStats
-from .encoding import Inputs
+from .encoding import Inputs, columns_before
 from .models import Pair, stock_helper
 
 
@@ -116,6 +117,7 @@ class Generate:
         draft (`PreTrainedModel`, *optional*): The assistant; a copy, since transformers keeps its schedule's state in
             the draft's generation config, where `settings` that name one of its fields go too.
         settings (`Mapping[str, Any]`, *optional*): Of the draft's generation config, or else of `generate`.
+        tokenizers (`Mapping[str, Any]`, *optional*): Those of target and draft, as `generate` names them.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Generate:
         target: PreTrainedModel,
         draft: PreTrainedModel | None = None,
         settings: Mapping[str, Any] | None = None,
+        tokenizers: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.target = name, target
         self.draft = copy.copy(draft)  # shares the weights
@@ -131,7 +134,7 @@ class Generate:
         if self.draft is not None:
             self.draft.generation_config = copy.deepcopy(self.draft.generation_config)
             self.draft.generation_config.update(**self._settings)
-            self._settings = {"assistant_model": self.draft}
+            self._settings = {"assistant_model": self.draft, **(tokenizers or {})}
 
     def answer(self, inputs: Inputs, **options: Any) -> tuple[torch.Tensor, Sample]:
         """Generate with transformers alone."""
@@ -141,8 +144,26 @@ class Generate:
 
 def stock(name: str, pair: Pair) -> Generate:
     """Return transformers' assisted generation by its defaults; its prompt lookup where it cannot take the draft."""
-    helper = stock_helper(pair.draft)
-    return Generate(name, pair.target, helper.pop("assistant_model", None), helper)
+    if takes_draft(pair):
+        return assisted_by_stock(name, pair)
+    return Generate(name, pair.target, settings=stock_helper(pair))
+
+
+def takes_draft(pair: Pair) -> bool:
+    """Whether transformers' assisted generation can take a draft."""
+    return "assistant_model" in stock_helper(pair)
+
+
+def assisted_by_stock(name: str, pair: Pair, settings: Mapping[str, Any] | None = None) -> Generate:
+    """Return transformers' assisted generation by a draft that it takes, with settings of its own."""
+    tokenizers = {which: one for which, one in stock_helper(pair).items() if which.endswith("tokenizer")}
+    return Generate(name, pair.target, pair.draft, settings, tokenizers)
+
+
+def assistant_of(pair: Pair, config: OnlineConfig, draft: PreTrainedModel | None = None) -> OnlineAssistant:
+    """Return an assistant of a pair's draft, or of a copy of it."""
+    given: dict[str, Any] = {"tokenizer": pair.draft_tokenizer, "target_tokenizer": pair.tokenizer}
+    return OnlineAssistant(pair.draft if draft is None else draft, pair.target, config, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +204,7 @@ def timed_answer(
 ) -> tuple[torch.Tensor, Sample]:
     """Call what returns prompts with their answers; return the answers, `(batch, new)`, and what they took."""
     output, seconds = timed(lambda: decode(**options), target.device)
-    new = output[:, inputs["input_ids"].shape[1] :].cpu()
+    new = output[:, columns_before(target, inputs) :].cpu()
     return new, Sample(tokens=new.numel(), seconds=seconds)
 
 

@@ -12,7 +12,7 @@ from .models import Pair
 from .prompts import Prompt
 
 Inputs = dict[str, torch.Tensor]
-"""`input_ids` and `attention_mask`, each of shape `(batch, prompt)`, padded on the left."""
+"""`input_ids` and `attention_mask`, `(batch, prompt)` each: padded on the left, or on the right for an encoder."""
 
 
 def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -> list[Inputs]:
@@ -20,7 +20,7 @@ def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -
     Turn prompts into inputs, by the tokenizer's chat template where it has one.
 
     Prompts that leave no room for `max_new_tokens` in the context of target or draft are left out: contenders that
-    stop at different lengths could not be compared.
+    stop at different lengths could not be compared. An encoder has a context of its own.
 
     Raises:
         InputError: No prompt fits, or the tokenizer or its template refuses one.
@@ -32,7 +32,8 @@ def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens"
         )
     encoded = [_encode(pair, prompt, number) for number, prompt in enumerate(prompts, start=1)]
-    fitting = [inputs for inputs in encoded if 0 < inputs["input_ids"].shape[1] <= context - max_new_tokens]
+    room = context if pair.has_encoder else context - max_new_tokens
+    fitting = [inputs for inputs in encoded if 0 < inputs["input_ids"].shape[1] <= room]
     if not fitting:
         raise InputError(f"none of {len(encoded)} prompts fits into the context with max_new_tokens={max_new_tokens}")
     _check_vocabulary(pair, max(int(inputs["input_ids"].max()) for inputs in fitting))
@@ -41,7 +42,8 @@ def encode_prompts(pair: Pair, prompts: Iterable[Prompt], max_new_tokens: int) -
 
 def _check_vocabulary(pair: Pair, largest: int) -> None:
     """Refuse a tokenizer of another model: a token without an embedding would end the run."""
-    for role, model in (("target", pair.target), ("draft", pair.draft)):
+    readers = [("target", pair.target), *([("draft", pair.draft)] if pair.draft_tokenizer is None else [])]
+    for role, model in readers:
         if largest >= (known := model.config.get_text_config(decoder=True).vocab_size):
             raise UnsupportedModelError(
                 f"the target's tokenizer has a token {largest}, the {role} knows {known} tokens"
@@ -83,15 +85,29 @@ def as_inputs(ids: torch.Tensor) -> Inputs:
     return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
 
 
-def join(requests: Sequence[Inputs], pad_token_id: int) -> Inputs:
-    """Join requests into one left-padded batch."""
+def join(requests: Sequence[Inputs], pad_token_id: int, *, right: bool = False) -> Inputs:
+    """Join requests into one batch, padded on the left; on the right where an encoder counts positions from there."""
     width = max(one["input_ids"].shape[1] for one in requests)
 
     def pad(name: str, value: int) -> torch.Tensor:
-        rows = [one[name] for one in requests]
-        return torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0), value=value) for row in rows])
+        rows = []
+        for one in requests:
+            lack = width - one[name].shape[1]
+            rows.append(torch.nn.functional.pad(one[name], (0, lack) if right else (lack, 0), value=value))
+        return torch.cat(rows)
 
     return {"input_ids": pad("input_ids", pad_token_id), "attention_mask": pad("attention_mask", 0)}
+
+
+def columns_before(target: PreTrainedModel, inputs: Inputs) -> int:
+    """Return how many columns of what `generate` returns come before the answer: the prompt, or a decoder's start."""
+    return 1 if target.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+
+
+def start_token(target: PreTrainedModel) -> int:
+    """Return what a decoder behind an encoder starts with."""
+    config: Any = target.generation_config
+    return int(config.bos_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id)
 
 
 def end_tokens(target: PreTrainedModel) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .encoding import Inputs, end_tokens, until_end
+from .encoding import Inputs, columns_before, end_tokens, start_token, until_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,14 @@ def plain_answers(target: Any, inputs: Inputs, options: Mapping[str, Any]) -> li
 
     Args:
         target (`PreTrainedModel`): The model.
-        inputs (`Inputs`): Left-padded prompts, `(batch, prompt)`.
+        inputs (`Inputs`): Prompts, `(batch, prompt)`.
         options (`Mapping[str, Any]`): For `generate`, greedy.
     """
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     output = target.generate(**inputs, **options, **wanted)
     scores, logits = (torch.stack(steps, dim=1) for steps in (output.scores, output.logits))  # (batch, new, vocab)
     ends, answers = end_tokens(target), []
-    for row, tokens in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :]):
+    for row, tokens in enumerate(output.sequences[:, columns_before(target, inputs) :]):
         tokens = until_end(tokens, ends)
         answers.append(Answer(tokens, scores[row, : len(tokens)], logits[row, : len(tokens)]))
     return answers
@@ -94,8 +94,11 @@ def logits_of_one_pass(target: Any, prompt: torch.Tensor, tokens: torch.Tensor) 
     Returns:
         `torch.FloatTensor` of shape `(new, vocab)`.
     """
-    text = torch.cat([prompt, tokens[:-1]])
-    logits: torch.Tensor = target(text[None]).logits[0, -len(tokens) :]
+    read = {"input_ids": torch.cat([prompt, tokens[:-1]])[None]}
+    if target.config.is_encoder_decoder:
+        start = tokens.new_tensor([start_token(target)])
+        read = {"input_ids": prompt[None], "decoder_input_ids": torch.cat([start, tokens[:-1]])[None]}
+    logits: torch.Tensor = target(**read).logits[0, -len(tokens) :]
     return logits.float()
 
 
@@ -111,7 +114,7 @@ def compare(
 
     Args:
         target (`PreTrainedModel`): The model; it decodes the request again where outputs differ.
-        request (`Inputs`): Left-padded prompts, `(batch, prompt)`.
+        request (`Inputs`): Prompts, `(batch, prompt)`.
         outputs (`Mapping[str, torch.LongTensor]`): New tokens by contender, each of shape `(batch, new)`.
         options (`Mapping[str, Any]`): For `generate`.
         index (`int`): Index of the request.

@@ -1,26 +1,29 @@
-"""The models of a run: a target, its draft and their tokenizer, loaded and tried before anything is measured."""
+"""The models of a run: a target, its draft and their tokenizers, loaded and tried before anything is measured."""
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .._compat import decoder_prefix
 from ..config import reason_of, shown
-from ..drafts.compatibility import check_pair
+from ..drafts.compatibility import AUTO, check_pair, made_draft, translation_for, vocabulary_sizes
 from ..drafts.features import FeatureDraft
 from ..errors import ConfigError, UnsupportedModelError
 from ..precision import choose_dtype
+from ..saving import auto_class
+from ..tokenizing import load_tokenizer
 
 STOCK_LOOKUP = 10  # tokens that transformers' prompt lookup proposes: what its documentation uses
 EMBEDDED_PAIR = Path(__file__).parents[1] / "demo" / "pair"
@@ -28,11 +31,25 @@ EMBEDDED_PAIR = Path(__file__).parents[1] / "demo" / "pair"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A target, the draft that starts the run, and the tokenizer they share."""
+    """
+    A target and the draft that starts the run.
+
+    Attributes:
+        target (`PreTrainedModel`): Writes text, and may read it by an encoder.
+        draft (`PreTrainedModel`): Drafts for it.
+        tokenizer (`PreTrainedTokenizerBase`): That of the target.
+        draft_tokenizer (`PreTrainedTokenizerBase`, *optional*): That of the draft, where it is another one.
+    """
 
     target: PreTrainedModel
     draft: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    draft_tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the target reads a prompt by an encoder, and writes behind a start token."""
+        return bool(self.target.config.is_encoder_decoder)
 
 
 MakeDraft = Callable[[PreTrainedModel], PreTrainedModel]
@@ -49,7 +66,7 @@ def load_pair(
         target (`str`, *optional*):
             Hub id, folder or GGUF file; with `assistant` left out too, the embedded pair is loaded.
         assistant (`str` or `MakeDraft`, *optional*):
-            Hub id or folder of the draft, or what makes it of the target; defaults to [`FeatureDraft.of`].
+            Hub id or folder of the draft, or what makes it of the target; defaults to [`cold_draft`].
         device (`str`, defaults to `"auto"`): A torch device; `"auto"` takes an accelerator where there is one.
         dtype (`str`, defaults to `"auto"`):
             A torch dtype by name. `"auto"` is each checkpoint's own, or float32 on a CPU that is slower in half
@@ -69,17 +86,30 @@ def load_pair(
         return _load(name, lambda name: _load_model(name, where, kind))
 
     if target is not None and assistant is None:
-        assistant = FeatureDraft.of
+        assistant = cold_draft
     name = target or str(EMBEDDED_PAIR / "target")
     loaded = load(name)
     draft = assistant(loaded) if callable(assistant) else load(assistant or str(EMBEDDED_PAIR / "draft"))
     if isinstance(draft, FeatureDraft):
         draft.borrow(loaded)
-    pair = Pair(loaded, draft, _load(name, _load_tokenizer))
-    check_pair(pair.target, pair.draft)
+    source = None if target is None or callable(assistant) else assistant
+    pair = _fitted(Pair(loaded, draft, _load(name, _load_tokenizer)), source)
     _try_target(name, pair.target)
     _try_decoding(pair)
     return pair
+
+
+def cold_draft(target: PreTrainedModel) -> PreTrainedModel:
+    """Make the draft of a target for which none is named; it has learned nothing yet."""
+    return made_draft(AUTO, target)
+
+
+def _fitted(pair: Pair, source: str | None) -> Pair:
+    """Check that a draft fits its target, and name its tokenizer where that is another one."""
+    own = load_tokenizer(source) if not isinstance(pair.draft, FeatureDraft) else None
+    translation = translation_for(pair.target, pair.draft, pair.tokenizer, own)
+    check_pair(pair.target, pair.draft, translation)
+    return pair if translation is None else replace(pair, draft_tokenizer=own)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -126,11 +156,11 @@ def _load(name: str, load: Callable[[str], Any]) -> Any:
 def _load_model(name: str, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     name, options = _place(name)
     config = AutoConfig.from_pretrained(name, **options)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(config).__name__} is of an encoder-decoder model; use a decoder-only one")
+    factory = auto_class(config, reads_text=True)
+    if factory is AutoModelForSpeechSeq2Seq:
+        raise ValueError(f"{type(config).__name__} is of a model that hears; use one that reads text")
     packed = "gguf_file" in options  # its weights have a few bits each, and its config says nothing of a dtype
     kind = dtype or _own_dtype(name, config, device, torch.bfloat16 if packed else torch.float32)
-    factory: Any = AutoModelForCausalLM
     model, found = factory.from_pretrained(name, dtype=kind, output_loading_info=True, **options)
     if missing := sorted(found["missing_keys"]):  # transformers would draw them at random
         raise ValueError(f"weights of {type(model).__name__} are missing, such as {missing[0]}")
@@ -175,8 +205,9 @@ def _own_dtype(
 def _try_target(name: str, target: PreTrainedModel) -> None:
     """Refuse a model whose logits depend on later tokens: it is no causal model."""
     texts = torch.tensor([[[0, 1, 2]], [[0, 3, 4]]], device=target.device)  # two of shape (1, 3)
+    written = decoder_prefix(target) + "input_ids"
     try:
-        one, other = (target(text).logits[0, 0].float() for text in texts)
+        one, other = (target(**{"input_ids": texts[0], written: text}).logits[0, 0].float() for text in texts)
     except Exception as error:  # modelling code of whatever family
         raise UnsupportedModelError(f"{shown(name)} does not run: {reason_of(error)}") from error
     if one.isnan().any():
@@ -187,11 +218,13 @@ def _try_target(name: str, target: PreTrainedModel) -> None:
 
 def _try_decoding(pair: Pair) -> None:
     """Let transformers decode, plainly and with the draft: a run compares with both."""
-    ids = torch.arange(3, device=pair.target.device)[None]  # (1, 3)
+    # Text, since transformers encodes anew what a draft with another tokenizer is to read.
+    ids = pair.tokenizer("one, two, three", return_tensors="pt")["input_ids"].to(pair.target.device)
+    ids = ids.clamp(max=vocabulary_sizes(pair.target, pair.draft)[0] - 1)
     draft = copy.copy(pair.draft)  # transformers keeps the state of its schedule in the draft's generation config
     draft.generation_config = copy.deepcopy(pair.draft.generation_config)
     target: Any = pair.target
-    for helper in ({}, stock_helper(draft)):
+    for helper in ({}, stock_helper(replace(pair, draft=draft))):
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, **generate_options(pair, 2), **helper}
         try:
             target.generate(ids, **options)
@@ -200,11 +233,17 @@ def _try_decoding(pair: Pair) -> None:
             raise UnsupportedModelError(f"transformers cannot decode {how} here: {reason_of(error)}") from error
 
 
-def stock_helper(draft: PreTrainedModel) -> dict[str, Any]:
+def stock_helper(pair: Pair) -> dict[str, Any]:
     """Return what lets transformers' own assisted generation run: the draft, or a lookup where it cannot take it."""
-    if isinstance(draft, FeatureDraft):  # it would run without the states that the draft reads
+    sizes = vocabulary_sizes(pair.target, pair.draft)
+    is_alike = pair.draft.config.is_encoder_decoder == pair.has_encoder and not isinstance(pair.draft, FeatureDraft)
+    if sizes[0] == sizes[1] and pair.draft_tokenizer is None and is_alike:
+        return {"assistant_model": pair.draft}
+    if sizes[0] == sizes[1] or not is_alike:  # a feature draft would run without the states that it reads
         return {"prompt_lookup_num_tokens": STOCK_LOOKUP}
-    return {"assistant_model": draft}
+    # transformers takes two sizes for two tokenizers, and one size for one.
+    own = pair.tokenizer if pair.draft_tokenizer is None else pair.draft_tokenizer
+    return {"assistant_model": pair.draft, "tokenizer": pair.tokenizer, "assistant_tokenizer": own}
 
 
 def generate_options(pair: Pair, max_new_tokens: int, *, sample: bool = False) -> dict[str, Any]:

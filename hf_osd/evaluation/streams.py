@@ -83,15 +83,15 @@ def make_stream(
     return Stream(name, requests[:count], warm_up, requests[count:])
 
 
-def in_batches(stream: Stream, size: int, pad_token_id: int) -> Stream:
+def in_batches(stream: Stream, size: int, pad_token_id: int, *, right: bool = False) -> Stream:
     """
-    Return a stream whose requests are batches of one size; the last of them warms up.
+    Return a stream whose requests are batches of one size, padded as [`join`] does; the last of them warms up.
 
     Raises:
         InputError: The stream's prompts do not fill two batches.
     """
     rows = [*stream.requests, *stream.spare, stream.warm_up]
-    *requests, warm_up = batches(rows, size, pad_token_id)
+    *requests, warm_up = batches(rows, size, pad_token_id, right=right)
     if not requests:
         raise InputError(
             f"stream {stream.name!r} has {len(rows)} different prompts that fit, and batches of {size} need {2 * size}"
@@ -99,12 +99,12 @@ def in_batches(stream: Stream, size: int, pad_token_id: int) -> Stream:
     return Stream(stream.name, requests[: max(len(stream.requests) // size, 1)], warm_up)
 
 
-def batches(requests: Sequence[Inputs], size: int, pad_token_id: int) -> list[Inputs]:
+def batches(requests: Sequence[Inputs], size: int, pad_token_id: int, *, right: bool = False) -> list[Inputs]:
     """
-    Join requests into left-padded batches of one size, or into one smaller batch where there are too few.
+    Join requests into batches of one size, padded as [`join`] does, or into one smaller where there are too few.
 
     No request is repeated, since prompt lookup would find its answer; those that fill no batch are left out.
     """
     size = min(size, len(requests))
     starts = range(0, len(requests) - size + 1, size)
-    return [join(requests[start : start + size], pad_token_id) for start in starts]
+    return [join(requests[start : start + size], pad_token_id, right=right) for start in starts]

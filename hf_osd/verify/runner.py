@@ -9,10 +9,10 @@ import torch
 
 from ..assistant import OnlineAssistant
 from ..config import OnlineConfig
-from ..evaluation.contenders import Assisted, Contender, stock
+from ..evaluation.contenders import Assisted, Contender, assistant_of, stock, takes_draft
 from ..evaluation.encoding import Inputs, end_tokens, join, until_end
 from ..evaluation.exactness import Answer, Difference, find_difference, measure_rounding, plain_answers
-from ..evaluation.models import Pair, generate_options, stock_helper
+from ..evaluation.models import Pair, generate_options
 from .results import Outcome, Verification
 
 BATCH = 4
@@ -69,7 +69,7 @@ class _Decoder:
 
     def write(self, group: Sequence[Inputs], options: dict[str, Any]) -> list[torch.Tensor]:
         """Return the new tokens of each prompt, `(new,)`, padding included."""
-        calls = [join(group, options["pad_token_id"])] if self.in_batches else group
+        calls = [_joined(self.contender.target, group, options)] if self.in_batches else group
         return [row for inputs in calls for row in self.contender.answer(inputs, **options)[0]]
 
     def report(self, outcome: Outcome) -> None:
@@ -82,9 +82,9 @@ class _Decoder:
 
 def _open_decoders(pair: Pair, stack: ExitStack) -> dict[str, _Decoder]:
     """Make the ways to decode. Each of hf_osd's has its own assistant, since lookups remember outputs."""
-    target, draft, config = pair.target, pair.draft, OnlineConfig(learn=False)
-    alone, batched = (stack.enter_context(OnlineAssistant(draft, target, config)) for _ in range(2))
-    stocks = ASSISTED if "assistant_model" in stock_helper(draft) else LOOKUP
+    target, config = pair.target, OnlineConfig(learn=False)
+    alone, batched = (stack.enter_context(assistant_of(pair, config)) for _ in range(2))
+    stocks = ASSISTED if takes_draft(pair) else LOOKUP
     return {
         stocks: _Decoder(stock(stocks, pair)),
         OURS: _Decoder(Assisted(OURS, target, alone), assistant=alone),
@@ -101,7 +101,7 @@ def _decode_group(
 ) -> None:
     """Decode a few prompts in every way, and compare; their logits are then dropped."""
     answers = [plain_answers(target, one, options)[0] for one in group]
-    batch = plain_answers(target, join(group, options["pad_token_id"]), options)
+    batch = plain_answers(target, _joined(target, group, options), options)
     outputs = {GENERATE: [one.tokens for one in batch]}
     outputs |= {name: decoder.write(group, options) for name, decoder in decoders.items()}
     for name, rows in outputs.items():
@@ -111,6 +111,10 @@ def _decode_group(
         found.rounding = max(found.rounding, measure_rounding(target, prompt["input_ids"][0], answer, other))
     found.requests += len(group)
     found.tokens += sum(len(answer.tokens) for answer in answers)
+
+
+def _joined(target: Any, group: Sequence[Inputs], options: dict[str, Any]) -> Inputs:
+    return join(group, options["pad_token_id"], right=target.config.is_encoder_decoder)
 
 
 def _compare(
