@@ -138,7 +138,16 @@ class RaggedLayer(CacheLayerMixin):
             self._scatter(self.keys, key_states)
             self._scatter(self.values, value_states)
         count, first = self.get_mask_sizes(q)
+        if self._cache.columns is not None:
+            return self._aligned(self.keys), self._aligned(self.values)
         return keys.narrow(2, first, count), values.narrow(2, first, count)
+
+    def _aligned(self, store: torch.Tensor) -> torch.Tensor:
+        """Copy what is read so that all rows end in one column; see [`RaggedCache`]."""
+        slots = self._cache.columns
+        assert slots is not None
+        read = store.index_select(1, self._cache.flat(slots.clamp(min=0)).to(store.device))
+        return read.view(store.shape[0], *slots.shape, store.shape[2]).transpose(0, 1)
 
     def _scatter(self, store: torch.Tensor, states: torch.Tensor) -> None:
         slots = self._cache.flat_slots.to(store.device)
@@ -176,6 +185,9 @@ class RaggedCache(Cache):
     The token at position `p` of a row is in slot `p`. Only nodes of a tree are elsewhere, until a path is chosen. The
     last slot of each row is scratch: padding and positions beyond the capacity are written there and never read.
 
+    A model that takes no positions counts columns, and the distance of two tokens is that of their columns (T5). For
+    such a model rows are aligned: of several, what is read is copied so that all of them end in the last column.
+
     Args:
         batch (`int`): Rows.
         capacity (`int`): Positions a row can hold.
@@ -184,6 +196,10 @@ class RaggedCache(Cache):
         dtype (`torch.dtype`): The model's.
 
     Attributes:
+        is_aligned (`bool`): Whether several rows are read as they are for models that count columns. Before use, it is
+            the decoder's to set.
+        columns (`torch.LongTensor` of shape `(batch, span)`, *optional*): For aligned rows, the slot that is read in
+            each column; negative before the text begins.
         staged ([`Staged`]): What is about to be fed.
         flat_slots (`torch.LongTensor` of shape `(batch * q,)`): Its slots, over all rows.
         slot_ids (`torch.LongTensor` of shape `(slots,)`): 0, 1, 2 ...
@@ -196,6 +212,8 @@ class RaggedCache(Cache):
         self.batch = batch
         self.capacity = capacity
         self.slots = capacity + 1
+        self.is_aligned = False
+        self.columns: torch.Tensor | None = None
         self.flat_slots = torch.empty(0, dtype=torch.long, device=device)
         self.slot_ids = torch.arange(self.slots, device=device)
         self._row_offsets = torch.arange(batch, device=device)[:, None] * self.slots  # (batch, 1)
@@ -229,7 +247,8 @@ class RaggedCache(Cache):
             seen (`torch.BoolTensor` of shape `(batch, q, q)`, *optional*): See [`Staged`].
         """
         valid = (places >= 0) & (places < self.capacity)
-        self.flat_slots = (self._row_offsets + torch.where(valid, places, self.capacity)).flatten()
+        self.flat_slots = self.flat(torch.where(valid, places, self.capacity))
+        self.columns = self.slot_ids[:span] - (span - 1 - places[:, -1:]) if self.is_aligned else None
         self.staged = Staged(places, (places - back).clamp(min=0), span, max(least, 0), None, seen, valid)
         return self.staged
 
@@ -246,11 +265,19 @@ class RaggedCache(Cache):
         """
         places = self.slot_ids[None, first : first + count]
         positions = places if isinstance(back, int) else places - back
+        self.columns = None
         self.staged = Staged(places, positions, first + count, first, first, seen)
         return self.staged
 
+    def flat(self, slots: torch.Tensor) -> torch.Tensor:
+        """Number slots, `(batch, count)`, over all rows: `(batch * count,)`."""
+        return (self._row_offsets + slots).flatten()
+
     def mask(self) -> torch.Tensor:
         """Return the mask of the staged tokens where each sees all before it: `(batch, 1, q, span)`."""
+        if self.columns is not None:
+            keys = self.columns[:, None, None]
+            return (keys >= 0) & _causal(self.staged.positions[:, None, :, None], keys)
         return self.staged.mask(self.slot_ids[: self.staged.span])
 
     def move(self, rows: Sequence[int], sources: Sequence[int], targets: Sequence[int]) -> None:

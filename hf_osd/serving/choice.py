@@ -1,6 +1,6 @@
 """Chooses the cache that a model decodes on for one request, before any work: by its kind and by trying it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import UnsupportedModelError
 from .croppable_decoder import CroppableDecoder
 from .decoder import Decoder, RaggedDecoder, context_length
 from .feature_decoder import FeatureDecoder
+from .positions import position_tap, takes_positions
 from .preparation import Preparation
 from .probe import Finding, Trial, probe
 from .recurrent_decoder import RecurrentDecoder
@@ -71,11 +72,11 @@ def choose_decoder(
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
     if cache is None and _may_be_ragged(model, trial, width - min(padding), length):
-        for own_masks in _masks_to_try(model, trial, length):
-            kind = "ragged, with the model's masks" if own_masks else "ragged"
-            finding = probe(model, kind, partial(ragged, model, own_masks=own_masks), trial)
+        position_tap(model)  # first: a model is tried again where its hooks change
+        for kind, options in _layouts(model, trial, length):
+            finding = probe(model, kind, partial(ragged, model, **options), trial)
             if finding.suits:
-                options = {"takes_trees": finding.takes_trees, "own_masks": own_masks}
+                options = {"takes_trees": finding.takes_trees, **options}
                 return partial(ragged, model, padding, width, preparation, **options)
     _check_dynamic(partial(single, model), trial, length, (name, role, finding.why))
     return partial(single, model, padding, width, preparation, cache, is_prefix)
@@ -89,11 +90,15 @@ def _may_be_ragged(model: PreTrainedModel, trial: Trial, columns: int, length: i
     return fits and _feeds_tokens(trial) and _takes_masks(model)
 
 
-def _masks_to_try(model: PreTrainedModel, trial: Trial, length: int) -> tuple[bool, ...]:
-    """One mask for all layers, by which a token sees all before it, and the model's own."""
-    if length > attention_span(model):
-        return (True,)
-    return (False, True) if trial.has_extras else (False,)
+def _layouts(model: PreTrainedModel, trial: Trial, length: int) -> Iterator[tuple[str, dict[str, bool]]]:
+    """What to try on the ragged cache: one mask for all layers, the model's own masks, rows that end in one column."""
+    sees_all = length <= attention_span(model)
+    if sees_all:
+        yield "ragged", {}
+    if trial.has_extras or not sees_all:
+        yield "ragged, with the model's masks", {"own_masks": True}
+    if sees_all and len(trial.padding) > 1 and not takes_positions(model):
+        yield "ragged, aligned", {"is_aligned": True}
 
 
 def _decoder_of_one_row(model: PreTrainedModel, continues: bool) -> type[CroppableDecoder] | None:

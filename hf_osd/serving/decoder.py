@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
 from .kept import borrow, give_back
 from .masks import Masks, OwnMasks
+from .positions import position_tap
 from .preparation import Preparation
 from .states import TargetStates
 from .transfer import upload
@@ -170,6 +172,8 @@ class RaggedDecoder(Decoder):
         model, padding, width, preparation, states: See [`Decoder`].
         takes_trees (`bool`, defaults to `True`): Whether the model obeys a mask that hides earlier tokens from later
             ones.
+        is_aligned (`bool`, defaults to `False`): Whether the model counts columns, so that several rows have to end in
+            one; see [`RaggedCache`]. It then takes no trees.
         own_masks (`bool`, defaults to `False`): Whether the model makes its masks, since some of its layers do not let
             each token see all before it, and only these; see [`~hf_osd.serving.masks.OwnMasks`].
     """
@@ -183,16 +187,19 @@ class RaggedDecoder(Decoder):
         states: TargetStates | None = None,
         takes_trees: bool = True,
         own_masks: bool = False,
+        is_aligned: bool = False,
     ) -> None:
         super().__init__(model, padding, width, preparation, states)
-        self._takes_trees = takes_trees
+        self._takes_trees = takes_trees and not is_aligned
         self._own_masks = OwnMasks(model) if own_masks else None
         self._kept = borrow(model, len(self.padding), width - min(self.padding))
         self.cache = self._kept.cache
+        self.cache.is_aligned = is_aligned
         self._whole = EncoderDecoderCache(self.cache, DynamicCache()) if self._every_pass else self.cache
         self._padding = upload(self.padding, self._device)[:, None]  # (batch, 1)
         self._additive_mask = attention_implementation(model) == "eager"
         self._positions = self._preparation if self._preparation and self._preparation.positions is not None else None
+        self._tap = position_tap(model)
 
     @property
     def takes_trees(self) -> bool:
@@ -315,13 +322,14 @@ class RaggedDecoder(Decoder):
         extras = self._preparation.extras_of(tokens.shape[1]) if self._preparation and self._first else {}
         if self._positions is not None:
             positions = self._positions.positions_at(positions + self._padding)
-        return self._run(
-            keep,
-            **self._named(input_ids=tokens, position_ids=positions, attention_mask=mask),
-            **cache_argument(self._parameters, self._whole),
-            **extras,
-            **read,
-        )
+        with nullcontext() if self._tap is None else self._tap.telling(positions):
+            return self._run(
+                keep,
+                **self._named(input_ids=tokens, position_ids=positions, attention_mask=mask),
+                **cache_argument(self._parameters, self._whole),
+                **extras,
+                **read,
+            )
 
     def _mask(self) -> Masks:
         """The mask of the staged tokens, as the model reads it."""
