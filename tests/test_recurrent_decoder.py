@@ -15,6 +15,7 @@ from hf_osd import OnlineAssistant, OnlineConfig
 from hf_osd._caches import cache_argument, cache_of
 from hf_osd._compat import parameters_of
 from hf_osd.serving import recurrent_decoder
+from hf_osd.serving.choice import choose_draft_decoder
 from hf_osd.serving.recurrent_decoder import RecurrentDecoder
 
 MODELS = {kind: tiny_model(kind, dtype=torch.float32) for kind in RECURRENT}
@@ -60,6 +61,22 @@ def test_token_by_token_as_a_draft(kind):
         assert decoder.cached == [min(end + accepted, end + 4)]
         ids[:, end + accepted :] = (ids[:, end + accepted :] + 7) % 61
         end += accepted + 1
+
+
+def test_a_draft_that_does_not_go_on_by_several_tokens():
+    """Catches a Mamba that forgets the text where a proposal is accepted in full, and one of another kind slowed."""
+    mamba = tiny_model("mamba", dtype=torch.float32)
+    ids = torch.randint(3, 61, (1, WIDTH), generator=torch.Generator().manual_seed(1))
+    for model, is_single in ((mamba, True), (MODELS["mamba2"], False)):
+        decoder = choose_draft_decoder(model, ids[:, :9], [0], WIDTH)()
+        assert decoder._reads_singly == is_single
+        with torch.no_grad():
+            for end in (9, 10, 11, 13, 16):
+                found = decoder.feed(ids, [end], 1)
+                torch.testing.assert_close(found, plain_logits(model, ids, end, 1), atol=2e-4, rtol=2e-4)
+            decoder.rollback([14])
+            found = decoder.feed(ids, [15], 1)
+        torch.testing.assert_close(found, plain_logits(model, ids, 15, 1), atol=2e-4, rtol=2e-4)
 
 
 def test_what_is_read_again_is_bounded(monkeypatch):

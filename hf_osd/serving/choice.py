@@ -1,6 +1,7 @@
 """Chooses the cache that a model decodes on for one request, before any work: by its kind and by trying it."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +65,7 @@ def choose_decoder(
     """
     padding, preparation = trial.padding, trial.preparation
     name, length = f"the {role} {describe(model)}", width - min(padding) if length is None else length
-    single = _decoder_of_one_row(model, cache is not None)
+    single = _decoder_of_one_row(model, trial, cache is not None)
     if single is None:
         raise UnsupportedModelError(
             f"{name} keeps a state that cannot roll back rejected tokens", f"{role}: state that cannot roll back"
@@ -101,13 +102,23 @@ def _layouts(model: PreTrainedModel, trial: Trial, length: int) -> Iterator[tupl
         yield "ragged, aligned", {"is_aligned": True}
 
 
-def _decoder_of_one_row(model: PreTrainedModel, continues: bool) -> type[CroppableDecoder] | None:
+def _decoder_of_one_row(
+    model: PreTrainedModel, trial: Trial, continues: bool
+) -> Callable[..., CroppableDecoder] | None:
     """Return the decoder on transformers' own cache, fresh or the caller's; `None` where neither rolls back."""
     if hides_state(model):
         return None
-    if carries_state(model):
-        return None if continues else RecurrentDecoder
-    return CroppableDecoder if is_croppable(model) else None
+    if not carries_state(model):
+        return CroppableDecoder if is_croppable(model) else None
+    if continues:
+        return None
+    is_exact = len(trial.padding) > 1 or not trial.is_draft or _is_exact(model, trial)
+    return RecurrentDecoder if is_exact else partial(RecurrentDecoder, reads_singly=True)
+
+
+def _is_exact(model: PreTrainedModel, trial: Trial) -> bool:
+    """Whether a draft goes on from its state by several tokens at once, as a target has to."""
+    return probe(model, "dynamic", partial(RecurrentDecoder, model), replace(trial, is_draft=False)).suits
 
 
 def _check_dynamic(single: partial[CroppableDecoder], trial: Trial, length: int, named: tuple[str, str, str]) -> None:

@@ -24,10 +24,13 @@ class RecurrentDecoder(CroppableDecoder):
     Args:
         model, padding, width, preparation, cache, is_prefix, states: See
             [`~hf_osd.serving.croppable_decoder.CroppableDecoder`].
+        reads_singly (`bool`, defaults to `False`): Whether each pass behind the first reads one token, for a draft
+            that does not go on from its state by several (Mamba).
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *given: Any, reads_singly: bool = False, **named: Any) -> None:
         super().__init__(*given, **named)
+        self._reads_singly = reads_singly
         self._copies: dict[int, list[Any]] = {}  # by column, the layers of the cache as they were before it was read
         self._is_settled = False  # whether the text before the last rollback's end is final
         self._text = (torch.empty(1, 0), self.cached[0])  # the buffer, and the end of what the cache has to hold
@@ -45,10 +48,18 @@ class RecurrentDecoder(CroppableDecoder):
             self._copies.clear()
             self._is_settled = False
         self._text = (ids, ends[0])
+        if self._reads_singly and self.cached[0] > self.padding[0]:
+            return self._feed_singly(ids, ends[0], keep)
         behind = ends[0] - keep  # so far the text is final: a rollback goes back to here, or to a later token
         if behind - self.cached[0] > _READ_AGAIN and not self.reads_prompt_alone:
             self._feed_copied(ids, [behind], 1, parents)
         return self._feed_copied(ids, ends, keep, parents)
+
+    def _feed_singly(self, ids: torch.Tensor, end: int, keep: int) -> torch.Tensor:
+        if end - self.cached[0] < keep:
+            self.rollback([end - keep])
+        passes = [self._feed_copied(ids, [column + 1], 1) for column in range(self.cached[0], end)]
+        return torch.cat(passes, dim=1)[:, -keep:]
 
     def _feed_copied(
         self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None
