@@ -98,7 +98,7 @@ def _layouts(model: PreTrainedModel, trial: Trial, length: int) -> Iterator[tupl
         yield "ragged", {}
     if trial.has_extras or not sees_all:
         yield "ragged, with the model's masks", {"own_masks": True}
-    if sees_all and len(trial.padding) > 1 and not takes_positions(model):
+    if sees_all and len(trial.padding) > 1 and not takes_positions(model) and position_tap(model) is None:
         yield "ragged, aligned", {"is_aligned": True}
 
 
