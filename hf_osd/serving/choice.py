@@ -95,11 +95,11 @@ def _layouts(model: PreTrainedModel, trial: Trial, length: int) -> Iterator[tupl
     """What to try on the ragged cache: one mask for all layers, the model's own masks, rows that end in one column."""
     sees_all = length <= attention_span(model)
     counts_columns = len(trial.padding) > 1 and not takes_positions(model) and position_tap(model) is None
-    # A trial does not show that where attention is so sharp that positions decide little.
-    if sees_all and not (counts_columns and model.config.is_encoder_decoder):
-        yield "ragged", {}
-    if trial.has_extras or not sees_all:
-        yield "ragged, with the model's masks", {"own_masks": True}
+    if not (counts_columns and model.config.is_encoder_decoder):  # a trial may not show it: sharp attention hides it
+        if sees_all:
+            yield "ragged", {}
+        if trial.has_extras or not sees_all:
+            yield "ragged, with the model's masks", {"own_masks": True}
     if sees_all and counts_columns:
         yield "ragged, aligned", {"is_aligned": True}
 
