@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
 )
@@ -201,6 +202,12 @@ def pad_token_of(generation_config: GenerationConfig) -> int | None:
     """Return the pad token that `generate` settled on, which it keeps privately (5.17)."""
     pad = generation_config._pad_token_tensor
     return None if pad is None else int(pad)
+
+
+def constraint_of_row(processor: PrefixConstrainedLogitsProcessor, row: int) -> PrefixConstrainedLogitsProcessor:
+    """Return a processor that asks the user's rule, a private field (5.17 to 5.24), about one row: its only one."""
+    rule, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+    return PrefixConstrainedLogitsProcessor(lambda _, text: rule(prompt, text), num_beams=1)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

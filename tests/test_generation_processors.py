@@ -60,6 +60,28 @@ def test_nothing_is_asked_behind_a_drafted_eos(how):
     assert torch.equal(expected, actual)
 
 
+@pytest.mark.parametrize("with_eos", [True, False])
+@pytest.mark.parametrize("how", ["perfect", "noisy", "random"])
+def test_a_rule_is_asked_about_texts_of_its_own_alone(how, with_eos):
+    """Catches a grammar that is shown rejected tokens of shorter rows, or what is drafted behind their ends."""
+    inputs = prompts(4)
+    eos = eos_of(LLAMA, inputs, [3, 9, 6, 12]) if with_eos else []
+
+    def follows(row, last):
+        return [0] if last in (0, *eos) else [token for token in range(3, VOCAB) if (token + last + row) % 3]
+
+    def grammar(row, ids):
+        output = ids[9:].tolist()
+        if any(token not in follows(row, last) for last, token in zip(output, output[1:], strict=False)):
+            return []  # for which transformers raises
+        return follows(row, output[-1]) if output else list(range(3, VOCAB))
+
+    settings = {"prefix_allowed_tokens_fn": grammar, "pad_token_id": 0, "eos_token_id": eos or None}
+    for several in ({}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}):  # the rule gets a prompt's number
+        expected, actual = both(LLAMA, wrong_draft(LLAMA, how), inputs, **settings, **several)
+        assert torch.equal(expected, actual)
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_user_processor(batch):
     """Catches user-supplied processors that are skipped, or called with the wrong part of the batch."""

@@ -1,6 +1,6 @@
 """The draft's side of a round: proposes tokens, one forward each, and notes which of them the target accepted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -96,8 +96,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._randomness = randomness or (Randomness() if self._do_sample else None)
         self._longest = int(self.num_assistant_tokens) if draft_length_schedule == "heuristic" else None
         self._confidence_threshold = confidence_threshold
-        # Processors that look at the text must not be asked about what follows an eos.
-        self._may_stop_early = confidence_threshold > 0.0 or not is_context_free(self._processors)
+        # Processors that look at the text must not be asked about what follows its end.
+        self._asks = not is_context_free(self._processors)
+        self._may_stop_early = confidence_threshold > 0.0 or self._asks
         eos = generation_config.eos_token_id
         self._eos = None if eos is None else torch.tensor(eos, device=self.device)
         self._recorder = recorder
@@ -116,6 +117,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         self._nothing = Proposal(torch.empty(len(input_ids), 0, dtype=torch.long, device=self.device))
         self._last: Proposal | None = None
         self.others = self._nothing.tokens[..., None]  # (batch, k, others): the next best tokens of the last proposal
+        self._finished: set[int] = set()  # rows that took nothing in the last round
         self._starts: list[int] = []  # column where the last proposal of each row began
 
     def room(self, ends: Sequence[int]) -> int:
@@ -211,15 +213,25 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         not proposed, so the output keeps the target's distribution.
         """
         steps: list[Step] = []
+        over = self._over(ids, ends) if self._asks else set()
         for place in range(k):
-            scores = self._scores(decoder, ids, [end + place for end in ends])
+            scores = self._scores(decoder, ids, [end + place for end in ends], over)
             names = decoder.vocabulary if scores.shape[-1] < self._vocab_size else None
             # Reading probabilities waits for the device, so it is done only where they decide something.
             steps.append(self._choose(scores, names, others, looks=goes_on is not None))
             self._write(ids, [end + place for end in ends], steps[-1].tokens)
+            if self._asks and steps[-1].ended is not None:
+                over |= _places(steps[-1].ended)
             if goes_on is not None and not goes_on(steps[-1]):
                 break
         return steps
+
+    def _over(self, ids: torch.Tensor, ends: Sequence[int]) -> set[int]:
+        """Return the rows that take no more tokens."""
+        if self._eos is None:
+            return set(self._finished)
+        last = ids[range(len(ends)), [end - 1 for end in ends]]
+        return self._finished | _places(torch.isin(last, self._eos))
 
     @staticmethod
     def _write(ids: torch.Tensor, columns: Sequence[int], tokens: torch.Tensor) -> None:
@@ -232,9 +244,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """Clamp ids beyond the draft's embedding, which the target or a processor may have chosen."""
         return ids if self._known_tokens >= self._vocab_size else ids.clamp(max=self._known_tokens - 1)
 
-    def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], over: Collection[int]) -> torch.Tensor:
         """
-        Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`.
+        Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`; raw ones of rows that are over.
 
         With a decoder of a smaller vocabulary, and neither processors nor sampling, scores are of its tokens alone.
         """
@@ -242,7 +254,9 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             logits = decoder.feed(self._readable(ids), ends, keep=1)
         if decoder.vocabulary is None or self._processors or self.samples:
             logits = fit_vocabulary(logits, self._vocab_size, decoder.vocabulary)
-        return process(self._processors, ids, logits[:, 0], range(len(ends)), ends, self.main_model_max_length)
+        limit = self.main_model_max_length
+        lengths = [limit if row in over else end for row, end in enumerate(ends)]
+        return process(self._processors, ids, logits[:, 0], range(len(ends)), lengths, limit)
 
     def _choose(self, scores: torch.Tensor, names: torch.Tensor | None, others: int, looks: bool) -> Step:
         """Choose or sample a token by scores `(batch, vocab)` of the tokens `names`; `None` means all."""
@@ -293,6 +307,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             # Straight to where the next proposal begins: a windowed cache cannot be rolled back twice in a row.
             rows_kept = zip(self._starts, right, taken, strict=True)
             self._decoder.rollback([start + min(count, max(kept - 1, 0)) for start, count, kept in rows_kept])
+        self._finished = {row for row, kept in enumerate(taken) if not kept}
         self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
             judged = [min(count + 1, k) for count in right]
@@ -344,6 +359,10 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
         """
         taken = input_ids[0, self._starts[0] :].tolist() if self.drafted else [int(input_ids[0, -1])]
         self.note(scores, [taken], [len(taken)])
+
+
+def _places(flags: torch.Tensor) -> set[int]:
+    return set(flags.nonzero().flatten().tolist())
 
 
 def _without(ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:

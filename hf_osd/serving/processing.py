@@ -9,6 +9,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 from transformers.generation.logits_process import LogitsProcessor
 
+from .._compat import constraint_of_row
+
 # Processors that depend on the scores alone, so that one call takes any number of positions.
 _CONTEXT_FREE: tuple[type, ...] = (
     lp.TemperatureLogitsWarper,
@@ -122,6 +124,9 @@ def _by_length(
 def _called(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Call a processor for some rows of texts `(batch, length)`."""
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = processor
+    if isinstance(processor, lp.PrefixConstrainedLogitsProcessor):  # its rule may know of no texts but final ones
+        places = zip(rows, scores.split(1), strict=True)
+        return torch.cat([constraint_of_row(processor, row)(ids[row : row + 1], own) for row, own in places])
     if len(rows) == len(ids) or _looks_at_rows_alone(processor):
         return call(ids[rows], scores)
     whole = scores.new_zeros(len(ids), scores.shape[1])
