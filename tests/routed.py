@@ -25,7 +25,7 @@ def serve(assistant: OnlineAssistant, batch: int = 4, seed: int = 0, target: Any
 
 
 def plain(batch: int = 4, seed: int = 0, target: Any = TARGET, **options: Any) -> Any:
-    return target.generate(**prompts(batch, seed=seed), max_new_tokens=12, do_sample=False, **options)
+    return target.generate(**prompts(batch, seed=seed), **{"max_new_tokens": 12, "do_sample": False, **options})
 
 
 def weights_of(assistant: OnlineAssistant, name: str) -> list[torch.Tensor]:

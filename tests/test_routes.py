@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import VOCAB, tiny_model, wrong_draft
+from fakes import RECURRENT, VOCAB, WINDOWED, tiny_model, wrong_draft
 from prometheus_client import CollectorRegistry
 from routed import ALWAYS, FAST, STATIC, TARGET, kept, plain, same, serve, small, weights_of
 from seq2seq import encoder_decoder, inputs_for
@@ -71,6 +71,18 @@ def test_processors_stops_and_scores_of_mixed_batches() -> None:
     expected = plain(return_dict_in_generate=True, output_scores=True, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert set(seen) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", [*WINDOWED, *RECURRENT])
+def test_a_row_that_is_over_beside_one_that_goes_on(kind: str) -> None:
+    """Catches a draft whose window is rolled back twice between two passes, after its row has ended."""
+    ends = [int(row[-8]) for row in plain(2)]
+    ended = {"eos_token_id": ends[:1], "pad_token_id": 0, "max_new_tokens": 40}
+    drafts = {"a": tiny_model(kind, seed=3), "b": small()}
+    with OnlineAssistant(None, TARGET, OnlineConfig(learn=False, **ALWAYS), drafts=drafts) as assistant:
+        for keys in (["a", "b"], ["b", "a"]):
+            assert torch.equal(serve(assistant, 2, osd_route=keys, **ended), plain(2, **ended))
+        assert assistant.stats().fallbacks == 0
 
 
 def test_sampling_has_the_targets_distribution() -> None:

@@ -246,7 +246,7 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
 
     def _scores(self, decoder: Decoder, ids: torch.Tensor, ends: Sequence[int], over: Collection[int]) -> torch.Tensor:
         """
-        Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`; raw ones of rows that are over.
+        Processed scores of the token in column `ends[r]` of each row, `(batch, vocab)`; raw ones if it is over.
 
         With a decoder of a smaller vocabulary, and neither processors nor sampling, scores are of its tokens alone.
         """
@@ -305,8 +305,8 @@ class OnlineAssistedGenerator(AssistedCandidateGenerator):
             counts.accepted += count
         if k and self._decoder is not None:
             # Straight to where the next proposal begins: a windowed cache cannot be rolled back twice in a row.
-            rows_kept = zip(self._starts, right, taken, strict=True)
-            self._decoder.rollback([start + min(count, max(kept - 1, 0)) for start, count, kept in rows_kept])
+            rows_kept = zip(self._starts, right, taken, strict=True)  # a row that is over took none
+            self._decoder.rollback([start + min(count, kept - 1) for start, count, kept in rows_kept])
         self._finished = {row for row, kept in enumerate(taken) if not kept}
         self._adapt_length(k, [count == k for count, kept in zip(right, taken, strict=True) if kept])
         if self._recorder is not None and any(taken):
