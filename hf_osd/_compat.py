@@ -215,6 +215,18 @@ def attention_implementation(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """
+    Whether some of a model is compiled in place: graphs that torch (2.11 to 2.13) has made may leave out new hooks.
+
+    `torch.compile(model)` is a wrapper instead, through which transformers runs the model inside as it is.
+    """
+    inside = (getattr(module, "forward", None) for module in model.modules())
+    return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in inside) or any(
+        module._compiled_call_impl is not None for module in model.modules()
+    )
+
+
 def execution_device(model: Any) -> torch.device:
     """
     Return where the forward of a model runs.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ._compat import is_compiled
 from .drafts.features import FeatureDraft
 from .errors import UnsupportedModelError
 from .learning_draft import LearningDraft
@@ -103,6 +104,12 @@ class Team:
                 "the drafts of one batch read different states of the target", "drafts of a batch read other states"
             )
         (read,) = layers
+        if read and is_compiled(target):
+            raise UnsupportedModelError(
+                f"{type(target).__name__} is compiled, and may not show its states: leave it as it is, or use a draft "
+                "that reads tokens alone",
+                "target: compiled, its states cannot be read",
+            )
         return TargetStates(target, read, sequences.padding, sequences.ids.shape[1]) if read else None
 
     def _vocabulary(self, besides: Sequence[int]) -> torch.Tensor | None:

@@ -331,6 +331,21 @@ def test_auto_says_where_no_draft_can_be_made():
         OnlineAssistant("gpt2", tiny_model())
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_target_is_served_without_it(in_place):
+    """Catches states that the graphs of a compiled forward do not give: its hooks are not called, or once."""
+    target = tiny_model()
+    with OnlineAssistant(draft_for(target), target, OnlineConfig(**{**ALWAYS, "learn": True})) as assistant:
+        for compiles in (False, True):
+            if compiles and in_place:
+                target.compile(backend="eager")
+            elif compiles:
+                target.forward = torch.compile(target.forward, backend="eager")
+            out = hf_osd.generate(target, **prompts(1), online_assistant=assistant, **GREEDY)
+            assert torch.equal(out, target.generate(**prompts(1), **GREEDY))
+            assert len(assistant.stats().fallback_reasons) == compiles
+
+
 def test_auto_is_solved_from_its_requests():
     """Catches a cold draft that begins to learn by gradient alone, or that is begun anew with every update."""
     target = tiny_model(layers=4, dtype=torch.float32)
