@@ -19,7 +19,7 @@ from .config import OnlineConfig
 from .drafts.adapters import by_adapter, carries_adapter
 from .drafts.compatibility import check_target, made_draft
 from .drafts.wrapping import unwrap
-from .errors import ClosedError, InputError, UnsupportedError
+from .errors import ClosedError, InputError, UnsupportedError, check_kind
 from .journal import Journal
 from .learning.online import OnlineLearner
 from .reporting import write_report
@@ -77,7 +77,7 @@ class OnlineAssistant:
         config (`OnlineConfig`): Settings.
 
     Raises:
-        InputError: Neither a draft nor several, or no target.
+        InputError: Neither a draft nor several, or no target; or another argument is not of its kind.
         UnsupportedModelError: The draft is nothing that generates, has no weights, or is the target itself; or
             `"auto"` cannot make one of this target. With `OnlineConfig(unsupported="error")` also where it cannot work
             for the target: a vocabulary of another size without tokenizers, a state that cannot be restored, an
@@ -108,6 +108,10 @@ class OnlineAssistant:
         if (draft is None) == (drafts is None) or target is None:
             raise InputError("an OnlineAssistant needs a target, and either draft or drafts")
         check_target(target)
+        check_kind("config", config, OnlineConfig)
+        check_kind("router", router, Router)
+        for name, one in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
+            check_kind(name, one, PreTrainedTokenizerBase)
         given = _given({_DEFAULT: draft} if drafts is None else drafts, target)
         if not isinstance(max_routes, int) or max_routes < len(given):
             raise InputError(f"max_routes must be at least the number of drafts, {len(given)}, got {max_routes!r}")

@@ -91,7 +91,7 @@ class Call:
         rows = len(self.input_ids)
         if self.keys is None:
             return None
-        keys = [self.keys] if isinstance(self.keys, str) else list(self.keys)
+        keys = list(self.keys) if isinstance(self.keys, Sequence) and not isinstance(self.keys, str) else [self.keys]
         counts = {1, rows, rows // (self.setting("num_return_sequences") or 1)}
         if len(keys) not in counts or not all(isinstance(key, str) and key for key in keys):
             raise InputError(f"osd_route must be the name of a route, or one for each of {rows} rows, got {keys!r}")

@@ -67,6 +67,14 @@ class StateError(HfOsdError, OSError):
     """A state directory cannot be used: it is a file, not writable, in use, or of another format."""
 
 
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Raise `InputError` for an optional argument that is given, and not of a kind."""
+    if value is not None and not isinstance(value, kind):
+        got = f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise InputError(f"{name} must be {article} {kind.__name__}, got {got}")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is the machine's: a lack of memory, which says nothing of the model that was tried."""
     is_torchs = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -18,7 +18,7 @@ from ._compat import dropped_streamer, encoder_inputs, text_length
 from .assistant import OnlineAssistant
 from .decoding import Call, Output, decode
 from .drafts.compatibility import check_target
-from .errors import InputError, UnsupportedError
+from .errors import InputError, UnsupportedError, check_kind
 from .resolving import resolve_assistant
 from .serving.randomness import seeded
 from .serving.support import SETTINGS, Asked, check_limits
@@ -98,6 +98,7 @@ def generate(
     for name in ("custom_generate", "assistant_model"):
         if kwargs.get(name) is not None:
             raise InputError(f"{name} and online_assistant both say how to decode: leave one of them out")
+    check_kind("generator", generator, torch.Generator)
     assistant = resolve_assistant(online_assistant, model)
     assistant.check_open()
     given = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}

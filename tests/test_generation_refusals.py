@@ -26,6 +26,8 @@ def test_bad_inputs():
         run(**prompts(1), assistant_model=NOISY)
     with pytest.raises(InputError, match="online_assistant"):
         LLAMA.generate(**prompts(1), custom_generate=hf_osd.online_decoding, max_new_tokens=2)
+    with pytest.raises(InputError, match="generator must be a Generator, got int"):
+        run(**prompts(1), do_sample=True, generator=3)
     with pytest.raises(TypeError, match="int"):
         hf_osd.generate(LLAMA, **prompts(1), online_assistant=3)
 

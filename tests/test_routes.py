@@ -300,6 +300,10 @@ def test_reports_of_routes(tmp_path: Path) -> None:
         ({"drafts": dict.fromkeys("ab", small())}, "one model under two routes"),
         ({"drafts": small()}, "a mapping or a model with adapters, got LlamaForCausalLM"),
         ({"drafts": {"a": small(), "b": small(6)}, "max_routes": 1}, "at least the number of drafts, 2, got 1"),
+        ({"draft": small(), "router": "topic"}, "router must be a Router, got str"),
+        ({"draft": small(), "router": ByKey}, "router must be a Router, got the class ByKey itself"),
+        ({"draft": small(), "config": {"draft_length": 3}}, "config must be an OnlineConfig, got dict"),
+        ({"draft": small(), "tokenizer": "gpt2"}, "tokenizer must be a PreTrainedTokenizerBase, got str"),
     ],
 )
 def test_drafts_that_make_no_sense(options: dict[str, Any], message: str) -> None:
@@ -317,7 +321,21 @@ def test_a_key_without_routes() -> None:
         serve(assistant, osd_route="sql")
 
 
-@pytest.mark.parametrize("keys", [["a", "b", "a"], [], "", [None]])
+def test_a_router_that_returns_no_name() -> None:
+    """Catches a route without a name, which would get a draft of its own."""
+
+    class Silent(Router):
+        def choose(self, prompt: Prompt, routes: Sequence[str]) -> Any:
+            """Forget to return."""
+
+    with (
+        OnlineAssistant(small(), TARGET, STATIC, router=Silent()) as assistant,
+        pytest.raises(InputError, match=r"Silent\.choose must return the name of a route, got None"),
+    ):
+        serve(assistant)
+
+
+@pytest.mark.parametrize("keys", [["a", "b", "a"], [], "", [None], 3])
 def test_keys_that_make_no_sense(keys: Any) -> None:
     """Catches keys that are dropped or shifted to other rows."""
     with OnlineAssistant(drafts={"a": small()}, target=TARGET, config=STATIC) as assistant:

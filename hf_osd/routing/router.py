@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, MissingDependencyError
+from ..errors import ConfigError, InputError, MissingDependencyError
 from .prompt import Prompt
 
 Tensors = dict[str, torch.Tensor]
@@ -62,8 +62,13 @@ def route_of(
         key (`str`, *optional*): The route that the caller asks for.
         routes (`Sequence[str]`): Those that there are.
         most (`int`): Routes at most; beyond that, the nearest one serves.
+
+    Raises:
+        InputError: The router returns something else.
     """
     name = router.choose(prompt, routes) if key is None else key
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{type(router).__name__}.choose must return the name of a route, got {name!r}")
     if name in routes:
         return name, None
     nearest = router.nearest(prompt, routes)
