@@ -84,8 +84,8 @@ def _target_itself() -> Case:
     return Case(target=target, drafts={"itself": target})
 
 
-def _tokenizer(letters: list[str]) -> PreTrainedTokenizerFast:
-    """A token for each letter, in this order."""
+def letter_tokenizer(letters: list[str]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that has a token for each letter, in this order, behind three that mark a text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     words = ["<pad>", "<bos>", "<eos>", *letters]
@@ -104,7 +104,7 @@ def _other_tokenizer(more: int = 0) -> Case:
     models = [llama(), small_draft(VOCAB + more)]
     for folder, model, order in zip(folders, models, (letters[: VOCAB - 3], letters[::-1]), strict=True):
         model.save_pretrained(folder)
-        _tokenizer(order).save_pretrained(folder)
+        letter_tokenizer(order).save_pretrained(folder)
     models[0].config._name_or_path = folders[0]
     return Case(draft=folders[1], host=models[0])
 
