@@ -125,8 +125,9 @@ def _called(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor,
     """Call a processor for some rows of texts `(batch, length)`."""
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = processor
     if isinstance(processor, lp.PrefixConstrainedLogitsProcessor):  # its rule may know of no texts but final ones
-        places = zip(rows, scores.split(1), strict=True)
-        return torch.cat([constraint_of_row(processor, row)(ids[row : row + 1], own) for row, own in places])
+        constraints = [constraint_of_row(processor, row) for row in rows]
+        places = zip(constraints, ids[rows, None], scores[:, None], strict=True)
+        return torch.cat([constraint(*place) for constraint, *place in places])
     if len(rows) == len(ids) or _looks_at_rows_alone(processor):
         return call(ids[rows], scores)
     whole = scores.new_zeros(len(ids), scores.shape[1])
