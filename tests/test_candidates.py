@@ -11,7 +11,7 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 
 def scored(candidates: Candidates, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    return {name: candidates.weights_in(dtype, name)["layer.weight"].mean().item() for name in candidates.names()}
+    return {name: found["layer.weight"].mean().item() for name, found in candidates.to_score(dtype).items()}
 
 
 def test_what_is_scored_follows_what_is_learned() -> None:
@@ -33,8 +33,8 @@ def test_learned_weights_are_cast_once_for_each_update() -> None:
     """Catches casts and averages that are made again for each request, which took half of the time of scoring."""
     candidates = Candidates(Checkpoint.of(weights(0.0), weights(0.0)), size=1)
     candidates.follow(weights(3.0))
+    first, second = (candidates.to_score(torch.bfloat16) for _ in range(2))
     for name in ALPHAS:
-        first, second = (candidates.weights_in(torch.bfloat16, name) for _ in range(2))
-        assert first is second
-        assert first["layer.weight"].dtype == torch.bfloat16
+        assert first[name] is second[name]
+        assert first[name]["layer.weight"].dtype == torch.bfloat16
     assert candidates.weights("half")["layer.weight"].dtype == torch.float32  # what goes live

@@ -98,13 +98,11 @@ class Candidates:
         start = self.static.weights
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
-    def weights_in(self, dtype: torch.dtype, name: str) -> Weights:
-        """Return the weights to score a candidate by: learned ones cast to `dtype`, once for each update."""
-        if name not in ALPHAS:
-            return self._kept(name).weights
-        if name not in self._cast:
+    def to_score(self, dtype: torch.dtype) -> dict[str, Weights]:
+        """Return the weights of all candidates; learned ones are cast to `dtype`, once for each update."""
+        for name in [name for name in self.names() if name in ALPHAS and name not in self._cast]:
             self._cast[name] = {one: weight.to(dtype) for one, weight in self.weights(name).items()}
-        return self._cast[name]
+        return {name: self._cast[name] if name in ALPHAS else self._kept(name).weights for name in self.names()}
 
     def origin(self, name: str, latest: Weights) -> Weights:
         """Return what training goes on from where a candidate leads: of what is learned, the `latest` state."""

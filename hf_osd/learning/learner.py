@@ -152,8 +152,7 @@ class Learner:
         if not requests or not self.budget.allows_scoring():
             return []
         began = self._throttle.now()
-        candidates = {name: self.candidates.weights_in(self._draft.dtype, name) for name in self.candidates.names()}
-        found = self._scorer.scores(candidates, requests)
+        found = self._scorer.scores(self.candidates.to_score(self._draft.dtype), requests)
         self.budget.spend(0.0, scoring=self._throttle.now() - began)
         return found
 
@@ -319,8 +318,7 @@ class Learner:
         if leader in ALPHAS:
             self._go_live(leader)
             self.counters.updates += 1
-            reason = f"{leader} of what is learned leads"
-            self._note("published", reason, loss=loss, seconds=seconds, mixing=ALPHAS[leader])
+            self._note("published", f"{leader} of what is learned leads", loss=loss, seconds=seconds, mixing=ALPHAS[leader])
         else:
             self._note("held", f"the {leader} weights lead", loss=loss, seconds=seconds)
         self._pace.follow(leader)
