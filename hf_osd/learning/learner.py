@@ -130,8 +130,7 @@ class Learner:
         """Score new requests, select what is live, keep them for replay, and train if an update is due."""
         began = self._throttle.now()
         first = self.requests + 1
-        self.requests += len(requests)
-        self._fresh += len(requests)
+        self.requests, self._fresh = self.requests + len(requests), self._fresh + len(requests)
         try:
             self._select(first, self._score(requests))
         finally:  # whatever fails, the requests are there to learn from
@@ -318,7 +317,8 @@ class Learner:
         if leader in ALPHAS:
             self._go_live(leader)
             self.counters.updates += 1
-            self._note("published", f"{leader} of what is learned leads", loss=loss, seconds=seconds, mixing=ALPHAS[leader])
+            reason = f"{leader} of what is learned leads"
+            self._note("published", reason, loss=loss, seconds=seconds, mixing=ALPHAS[leader])
         else:
             self._note("held", f"the {leader} weights lead", loss=loss, seconds=seconds)
         self._pace.follow(leader)
@@ -391,9 +391,9 @@ class Learner:
             selector.leader = WHOLE
         saved, live = {name: numbers[name] for name in SAVED}, Checkpoint.from_groups(groups, "live")
         self.student.load_state(groups["student"])  # from here on nothing is missing
-        self.candidates, self.selector, self.live, self._moments = candidates, selector, live, moments
+        self.candidates, self.selector, self.live = candidates, selector, live
+        self._moments, self._pace = moments, pace
         self._usual.extend(usual)
-        self._pace = pace
         if numbers.get("solved") is not None:
             self._draft.config.solved = numbers["solved"]
         vars(self).update(saved)
