@@ -110,8 +110,9 @@ class OnlineAssistant:
         check_target(target)
         check_kind("config", config, OnlineConfig)
         check_kind("router", router, Router)
-        for name, one in (("tokenizer", tokenizer), ("target_tokenizer", target_tokenizer)):
-            check_kind(name, one, PreTrainedTokenizerBase)
+        for one in tokenizer.values() if isinstance(tokenizer, Mapping) else (tokenizer,):
+            check_kind("tokenizer", one, PreTrainedTokenizerBase)
+        check_kind("target_tokenizer", target_tokenizer, PreTrainedTokenizerBase)
         given = _given({_DEFAULT: draft} if drafts is None else drafts, target)
         if not isinstance(max_routes, int) or max_routes < len(given):
             raise InputError(f"max_routes must be at least the number of drafts, {len(given)}, got {max_routes!r}")

@@ -167,6 +167,17 @@ def test_a_draft_without_an_encoder():
     assert assistant.stats().draft_tokens > 0
 
 
+def test_a_batch_where_positions_decide_little():
+    """Catches a trial that takes attention so sharp for a decoder that does not count columns: later batches differ."""
+    target, draft = encoder_decoder("t5", std=2.0), encoder_decoder("t5", seed=3, std=2.0)
+    with OnlineAssistant(draft, target, OnlineConfig(learn=False, draft_length_schedule="constant")) as assistant:
+        for seed in (0, 50, 51):
+            inputs = inputs_for(target, 3, seed)
+            expected = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+            actual = hf_osd.generate(target, **inputs, online_assistant=assistant, max_new_tokens=24, do_sample=False)
+            assert torch.equal(actual, expected)
+
+
 def test_the_lookup_quotes_what_the_encoder_has_read():
     """Catches a lookup that knows only the start token of the decoder. The target repeats its source here."""
     target = encoder_decoder("bart")
