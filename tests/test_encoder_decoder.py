@@ -168,7 +168,7 @@ def test_a_draft_without_an_encoder():
 
 
 def test_a_batch_where_positions_decide_little():
-    """Catches a trial that takes attention so sharp for a decoder that does not count columns: later batches differ."""
+    """Catches a trial that takes such a decoder for one that does not count columns: later batches would differ."""
     target, draft = encoder_decoder("t5", std=2.0), encoder_decoder("t5", seed=3, std=2.0)
     with OnlineAssistant(draft, target, OnlineConfig(learn=False, draft_length_schedule="constant")) as assistant:
         for seed in (0, 50, 51):
