@@ -172,7 +172,7 @@ class OnlineAssistant:
             saved_settings(state) if config is None else config,
             drafts=None if saved is None else loaded,
             router=router,
-            max_routes=max(max_routes, len(loaded)),
+            max_routes=max_routes if saved is None else max(max_routes, len(loaded)),
             tokenizer=load_tokenizer(str(draft)) if saved is None else saved_tokenizers(sources),
             target_tokenizer=target_tokenizer or tokenizer_of_target(target, state),
         )

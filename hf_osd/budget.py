@@ -25,7 +25,9 @@ class Budget:
         self._earned = self._spent = self._scored = self._latest = 0.0  # seconds
 
     def earn(self, seconds: float, eagerness: float = 1.0) -> None:
-        """Count a request that took some seconds; an eagerness in (0, 1] is a factor on the share."""
+        """Count a request that took some seconds, if any; an eagerness in (0, 1] is a factor on the share."""
+        if not seconds:  # of a batch in which this draft's rows got no token
+            return
         with self._lock:
             earned = self._earned + (self._share or 0.0) * eagerness * seconds
             self._earned = min(earned, self._spent + MOST_SAVED * seconds)

@@ -33,7 +33,7 @@ def save_routes(state: Path, snapshot: Snapshot | None) -> None:
         remove_folder(state / ROUTER)
 
 
-def check_kind(state: Path, first: str | None) -> None:
+def check_directory(state: Path, first: str | None) -> None:
     """
     Refuse a state directory of the other kind: its drafts would begin anew, and leave what it holds behind.
 

@@ -20,7 +20,7 @@ from .learning.online import OnlineLearner
 from .learning.resuming import resume, snapshot_of
 from .learning_draft import LearningDraft
 from .records import Observation
-from .route_folders import ROUTER, check_kind, folder_of, save_routes
+from .route_folders import ROUTER, check_directory, folder_of, save_routes
 from .routing.prompt import Prompt
 from .routing.router import Router, route_of
 from .serving.experience import Experience
@@ -76,7 +76,7 @@ class Routes(Mapping[str, LearningDraft]):
         inside = {name: unwrap(given) for name, given in drafts.items()}
         self.tokenizers = Tokenizers(target, inside, target_tokenizer, tokenizer)
         if config.learn and config.state_dir is not None:
-            check_kind(Path(config.state_dir), None if router is None else next(iter(drafts)))
+            check_directory(Path(config.state_dir), None if router is None else next(iter(drafts)))
         try:
             self._begin_with(drafts, target)
             if router is not None and config.state_dir is not None:

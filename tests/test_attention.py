@@ -38,6 +38,17 @@ def test_packed_heads_attend_as_before(rows, tokens, heads_masked):
     torch.testing.assert_close(packed, expected)
 
 
+def test_a_mask_that_is_broadcast():
+    """Catches one mask for all tokens or rows that is not stretched as transformers does."""
+    query, key = drawn(3, 4, 5, 8), drawn(3, 2, 7, 8)
+    for shape in ((1, 1, 5, 7), (3, 1, 1, 7), (1, 4, 1, 7)):
+        mask = drawn(*shape) > -0.5
+        mask[..., 0] = True
+        with grouped_attention(CPU):
+            packed = attended(ALL_ATTENTION_FUNCTIONS["sdpa"], query, key, mask)
+        torch.testing.assert_close(packed, attended(sdpa_attention_forward, query, key, mask))
+
+
 def test_a_single_token_without_a_mask_sees_everything():
     """Catches heads that are packed as tokens and then hide keys from one another, as tokens do."""
     query, key = drawn(2, 4, 1, 8), drawn(2, 2, 5, 8)

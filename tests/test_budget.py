@@ -72,3 +72,12 @@ def test_without_a_limit_time_does_not_matter() -> None:
     assert of.allows_training()
     assert of.allows_scoring()
     assert not of.is_used_up(1e9)
+
+
+def test_a_request_without_time_changes_nothing() -> None:
+    """Catches a mixed batch in which a draft's rows got no token, and that takes the time which it had saved."""
+    budget = Budget(learning_share=0.5)
+    budget.earn(4.0)
+    budget.earn(0.0)
+    assert budget.allows_training()
+    assert not budget.is_used_up(3.0)

@@ -11,6 +11,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -82,6 +83,21 @@ def test_a_rule_is_asked_about_texts_of_its_own_alone(how, with_eos):
     for several in ({}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}):  # the rule gets a prompt's number
         expected, actual = both(LLAMA, wrong_draft(LLAMA, how), inputs, **settings, **several)
         assert torch.equal(expected, actual)
+
+
+class Reversed(PrefixConstrainedLogitsProcessor):
+    """A user's own kind of rule, which forbids what the rule allows."""
+
+    def __call__(self, input_ids, scores):
+        allowed = super().__call__(input_ids, scores)
+        return scores.masked_fill(allowed.isfinite(), -torch.inf)
+
+
+def test_a_kind_of_rule_of_the_users_own():
+    """Catches a subclass that is taken for transformers' own processor, so that its own code does not run."""
+    processor = Reversed(lambda row, ids: [token for token in range(VOCAB) if (token + row) % 2], num_beams=1)
+    expected, actual = both(LLAMA, NOISY, prompts(3), logits_processor=LogitsProcessorList([processor]))
+    assert torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize("batch", [1, 5])

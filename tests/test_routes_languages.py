@@ -87,3 +87,13 @@ def test_a_system_prompt_has_no_language() -> None:
     found = [[language(system + text) for text in texts] for texts in zip(*SENTENCES.values(), strict=True)]
     assert found == [list(SENTENCES)] * 3
     assert [language(SENTENCES["de"][0]) for _ in range(20)] == ["de"] * 20
+
+
+def test_what_a_question_shares_with_others_still_tells_its_language() -> None:
+    """Catches questions of one form that are cut down to a name, which may be of any language."""
+    pytest.importorskip("py3langid")
+    tokenizer, target = tokenizer_of_bytes(), tiny_model("llama", vocab_size=258)
+    router = ByLanguage(tokenizer, list(SENTENCES))
+    for country in ("Peru", "France", "Chad", "Norway"):
+        ids = torch.tensor(tokenizer(f"What is the capital of {country}?")["input_ids"])
+        assert router.choose(Prompt(ids, target), list(SENTENCES)) == "en"

@@ -99,7 +99,7 @@ class Candidates:
         return {one: start[one].to(end).lerp(end, ALPHAS[name]) for one, end in self.learned.items()}
 
     def to_score(self, dtype: torch.dtype) -> dict[str, Weights]:
-        """Return the weights of all candidates; learned ones are cast to `dtype`, once for each update."""
+        """Return the weights of all candidates; learned ones cast to `dtype`, always the same, once an update."""
         for name in [name for name in self.names() if name in ALPHAS and name not in self._cast]:
             self._cast[name] = {one: weight.to(dtype) for one, weight in self.weights(name).items()}
         return {name: self._cast[name] if name in ALPHAS else self._kept(name).weights for name in self.names()}

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import ConfigError, InputError, MissingDependencyError
 from .prompt import Prompt
 
+_LEAST_TEXT = 20  # bytes of text from which on a language can be told; a Chinese character has three
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -95,8 +97,8 @@ class ByLanguage(Router):
     """
     Routes by the language that a prompt is written in, by [py3langid](https://github.com/adbar/py3langid).
 
-    What at least half of the latest 16 prompts begin with as well, such as a system prompt, is left out: it says
-    nothing of the language of this one.
+    What at least half of the latest 16 prompts begin with as well, such as a system prompt, is left out where enough
+    text follows: it says nothing of the language of this one.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The target's.
@@ -125,9 +127,13 @@ class ByLanguage(Router):
 
     def choose(self, prompt: Prompt, routes: Sequence[str]) -> str:
         """Return the code of the likeliest language."""
-        text = self._tokenizer.decode(self._own_part(prompt.ids), skip_special_tokens=True)
+        own = self._text(self._own_part(prompt.ids))
         self._latest.append(prompt.ids)
+        text = own if len(own.strip().encode()) >= _LEAST_TEXT else self._text(prompt.ids)
         return str(self._identifier.classify(text)[0])
+
+    def _text(self, ids: torch.Tensor) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _own_part(self, ids: torch.Tensor) -> torch.Tensor:
         """Return what follows the beginning that at least half of the latest prompts share; all, if nothing does."""

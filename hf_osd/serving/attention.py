@@ -24,7 +24,7 @@ class _Grouped(threading.local):
 
 
 _grouped = _Grouped()
-_SPECIAL = ("dropout", "position_bias", "softcap")  # options that are left to transformers' own function
+_SPECIAL = ("dropout", "position_bias", "softcap")  # options that are left to transformers' own function, unless 0
 
 
 @contextmanager
@@ -32,9 +32,9 @@ def grouped_attention(device: torch.device) -> Iterator[None]:
     """
     On a CPU, let heads that share keys and values read them together, as if they were more tokens of one head.
 
-    With a mask, transformers copies keys and values for each head, and torch's kernel (2.11 to 2.13) takes several
-    times as long for one token of a head in bfloat16 as for two. Packed as tokens, the heads avoid both. transformers
-    does so itself for single tokens with a mask (5.24).
+    With a mask, transformers copies keys and values for each head (5.24: for several tokens), and torch's kernel (2.11
+    to 2.13) takes several times as long for one token of a head in bfloat16 as for two. Packed as tokens, the heads
+    avoid both. transformers packs single tokens with a mask itself (5.24).
     """
     before, _grouped.on = _grouped.on, device.type == "cpu"
     if _grouped.on:
@@ -63,6 +63,7 @@ class _Packing:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        *given: Any,
         **options: Any,
     ) -> tuple[torch.Tensor, Any]:
         """
@@ -73,14 +74,15 @@ class _Packing:
             query (`torch.Tensor` of shape `(batch, heads, q, head_dim)`): Of the tokens.
             key, value (`torch.Tensor` of shape `(batch, shared heads, keys, head_dim)`): What they may look at.
             attention_mask (`torch.Tensor` of shape `(batch or 1, heads or 1, q, keys)`, *optional*): Where they may.
-            options (`Any`): Passed on.
+            given, options (`Any`): Passed on.
 
         Returns:
             `tuple[torch.Tensor, Any]`: The output, `(batch, q, heads, head_dim)`, and what else the function returns.
         """
-        is_few = query.shape[2] == 1 or attention_mask is not None  # a prompt without a mask has a faster path
-        is_plain = not any(torch.is_tensor(value) or value for value in map(options.get, _SPECIAL))
-        if not (_grouped.on and query.shape[1] != key.shape[1] and is_few and is_plain):
+        is_special = bool(given) or any(torch.is_tensor(value) or value for value in map(options.get, _SPECIAL))
+        if not _grouped.on or is_special or query.shape[0] != key.shape[0] or query.shape[1] == key.shape[1]:
+            return self._attend(module, query, key, value, attention_mask, *given, **options)
+        if query.shape[2] > 1 and attention_mask is None:  # a prompt, which has a faster path
             return self._attend(module, query, key, value, attention_mask, **options)
         attend = _attend_packed if query.shape[2] == 1 or query.shape[0] > 1 else _attend_shared
         return attend(query, key, value, attention_mask, options.get("scaling")), None
@@ -99,7 +101,7 @@ def _attend_packed(
 ) -> torch.Tensor:
     heads, shared = query.shape[1], key.shape[1]
     packed = query.reshape(query.shape[0], shared, -1, query.shape[3])  # (batch, shared heads, group * q, head_dim)
-    mask = mask if mask is None else _packed_mask(mask, heads, shared)
+    mask = mask if mask is None else _packed_mask(mask.expand(-1, -1, query.shape[2], -1), heads, shared)
     output = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
     return output.reshape(query.shape[0], heads, query.shape[2], -1).transpose(1, 2).contiguous()
 

@@ -69,7 +69,9 @@ class _Give(_Hook):
         positions = self.positions()
         if positions is None:
             return None
-        return given, {**named, "position_ids": positions.flatten().to(module.weight.device)}
+        place = module.weight.device  # accelerate moves inputs itself to where it brings offloaded weights
+        told = positions.flatten() if place.type == "meta" else positions.flatten().to(place)
+        return given, {**named, "position_ids": told}
 
 
 class _Shape(_Hook):

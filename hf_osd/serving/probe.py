@@ -243,14 +243,13 @@ def _tolerance(model: PreTrainedModel, trial: Trial) -> float:
 def _largest_difference(decoder: Feeds, text: torch.Tensor, width: int, expected: torch.Tensor) -> float:
     """Feed the prompt, several tokens of which some are taken back, one behind a cache, and several again."""
     rows = len(text)
-    uneven = [width + 3 - row % 2 for row in range(rows)]
-    steps = [([width] * rows, 1), (uneven, 2), ([width + 2] * rows, 1), ([width + 4] * rows, 2)]
     worst = 0.0
-    for ends, keep in steps:
+    for end, lag, keep in ((width, 0, 1), (width + 3, 2, 2), (width + 2, 1, 1), (width + 4, 2, 2)):
+        ends = [end - lag * (row % 2) for row in range(rows)]  # every second row lags behind
         logits = decoder.feed(text, ends, keep)
-        for row, end in enumerate(ends):
-            worst = max(worst, _distance(logits[row], expected[row, end - width + 1 - keep : end - width + 1]))
-        decoder.rollback([min(end, width + 1) for end in ends])
+        for row, last in enumerate(ends):
+            worst = max(worst, _distance(logits[row], expected[row, last - width + 1 - keep : last - width + 1]))
+        decoder.rollback([min(last, width + 1) for last in ends])
     return worst
 
 

@@ -124,7 +124,7 @@ def _by_length(
 def _called(processor: LogitsProcessor, ids: torch.Tensor, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Call a processor for some rows of texts `(batch, length)`."""
     call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = processor
-    if isinstance(processor, lp.PrefixConstrainedLogitsProcessor):  # its rule may know of no texts but final ones
+    if type(processor) is lp.PrefixConstrainedLogitsProcessor:  # its rule may know of no texts but final ones
         constraints = [constraint_of_row(processor, row) for row in rows]
         places = zip(constraints, ids[rows, None], scores[:, None], strict=True)
         return torch.cat([constraint(*place) for constraint, *place in places])

@@ -58,8 +58,12 @@ class RecurrentDecoder(CroppableDecoder):
     def _feed_singly(self, ids: torch.Tensor, end: int, keep: int) -> torch.Tensor:
         if end - self.cached[0] < keep:
             self.rollback([end - keep])
-        passes = [self._feed_copied(ids, [column + 1], 1) for column in range(self.cached[0], end)]
-        return torch.cat(passes, dim=1)[:, -keep:]
+        passes = []
+        for column in range(self.cached[0], end):
+            if column <= end - keep - _READ_AGAIN:  # so far the text is final
+                self._copies.clear()
+            passes.append(self._feed_copied(ids, [column + 1], 1))
+        return torch.cat(passes[-keep:], dim=1)
 
     def _feed_copied(
         self, ids: torch.Tensor, ends: Sequence[int], keep: int, parents: Parents | None = None
