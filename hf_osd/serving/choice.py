@@ -73,7 +73,7 @@ def choose_decoder(
     why = "its cache" if cache is None else "a cache of the caller's own"
     finding = Finding(False, f"{why} does not hold rows of different lengths")
     if cache is None and _may_be_ragged(model, trial, width - min(padding), length):
-        position_tap(model)  # first: a model is tried again where its hooks change
+        position_tap(model)  # before the trials, since a model whose hooks change is tried again
         for kind, options in _layouts(model, trial, length):
             finding = probe(model, kind, partial(ragged, model, **options), trial)
             if finding.suits:
@@ -95,7 +95,8 @@ def _layouts(model: PreTrainedModel, trial: Trial, length: int) -> Iterator[tupl
     """What to try on the ragged cache: one mask for all layers, the model's own masks, rows that end in one column."""
     sees_all = length <= attention_span(model)
     counts_columns = len(trial.padding) > 1 and not takes_positions(model) and position_tap(model) is None
-    if not (counts_columns and model.config.is_encoder_decoder):  # a trial may not show it: sharp attention hides it
+    # Where attention is sharp, positions decide little, and a trial would not show that a decoder counts columns.
+    if not (counts_columns and model.config.is_encoder_decoder):
         if sees_all:
             yield "ragged", {}
         if trial.has_extras or not sees_all:
@@ -114,8 +115,10 @@ def _decoder_of_one_row(
         return CroppableDecoder if is_croppable(model) else None
     if continues:
         return None
-    is_exact = len(trial.padding) > 1 or not trial.is_draft or _is_exact(model, trial)
-    return RecurrentDecoder if is_exact else partial(RecurrentDecoder, reads_singly=True)
+    is_one_draft = trial.is_draft and len(trial.padding) == 1  # targets have to be exact, batches are not served
+    if is_one_draft and not _is_exact(model, trial):
+        return partial(RecurrentDecoder, reads_singly=True)
+    return RecurrentDecoder
 
 
 def _is_exact(model: PreTrainedModel, trial: Trial) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._compat import decoder_prefix
+from .._compat import decoder_prefix, is_compiled
 
 Told = dict[int, torch.Tensor]
 """Positions of the pass that a thread runs, `(batch, q)`, by thread."""
@@ -94,9 +94,10 @@ def position_tap(model: PreTrainedModel) -> PositionTap | None:
     Return what tells a model positions, the same every time.
 
     Returns:
-        [`PositionTap`]: `None` where its forward takes them, or no embedding of its decoder does.
+        [`PositionTap`]: `None` where its forward takes them, or no embedding of its decoder does, or the model is
+            compiled in place, so that its graphs may leave out a new hook.
     """
-    if takes_positions(model):
+    if takes_positions(model) or is_compiled(model):
         return None
     with _lock:
         if model not in _taps:
