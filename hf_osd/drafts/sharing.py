@@ -40,7 +40,7 @@ def share_encoder(draft: Any, target: Any) -> None:
     """
     Let a draft use its target's own encoder, where its own is the same in every weight.
 
-    From then on, what moves or casts the draft (`draft.to(...)`, `draft.half()`) does so to the target's encoder as well.
+    From then on, what moves or casts the draft (`draft.to(...)`) does so to the encoder of the target as well.
 
     Args:
         draft, target ([`~transformers.PreTrainedModel`]): Models with encoders.
