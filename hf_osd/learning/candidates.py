@@ -101,7 +101,8 @@ class Candidates:
     def to_score(self, dtype: torch.dtype) -> dict[str, Weights]:
         """Return the weights of all candidates; learned ones cast to `dtype`, always the same, once an update."""
         for name in [name for name in self.names() if name in ALPHAS and name not in self._cast]:
-            self._cast[name] = {one: weight.to(dtype) for one, weight in self.weights(name).items()}
+            weights = self.learned if name == WHOLE else self.weights(name)
+            self._cast[name] = {one: weight.to(dtype) for one, weight in weights.items()}
         return {name: self._cast[name] if name in ALPHAS else self._kept(name).weights for name in self.names()}
 
     def origin(self, name: str, latest: Weights) -> Weights:
