@@ -244,7 +244,7 @@ def _largest_difference(decoder: Feeds, text: torch.Tensor, width: int, expected
     """Feed the prompt, several tokens of which some are taken back, one behind a cache, and several again."""
     rows = len(text)
     worst = 0.0
-    for end, lag, keep in ((width, 0, 1), (width + 3, 2, 2), (width + 2, 1, 1), (width + 4, 2, 2)):
+    for end, lag, keep in ((width, 0, 1), (width + 3, 1, 2), (width + 2, 1, 1), (width + 4, 2, 2)):
         ends = [end - lag * (row % 2) for row in range(rows)]  # every second row lags behind
         logits = decoder.feed(text, ends, keep)
         for row, last in enumerate(ends):
