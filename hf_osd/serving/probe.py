@@ -33,7 +33,8 @@ _SETTINGS = {"max_new_tokens": _NEW, "do_sample": False, "num_beams": 1, "num_re
     "cache_implementation": None,
 }
 _TOLERANCE = 1e-3  # standard deviations of the logits: largest difference that counts as rounding, in float32
-_HALF_TOLERANCE = 0.1  # likewise, in half precision
+# Likewise, in half precision: rounding moves SmolLM2's by up to .16, a shift of two tokens by one position by .33.
+_HALF_TOLERANCE = 0.25
 _DRAFT_TOLERANCE = 1.0  # likewise, for drafts, whose errors cost speed alone
 
 
