@@ -221,9 +221,10 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
     `torch.compile(model)` is a wrapper instead, through which transformers runs the model inside as it is.
     """
-    inside = (getattr(module, "forward", None) for module in model.modules())
-    return any(hasattr(forward, "_torchdynamo_orig_callable") for forward in inside) or any(
-        module._compiled_call_impl is not None for module in model.modules()
+    return any(
+        module._compiled_call_impl is not None
+        or hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
+        for module in model.modules()
     )
 
 

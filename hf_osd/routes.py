@@ -78,7 +78,8 @@ class Routes(Mapping[str, LearningDraft]):
         if config.learn and config.state_dir is not None:
             check_directory(Path(config.state_dir), None if router is None else next(iter(drafts)))
         try:
-            self._begin_with(drafts, target)
+            for name, given in drafts.items():
+                self._add(name, given, target, [model for other, model in inside.items() if other != name])
             if router is not None and config.state_dir is not None:
                 self._go_on(Path(config.state_dir))
         except BaseException:  # which keeps what it has seen alive, and so the directories of these drafts
@@ -95,11 +96,6 @@ class Routes(Mapping[str, LearningDraft]):
 
     def __len__(self) -> int:
         return len(self._drafts)
-
-    def _begin_with(self, drafts: Mapping[str, PreTrainedModel], target: PreTrainedModel) -> None:
-        inside = {name: unwrap(given) for name, given in drafts.items()}
-        for name, given in drafts.items():
-            self._add(name, given, target, [model for other, model in inside.items() if other != name])
 
     def _add(self, name: str, given: Any, target: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
         config, beside = self._config, next(iter(self._drafts.values()), None)

@@ -144,10 +144,9 @@ class RaggedLayer(CacheLayerMixin):
 
     def _aligned(self, store: torch.Tensor) -> torch.Tensor:
         """Copy what is read so that all rows end in one column; see [`RaggedCache`]."""
-        slots = self._cache.columns
-        assert slots is not None
-        read = store.index_select(1, self._cache.flat(slots.clamp(min=0)).to(store.device))
-        return read.view(store.shape[0], *slots.shape, store.shape[2]).transpose(0, 1)
+        assert self._cache.columns is not None
+        read = store.index_select(1, self._cache.flat_columns.to(store.device))
+        return read.view(store.shape[0], *self._cache.columns.shape, store.shape[2]).transpose(0, 1)
 
     def _scatter(self, store: torch.Tensor, states: torch.Tensor) -> None:
         slots = self._cache.flat_slots.to(store.device)
@@ -200,6 +199,8 @@ class RaggedCache(Cache):
             the decoder's to set.
         columns (`torch.LongTensor` of shape `(batch, span)`, *optional*): For aligned rows, the slot that is read in
             each column; negative before the text begins.
+        flat_columns (`torch.LongTensor` of shape `(batch * span,)`): These slots, over all rows; the first slot in
+            place of negative ones.
         staged ([`Staged`]): What is about to be fed.
         flat_slots (`torch.LongTensor` of shape `(batch * q,)`): Its slots, over all rows.
         slot_ids (`torch.LongTensor` of shape `(slots,)`): 0, 1, 2 ...
@@ -214,7 +215,7 @@ class RaggedCache(Cache):
         self.slots = capacity + 1
         self.is_aligned = False
         self.columns: torch.Tensor | None = None
-        self.flat_slots = torch.empty(0, dtype=torch.long, device=device)
+        self.flat_slots = self.flat_columns = torch.empty(0, dtype=torch.long, device=device)
         self.slot_ids = torch.arange(self.slots, device=device)
         self._row_offsets = torch.arange(batch, device=device)[:, None] * self.slots  # (batch, 1)
         none = self.slot_ids[None, :0]
@@ -248,7 +249,10 @@ class RaggedCache(Cache):
         """
         valid = (places >= 0) & (places < self.capacity)
         self.flat_slots = self.flat(torch.where(valid, places, self.capacity))
-        self.columns = self.slot_ids[:span] - (span - 1 - places[:, -1:]) if self.is_aligned else None
+        self.columns = None  # a kept cache may have been aligned before
+        if self.is_aligned:
+            self.columns = self.slot_ids[:span] - (span - 1 - places[:, -1:])
+            self.flat_columns = self.flat(self.columns.clamp(min=0))
         self.staged = Staged(places, (places - back).clamp(min=0), span, max(least, 0), None, seen, valid)
         return self.staged
 

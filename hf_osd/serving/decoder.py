@@ -1,6 +1,5 @@
 """A language model together with its cache, for one batch: feed tokens, read logits, roll back."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .._caches import cache_argument, cache_of
-from .._compat import attention_implementation, decoder_prefix, execution_device
+from .._compat import attention_implementation, decoder_prefix, execution_device, parameters_of
 from .attention import grouped_attention
 from .cache import RaggedLayer
 from .graphs import captured_span, captured_width
@@ -84,7 +83,7 @@ class Decoder(ABC):
         self._preparation = preparation if preparation is not None and not preparation.is_plain else None
         self._every_pass = preparation.every_pass if preparation is not None else {}
         self._prefix = decoder_prefix(model)
-        self._parameters = frozenset(inspect.signature(model.forward).parameters)
+        self._parameters = parameters_of(model.forward)
         self._first = True
 
     @property

@@ -1,6 +1,5 @@
 """An encoder's side of a request: its outputs for the draft, computed once, and its text for lookup and learning."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from .._compat import execution_device
+from .._compat import execution_device, parameters_of
 from ..errors import UnsupportedModelError
 from .preparation import Preparation, prepare
 from .weights import describe
@@ -58,7 +57,7 @@ def source_texts(inputs: Inputs) -> list[torch.Tensor] | None:
 
 def reads_encoder(model: PreTrainedModel) -> bool:
     """Whether the passes of a model take the outputs of an encoder."""
-    return "encoder_outputs" in inspect.signature(model.forward).parameters
+    return "encoder_outputs" in parameters_of(model.forward)
 
 
 def draft_preparation(
@@ -111,7 +110,7 @@ def _encode(model: PreTrainedModel, inputs: Inputs) -> Any:
             "draft: unknown input of its encoder",
         )
     encoder: Any = model.get_encoder()
-    taken = inspect.signature(encoder.forward).parameters
+    taken = parameters_of(encoder.forward)
     if "input_ids" in inputs:  # the target may know more tokens
         inputs = {**inputs, "input_ids": inputs["input_ids"].clamp(max=encoder.config.vocab_size - 1)}
     return encoder(**{name: value for name, value in inputs.items() if name in taken}, return_dict=True)

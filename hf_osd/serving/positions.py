@@ -1,6 +1,5 @@
 """Tells a model the positions of its tokens where its forward takes none: at its position embedding, which does."""
 
-import inspect
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .._compat import decoder_prefix, is_compiled
+from .._compat import decoder_prefix, is_compiled, parameters_of
 
 Told = dict[int, torch.Tensor]
 """Positions of the pass that a thread runs, `(batch, q)`, by thread."""
@@ -86,7 +85,7 @@ _taps: "weakref.WeakKeyDictionary[PreTrainedModel, PositionTap | None]" = weakre
 
 def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the forward of a model takes the positions of its tokens; others count columns."""
-    return decoder_prefix(model) + "position_ids" in inspect.signature(model.forward).parameters
+    return decoder_prefix(model) + "position_ids" in parameters_of(model.forward)
 
 
 def position_tap(model: PreTrainedModel) -> PositionTap | None:
@@ -108,4 +107,4 @@ def position_tap(model: PreTrainedModel) -> PositionTap | None:
 
 def _embeddings(decoder: nn.Module) -> list[nn.Module]:
     found = (one for one in decoder.modules() if isinstance(one, nn.Embedding))
-    return [one for one in found if "position_ids" in inspect.signature(one.forward).parameters]
+    return [one for one in found if "position_ids" in parameters_of(one.forward)]
