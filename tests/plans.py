@@ -6,6 +6,7 @@ from fakes import prompts
 
 from hf_osd.serving.draft_length import MeasuredLength, Plan
 from hf_osd.serving.measured import MeasuredSpeculator
+from hf_osd.serving.row_proposal import RowProposal
 from hf_osd.serving.tree import ROOT
 
 KINDS = ("draft", "trial", "lookup", "nothing")
@@ -30,7 +31,7 @@ class RandomPlans:
         monkeypatch.setattr(MeasuredLength, "best_cut", lambda _, reach, least=0: self.between(least, len(reach)))
         monkeypatch.setattr(MeasuredLength, "filled", lambda _, nodes, most: nodes and self.between(nodes, most))
         monkeypatch.setattr(MeasuredLength, "best_fixed", lambda _, now, longest: self.random.randint(1, longest))
-        monkeypatch.setattr(MeasuredLength, "row_guess_reach", lambda *given: self.reach(*given))
+        monkeypatch.setattr(RowProposal, "_judge", lambda *_: (0, self.random.choice([0.0, 1.0])))
         monkeypatch.setattr(MeasuredSpeculator, "_may_branch", property(lambda speculator: speculator._branches))
         candidates, chosen = MeasuredSpeculator._candidates, MeasuredSpeculator._chosen
         monkeypatch.setattr(MeasuredSpeculator, "_candidates", lambda *a, **k: self.shuffled(candidates(*a, **k)))
@@ -51,10 +52,6 @@ class RandomPlans:
             return Plan()
         k = 0 if kind == "lookup" else self.random.randint(1, min(now.draft_room, now.nodes))
         return Plan(k, self.random.randint(max(k, 1), now.nodes), kind == "trial")
-
-    def reach(self, lengths, row, guess):
-        """Better or worse than any draft, at random."""
-        return [self.random.choice([0.0, 1.0])] * len(guess.tokens)
 
     def shuffled(self, found):
         """Any worth for each node, no more than its parent's."""

@@ -8,12 +8,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_osd.records import Proposal
-from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
-from hf_osd.serving.experience import CONFIDENCES, Experience
-from hf_osd.serving.lookup import Guess
+from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket
+from hf_osd.serving.experience import CONFIDENCES, Experience, Stance, confidence_bin, evidence_bin, stance
+from hf_osd.serving.lookup import Evidence
 from hf_osd.serving.measured import MeasuredSpeculator
 from hf_osd.serving.sequences import Sequences
 from hf_osd.serving.steps import Counts, Step
+from hf_osd.serving.tree import ROOT, Candidates
 
 ROOM = 8
 NODES = 16
@@ -33,6 +34,15 @@ def experience(plain=1.0, extra=0.05, step=0.1, acceptance=0.6, batch=1):
 def a_round(batch=1, lag=1, draft_room=ROOM):
     """A round in the middle of an answer."""
     return Round(range(batch), 100, lag, draft_room, 16, NODES, remaining=1000, generated=10)
+
+
+def guess(*chances):
+    """A chain that the lookup proposes, of tokens with these chances."""
+    found, reach = Candidates(), [1.0]
+    for chance in chances:
+        reach.append(reach[-1] * chance)
+    found.add_chain([1] * len(chances), reach[1:])
+    return found
 
 
 def expected_tokens(acceptance, k):
@@ -66,7 +76,7 @@ def test_no_draft_that_does_not_pay():
 def test_a_plain_round_comes_first():
     """Catches a choice without any measurement at this batch size to compare with."""
     known = experience(batch=2)
-    assert MeasuredLength(known, 1).plan(a_round(), {0: Guess([1, 2], 9)}) == Plan()
+    assert MeasuredLength(known, 1).plan(a_round(), {0: guess(0.9, 0.9)}) == Plan()
 
 
 def test_an_unmeasured_draft_is_tried_with_care():
@@ -76,29 +86,30 @@ def test_an_unmeasured_draft_is_tried_with_care():
     assert MeasuredLength(known, 1).plan(a_round(), {}) == Plan(2, NODES)
 
 
-@given(match=st.integers(1, 20), count=st.integers(1, 16), extra=st.floats(0.01, 0.6))
-def test_the_lookup_against_brute_force(match, count, extra):
+@given(chances=st.lists(st.floats(0.0, 0.99), min_size=1, max_size=16), extra=st.floats(0.01, 0.6))
+def test_the_lookup_against_brute_force(chances, extra):
     """Catches a guess that is cut where it still pays, or sent where it does not."""
     known = experience(1.0, extra, step=5.0)
-    lengths, reach, gains = MeasuredLength(known, 1), 1.0, [0.0]
-    for step in range(count):
-        reach *= known.match.rate(match + step)
+    lengths, found, gains = MeasuredLength(known, 1), guess(*chances), [0.0]
+    for reach in found.reach:
         gains.append(gains[-1] + reach - extra)
     assume(len({round(gain, 9) for gain in gains}) == len(gains))
-    guess = Guess([1] * count, match)
-    assert lengths.plan(a_round(), {0: guess}) == NO_DRAFT
-    assert lengths.best_cut(lengths.row_guess_reach(0, guess)) == gains.index(max(gains))
+    assert lengths.plan(a_round(), {0: found}) == NO_DRAFT
+    assert lengths.best_cut(found.reach) == gains.index(max(gains))
 
 
 def test_the_draft_rescues_guesses():
     """Catches a draft that is asked beside a guess that hardly ever fails, or not asked beside one that often does."""
-    good = experience(step=0.2, acceptance=0.85)
-    assert not MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 16)}).draft
-    assert MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft
-    both = {0: Guess([1] * 12, 16)}  # of four rows, only one has a guess
+    good, sure, unsure = experience(step=0.2, acceptance=0.85), guess(*[0.9] * 12), guess(0.2, *[0.8] * 11)
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: sure}).draft
+    assert MeasuredLength(good, 1).plan(a_round(), {0: unsure}).draft
+    for token in (2, 3, 4):  # none is sure, but one of them will be right
+        unsure.add(ROOT, token, 0.24)
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: unsure}).draft
+    both = {0: sure}  # of four rows, only one has a guess
     assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft
     good.rescue.value = 0.1  # where the lookup has no guess, this draft has none either
-    assert not MeasuredLength(good, 1).plan(a_round(), {0: Guess([1] * 12, 1)}).draft
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: guess(0.2)}).draft
 
 
 def test_catching_up_counts():
@@ -163,10 +174,33 @@ def test_what_a_few_sizes_cost_is_found_out(dear_from, tried, then):
     assert found == [size for size in tried for _ in range(2)] + [then] * (20 - 2 * len(tried))
 
 
-def test_bins_and_buckets():
+def test_bins():
     """Catches probabilities on the wrong side of an edge, or outside all bins."""
     assert [confidence_bin(p) for p in (0.0, 0.049, 0.05, 0.5, 0.989, 0.99, 1.0)] == [0, 0, 1, 6, 11, 12, 12]
     assert len(CONFIDENCES) == confidence_bin(1.0)
+    evidences = [Evidence(1, share) for share in (0.01, 0.06, 0.2, 0.3, 0.4, 0.6, 0.9, 0.99)]
+    evidences += [Evidence(match, 1.0) for match in (1, 2, 3, 4, 5, 7, 16)]
+    experience = Experience()
+    for each, kinds, calibration in (
+        (confidence_bin, [0.0, *CONFIDENCES], experience.confidence),
+        (evidence_bin, evidences, experience.evidence),
+    ):
+        bins = [each(kind, seen) for seen in Stance for kind in kinds]
+        assert bins == list(range(len(bins)))
+        assert all(0.0 < calibration.rate(bin_) < 1.0 for bin_ in bins)
+        with pytest.raises(IndexError):
+            calibration.rate(len(bins))
+    assert evidence_bin(Evidence(1, 0.5)) == evidence_bin(Evidence(9, 0.4))  # the match counts where all agree
+
+
+def test_stances():
+    """Catches a token that the other one does not propose, and counts as agreed on."""
+    stances = [stance(token, choices) for token, choices in ((3, []), (3, [3, 4]), (4, [3, 4]), (5, [3, 4]))]
+    assert stances == [Stance.SILENT, Stance.AGREES, Stance.ALLOWS, Stance.DIFFERS]
+
+
+def test_buckets():
+    """Catches numbers of tokens that are rounded to one that is smaller, or needlessly large."""
     assert [bucket(tokens) for tokens in (1, 8, 9, 16, 17)] == [1, 8, 16, 16, 32]
 
 

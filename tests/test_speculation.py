@@ -14,7 +14,9 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import hf_osd
 from hf_osd import OnlineAssistant, OnlineConfig
-from hf_osd.serving.draft_length import MeasuredLength, confidence_bin
+from hf_osd.serving.draft_length import MeasuredLength
+from hf_osd.serving.experience import Stance, confidence_bin
+from hf_osd.serving.row_proposal import RowProposal
 from hf_osd.serving.tree import chain
 
 TARGETS = {kind: tiny_model(kind) for kind in (*ARCHITECTURES, "mistral")}
@@ -227,18 +229,14 @@ PROMPT = [3, 4, 2, 0, 3, 4]  # "3 4" was followed by "2 0 3 4": a guess from the
 def some_guessed(monkeypatch):
     """A quarter of the rows each: guesses that promise 20%, 40%, 60% and 80%, beside a draft that promises 50%."""
     monkeypatch.setattr(MeasuredLength, "request_acceptance", lambda lengths, row: 0.5)
-    monkeypatch.setattr(
-        MeasuredLength,
-        "row_guess_reach",
-        lambda lengths, row, guess: [(0.2 + 0.2 * (row % 4)) ** (step + 1) for step in range(len(guess.tokens))],
-    )
+    monkeypatch.setattr(RowProposal, "_judge", lambda proposal, node, branch: (0, 0.2 + 0.2 * (proposal._row % 4)))
 
 
 class LikelyTokens:
     """Believes in a drafted token if the draft gives it at least 0.3, and never learns better."""
 
     def rate(self, index):
-        return float(index >= confidence_bin(0.3))
+        return float(index % confidence_bin(0.0, Stance.AGREES) >= confidence_bin(0.3))
 
     def note(self, index, accepted):
         pass

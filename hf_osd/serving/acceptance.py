@@ -10,7 +10,7 @@ _REQUEST_PRIOR = 6.0  # accepted tokens that the factor of a new request starts 
 class Calibration:
     """
     Acceptance rate in bins of something known when a token is proposed, such as the draft's own probability of it, or
-    the length of the lookup's match. Recent tokens weigh more.
+    the lookup's evidence. Recent tokens weigh more.
 
     Args:
         priors (`Sequence[float]`): Rate of each bin before anything was judged.
@@ -19,16 +19,13 @@ class Calibration:
     def __init__(self, priors: Sequence[float]) -> None:
         self._accepted = [prior * _PRIOR for prior in priors]
         self._judged = [_PRIOR] * len(priors)
-        self._last = len(priors) - 1
 
     def rate(self, index: int) -> float:
-        """Return the acceptance rate of a bin; indices beyond the last mean the last."""
-        index = min(index, self._last)
+        """Return the acceptance rate of a bin."""
         return self._accepted[index] / self._judged[index]
 
     def note(self, index: int, accepted: bool) -> None:
         """Take note of one judged token."""
-        index = min(index, self._last)
         self._accepted[index] = self._accepted[index] * _MEMORY + accepted
         self._judged[index] = self._judged[index] * _MEMORY + 1.0
 

@@ -6,14 +6,13 @@ for the best rate there is (Dinkelbach). Goodput as the objective: SmartSpec (ht
 TIDE (https://arxiv.org/abs/2602.05145), with the closed form of Leviathan et al. for the tokens of a fixed length.
 """
 
-from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from .acceptance import RequestFactor
-from .experience import CONFIDENCES, Experience
-from .lookup import Guess
+from .experience import Experience
+from .tree import ROOT, Candidates
 
 _TRIAL = 4  # tokens that a trial drafts, to find out whether the draft pays again
 _SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once: sizes whose cost is measured
@@ -22,6 +21,8 @@ _TRIAL_SHARE = 0.0075  # share of all time that trials of the draft may lose
 _TRIAL_ROUNDS = 32  # in plain rounds: the most time that may be saved up for trials
 _MARGIN = 1.04  # factor by which a draft's expected gain has to exceed its cost, or noise would decide
 _ENOUGH_ROUNDS = 16  # rounds after which their own yield may stand for the best rate
+_LEAST_REACH = 0.01  # chance below which a looked-up token is never thought of
+_HOPELESS = 0.5  # of the reach at which a token breaks even: below it, a looked-up token is not thought of either
 _UNKNOWN_STEP = 0.125  # in plain rounds: assumed cost of a draft step that has not been measured
 
 
@@ -85,9 +86,10 @@ class MeasuredLength:
         self._cheapest: list[int] = []  # [n]: which number of submitted tokens, n or more, costs least
         self._costs: list[float] = []  # [n]: seconds of a round that submits `_cheapest[n]` tokens, without drafting
         self._step = 0.0  # seconds of a draft step
+        self.least_reach = _LEAST_REACH  # of a looked-up token that may be worth submitting
 
-    def plan(self, now: Round, guesses: dict[int, Guess]) -> Plan:
-        """Choose for a round, given each row's guess."""
+    def plan(self, now: Round, guesses: Mapping[int, Candidates]) -> Plan:
+        """Choose for a round, given by row what the lookup proposes."""
         costs = self.experience.target_costs
         curve = costs.curve(self.batch, now.context, 1 + max(now.nodes, now.draft_room))
         if curve is None:
@@ -97,11 +99,11 @@ class MeasuredLength:
         self._cheapest = _cheapest_from(curve[1:])
         self._costs = [curve[1 + tokens] for tokens in self._cheapest]
         self.rate = self._best_rate(len(now.rows))
+        self.least_reach = max(_LEAST_REACH, _HOPELESS * self._break_even(len(now.rows)))
         step = self.experience.draft_costs.curve(self.batch, 0, 1)
         self._step = step[1] if step is not None else _UNKNOWN_STEP * self._costs[0]
         longest = min(now.draft_room, now.nodes, 2 if step is None else now.draft_room)
-        reach = {row: self.row_guess_reach(row, guess)[: now.nodes] for row, guess in guesses.items()}
-        if self._is_worthwhile(now, longest, reach):
+        if self._is_worthwhile(now, longest, guesses):
             return Plan(longest, now.nodes)
         return self._trial(now) or Plan(0, now.nodes)
 
@@ -110,10 +112,16 @@ class MeasuredLength:
         past, plain = self.experience.rounds[self.batch], rows / self._costs[0]
         return max(plain, rows * past.tokens.value / past.seconds.value) if past.seen >= _ENOUGH_ROUNDS else plain
 
-    def _is_worthwhile(self, now: Round, longest: int, reach: Mapping[int, Sequence[float]]) -> bool:
-        """Whether drafting gains more, in rows whose guess is wrong, than its time would yield otherwise."""
-        guessed, catching_up = self.best_cut(self.gains(reach.values())), self._catching_up(now) / self._remaining(now)
-        wrong = {row: 1 - (reach[row][0] if row in reach else 0.0) for row in now.rows}
+    def _break_even(self, rows: int) -> float:
+        """The reach at which another token in each row gains as much as it costs on average."""
+        return self.rate * (self._costs[-1] - self._costs[0]) / len(self._costs) / (self.share * rows)
+
+    def _is_worthwhile(self, now: Round, longest: int, guesses: Mapping[int, Candidates]) -> bool:
+        """Whether drafting gains more, in rows where the lookup is wrong, than its time would yield otherwise."""
+        reach = [sorted(guess.reach, reverse=True)[: now.nodes] for guess in guesses.values()]
+        guessed, catching_up = self.best_cut(self.gains(reach)), self._catching_up(now) / self._remaining(now)
+        right = {row: sum(guess.reach[node] for node in guess.children(ROOT)) for row, guess in guesses.items()}
+        wrong = {row: max(1.0 - right.get(row, 0.0), 0.0) for row in now.rows}
         for k in range(1, longest + 1):
             gains = {row: self._rescued(row, k) for row in now.rows}
             gained = self.share * sum(gain * wrong[row] for row, gain in gains.items())
@@ -163,12 +171,6 @@ class MeasuredLength:
             return None
         cost = self._catching_up(now) + k * self._step + self._costs[k] - self._costs[0]
         return Plan(k, now.nodes, trial=True) if cost < self.experience.allowance else None
-
-    def row_guess_reach(self, row: int, guess: Guess) -> list[float]:
-        """Return how likely a row is to accept at least 1, 2, ... tokens of its guess."""
-        factor, rate = self.lookup_factors[row].value, self.experience.match.rate
-        chances = (min(rate(guess.match + step) * factor, 0.99) for step in range(len(guess.tokens)))
-        return list(accumulate(chances, lambda reach, chance: reach * chance))
 
     def best_cut(self, reach: Sequence[float], least: int = 0) -> int:
         """
@@ -233,11 +235,6 @@ class MeasuredLength:
             experience.allowance -= max(seconds - gained / self.rate, 0.0)
         cap = _TRIAL_ROUNDS * self._costs[0] if self._costs else 0.0
         experience.allowance = min(experience.allowance + _TRIAL_SHARE * seconds, cap)
-
-
-def confidence_bin(probability: float) -> int:
-    """Return the bin of the draft's own probability of a token."""
-    return bisect_right(CONFIDENCES, probability)
 
 
 def bucket(tokens: int) -> int:

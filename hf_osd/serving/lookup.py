@@ -1,84 +1,139 @@
 """
-A proposer without a model: it proposes what followed the last few tokens earlier in the text.
+A proposer without a model: it proposes what followed the end of the text at earlier places.
 
-Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding), extended by the outputs of recent
-requests as in SuffixDecoding (https://arxiv.org/abs/2411.04975), and by matches of any length.
+Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding), extended as in SuffixDecoding
+(https://arxiv.org/abs/2411.04975) by the outputs of recent requests, matches of any length, and a tree of what
+followed at several places.
 """
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-LOOKUP_LENGTH = 16  # tokens: longest guess
+LOOKUP_LENGTH = 16  # tokens: longest continuation
 _LONGEST_MATCH = 16  # tokens: longest match that is distinguished; longer ones are accepted no more often
-_CANDIDATES = 4  # latest places of a pair of tokens that are searched for the longest match
+_PLACES = 16  # latest places that are remembered of a token, and of a pair of tokens
+# Weight of a place by the length of its match: each token counts fourfold, up to eight tokens.
+_WEIGHTS = [4.0 ** min(match, 8) for match in range(_LONGEST_MATCH + 1)]
 END = -1  # id between two texts, which matches nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Evidence(NamedTuple):
     """
-    A continuation of the text that the lookup found.
+    What speaks for a token: the places that it follows.
 
     Attributes:
-        tokens (`list[int]`): The continuation, at least one token.
-        match (`int`): Length of the match: tokens before the continuation that are the same at both places.
+        match (`int`): Tokens before it that are the same as in the text, at the best of these places.
+        share (`float`): Weight of these places among all that match, in (0, 1].
     """
 
-    tokens: list[int]
+    match: int
+    share: float
+
+
+class Place(NamedTuple):
+    """
+    An earlier place that the text matches.
+
+    Attributes:
+        tokens (`Sequence[int]`): The text that it lies in.
+        start (`int`): The index of what follows the match.
+        match (`int`): Tokens before that are the same.
+    """
+
+    tokens: Sequence[int]
+    start: int
     match: int
 
 
+class Branch:
+    """
+    A token that followed some places, and what followed next.
+
+    Args:
+        token (`int`): The token.
+        evidence (`Evidence`): What speaks for it.
+        places (`Sequence[Place]`): The places.
+        step (`int`): How many tokens behind their matches it has brought us.
+    """
+
+    __slots__ = ("_branches", "_places", "_step", "evidence", "token")
+
+    def __init__(self, token: int, evidence: Evidence, places: Sequence[Place], step: int) -> None:
+        self.token, self.evidence = token, evidence
+        self._places, self._step = places, step
+        self._branches: list[Branch] | None = None
+
+    @property
+    def branches(self) -> list["Branch"]:
+        """The tokens that followed next, those with the largest share first."""
+        if self._branches is None:
+            self._branches = self._find()
+        return self._branches
+
+    def _find(self) -> list["Branch"]:
+        step, found, weights = self._step, dict[int, list[Place]](), dict[int, float]()
+        for place in self._places:
+            tokens, start, match = place
+            # A text that repeats itself up to its end goes on repeating.
+            token = tokens[start + step % (len(tokens) - start)]
+            weight = _WEIGHTS[min(match + step, _LONGEST_MATCH)]
+            if token in found:
+                found[token].append(place)
+                weights[token] += weight
+            else:
+                found[token], weights[token] = [place], weight
+        total = sum(weights.values())
+        weights.pop(END, None)
+        return [
+            Branch(
+                token, Evidence(max(place[2] for place in found[token]) + step, weight / total), found[token], step + 1
+            )
+            for token, weight in sorted(weights.items(), key=_by_weight)
+        ]
+
+
+def _by_weight(token_and_weight: tuple[int, float]) -> float:
+    return -token_and_weight[1]
+
+
 class TokenIndex:
-    """A growing text with the latest places of every pair of tokens."""
+    """A growing text with the latest places of every token, and of every pair of tokens."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self._places: dict[tuple[int, int], list[int]] = {}  # of the second token of a pair, oldest first
-        self._followed: dict[int, int] = {}  # the latest place of a token that another one follows
+        self._places: dict[tuple[int, ...], list[int]] = {}  # by the token or the pair that ends there
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens."""
         for token in tokens:
             self.tokens.append(token)  # before its places: another thread may be reading
             place = len(self.tokens) - 1
-            if place and token != END:
-                before = self.tokens[place - 1]
-                self._followed[before] = place - 1
-                places = self._places.setdefault((before, token), [])
+            for length in (1, 2) if token != END else ():
+                places = self._places.setdefault(tuple(self.tokens[-length:]), [])
                 places.append(place)
-                if len(places) > _CANDIDATES + 1:
+                if len(places) > _PLACES:
                     del places[0]
 
-    def find(self, suffix: Sequence[int]) -> tuple[int, int]:
+    def find(self, suffix: Sequence[int]) -> list[Place]:
         """
-        Find the longest earlier match of a text's end.
+        Return earlier places that a text's end matches, and that something follows; the latest first.
 
         Args:
-            suffix (`Sequence[int]`): The text, at least two tokens; may be this index's own.
-
-        Returns:
-            `tuple[int, int]`: Length of the match, 0 if there is none, and the place behind it. The latest of equals.
+            suffix (`Sequence[int]`): The end of the text, which may be this index's own.
         """
-        alone = self._followed.get(suffix[-1])
-        best = (0, 0) if alone is None else (1, alone + 1)
-        for place in self._places.get((suffix[-2], suffix[-1]), ()):
-            if place + 1 < len(self.tokens):  # not the end of the text itself
-                best = max(best, (self._match(suffix, place), place + 1))
-        return best
+        last = len(self.tokens) - 1  # nothing follows it
+        ends = {end for length in (1, 2) for end in self._places.get(tuple(suffix[-length:]), ())}
+        return [
+            Place(self.tokens, end + 1, self._match(suffix, end)) for end in sorted(ends, reverse=True) if end < last
+        ]
 
-    def _match(self, suffix: Sequence[int], place: int) -> int:
-        tokens, length = self.tokens, 2
-        longest = min(place + 1, len(suffix), _LONGEST_MATCH)
-        while length < longest and tokens[place - length] == suffix[-1 - length] != END:
+    def _match(self, suffix: Sequence[int], end: int) -> int:
+        tokens, length = self.tokens, 1
+        longest = min(end + 1, len(suffix), _LONGEST_MATCH)
+        while length < longest and tokens[end - length] == suffix[-1 - length] != END:
             length += 1
         return length
-
-    def read(self, place: int, count: int) -> list[int]:
-        """Return up to `count` tokens from a place on; a text that repeats itself up to its end goes on repeating."""
-        period = len(self.tokens) - place
-        found = [self.tokens[place + step % period] for step in range(count)]
-        return found[: found.index(END)] if END in found else found
 
 
 class RecentOutputs:
@@ -105,7 +160,7 @@ class RecentOutputs:
 
 class Lookup:
     """
-    Guesses for the rows of one batch.
+    The texts of the rows of one batch.
 
     Args:
         prompts (`Sequence[Sequence[int]]`): The prompt of each row, without padding.
@@ -123,15 +178,18 @@ class Lookup:
         """Append what a row has just taken."""
         self._rows[row].extend(tokens)
 
-    def guess(self, row: int, count: int) -> Guess | None:
-        """Return the continuation of the longest match, the row's own text before others'; `None` without a match."""
-        own, recent = self._rows[row], self._recent.index
-        if count < 1 or len(own.tokens) < 2:
-            return None
-        found = [(*index.find(own.tokens), index) for index in (own, recent)]
-        match, place, index = max(found, key=lambda one: one[0])
-        tokens = index.read(place, count) if match else []
-        return Guess(tokens, match) if tokens else None
+    def find(self, row: int, path: Sequence[int] = ()) -> Branch:
+        """
+        Return what followed the end of a row's text, earlier in it and in others' outputs.
+
+        Args:
+            row (`int`): The row.
+            path (`Sequence[int]`): Proposed tokens to append to the text.
+        """
+        own = self._rows[row]
+        suffix = [*own.tokens[-_LONGEST_MATCH:], *path][-_LONGEST_MATCH:]
+        places = [*own.find(suffix), *self._recent.index.find(suffix)] if suffix else []
+        return Branch(suffix[-1] if suffix else END, Evidence(0, 1.0), places, step=0)
 
     def finish(self, lengths: Sequence[int]) -> None:
         """Leave the outputs, the first `lengths[r]` tokens of each row, to later requests."""

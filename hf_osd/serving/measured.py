@@ -1,15 +1,15 @@
 """The speculator of the schedule "measured": each round submits a tree of what the draft and the lookup propose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from ..records import Proposal
-from .draft_length import MeasuredLength, Plan, Round, bucket, confidence_bin
+from .draft_length import MeasuredLength, Plan, Round, bucket
 from .drafting import OnlineAssistedGenerator
 from .experience import RANKS, Experience
-from .lookup import END, LOOKUP_LENGTH, Guess, Lookup
+from .lookup import END, LOOKUP_LENGTH, Lookup
+from .row_proposal import RowProposal
 from .sequences import Sequences
 from .speculation import Speculator
 from .steps import Step
@@ -24,33 +24,12 @@ _PATIENCE = 4  # rounds in which the draft reads long text, after which one has 
 _UNSEEN = -2  # ids from here downwards stand for drafted tokens that have not been read from the device
 
 
-@dataclass(slots=True)
-class Drafted:
-    """
-    What the draft has proposed for one row.
-
-    Attributes:
-        tokens (`list[int]`): The drafted chain. Tokens still on the device are stand-ins: -2, -3 ...
-        reach (`list[float]`): The chance that the row takes each, and all before it.
-        bins (`list[int]`): Bin of the draft's own probability of each token; empty where these stay on the device.
-        others (`list[list[tuple[int, float]]]`): The next best tokens at each place, with the chance of each to be
-            taken there.
-        other_bins (`list[list[int]]`): Their bins, likewise.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    reach: list[float] = field(default_factory=list)
-    bins: list[int] = field(default_factory=list)
-    others: list[list[tuple[int, float]]] = field(default_factory=list)
-    other_bins: list[list[int]] = field(default_factory=list)
-
-
 class MeasuredSpeculator(Speculator):
     """
     Proposes by the draft, the lookup, both or neither, as [`MeasuredLength`] plans.
 
     What both propose becomes one tree, of which the likeliest nodes are submitted. For a target that takes no trees,
-    the better of the two chains is submitted.
+    its best chain is submitted.
 
     On a CPU, reading a probability costs no wait. So there the draft stops as soon as its own probabilities say that
     another token does not pay, and nodes that are not worth verifying are held back. When sampling, every drawn token
@@ -81,10 +60,7 @@ class MeasuredSpeculator(Speculator):
         self._nodes, self._branches = nodes, branches
         prompts = [_known_text(sequences, row) for row in range(sequences.batch)] if lookup else []
         self._lookup = Lookup(prompts, experience.outputs) if lookup else None
-        self._guesses: dict[int, Guess] = {}
-        self._guessed: dict[int, int] = {}  # how much of each row's guess was submitted
-        self._drafted: list[Drafted] = []
-        self._going: list[float] = []  # the reach of the last token of each row, 0 behind an eos
+        self._proposals: list[RowProposal] = []  # by row
         self._fruitless = 0  # rounds since a guess was submitted
         self._plan, self._now = Plan(), Round((), 0, 0, 0, 0, 0, 0, 0)
         self._sent = 0
@@ -95,13 +71,13 @@ class MeasuredSpeculator(Speculator):
     def propose(self, sequences: Sequences, room: int, watch: Stopwatch) -> Proposal:
         """Choose, and propose; see [`Speculator.propose`]."""
         self._now = now = self._look_around(sequences, room)
-        self._guesses = self._guess(now)
-        self._plan = self._lengths.plan(now, self._guesses)
-        self._drafted = [Drafted() for _ in range(sequences.batch)]
+        self._proposals = self._look_up(now)
+        guesses = {row: one.tree for row, one in enumerate(self._proposals) if one.tree.tokens}
+        self._plan = self._lengths.plan(now, guesses)
         drafted = self._draft(sequences, watch) if self._plan.draft else self.drafter.skip()
         proposal = self._chosen(drafted, sequences.ids.device)
         self._sent = proposal.tokens.shape[1]
-        if any(self._guessed.values()):
+        if any(one.guesses for one in self._proposals):
             self._fruitless = 0
         return proposal
 
@@ -123,17 +99,18 @@ class MeasuredSpeculator(Speculator):
             generated=max(ends) - sequences.prompt_length,
         )
 
-    def _guess(self, now: Round) -> dict[int, Guess]:
+    def _look_up(self, now: Round) -> list[RowProposal]:
         """Ask the lookup for every row; after many fruitless rounds only now and then, more seldom with more rows."""
         self._fruitless += 1
         stride = min(len(now.rows), _SELDOM) if self._fruitless > _FRUITLESS else 1
-        if self._lookup is None or self._fruitless % stride:
-            return {}
-        found = {row: self._lookup.guess(row, now.lookup_room) for row in now.rows}
-        return {row: guess for row, guess in found.items() if guess is not None}
+        lookup = self._lookup if self._fruitless % stride == 0 else None
+        nodes = min(now.lookup_room, now.nodes)
+        return [
+            RowProposal(row, self._lengths, lookup, nodes, now.lookup_room, is_active=row in now.rows)
+            for row in range(self._lengths.batch)
+        ]
 
     def _draft(self, sequences: Sequences, watch: Stopwatch) -> Proposal:
-        self._going = [float(row in self._now.rows) for row in range(sequences.batch)]
         k = self._plan.draft if self._looks else self._lengths.best_fixed(self._now, self._plan.draft)
         others = len(RANKS) if self._may_branch else 0
         goes_on = self._goes_on if self._looks else None
@@ -147,63 +124,46 @@ class MeasuredSpeculator(Speculator):
     def _goes_on(self, step: Step) -> bool:
         """Note the tokens of a draft step with their chances, and decide whether to draft another."""
         assert step.chances is not None
-        over = step.ended.tolist() if step.ended is not None else [False] * len(self._drafted)
-        others, chances = step.others.tolist(), step.chances.tolist()
-        for row, token in enumerate(step.tokens.tolist()):
-            drafted, factor = self._drafted[row], self._lengths.draft_factors[row].value
-            bins = [confidence_bin(chance) for chance in chances[row]]
-            chance = min(self._experience.confidence.rate(bins[0]) * factor, 0.99)
-            rates = [self._experience.others.rate(place) for place in bins[1:]]
-            drafted.others.append(list(zip(others[row], rates, strict=True)))
-            drafted.other_bins.append(bins[1:])
-            drafted.tokens.append(token)
-            drafted.bins.append(bins[0])
-            drafted.reach.append(self._going[row] * chance)
-            self._going[row] = 0.0 if over[row] else drafted.reach[-1]
-        going, count = self._lengths.share * sum(self._going), len(self._drafted[0].tokens)
+        tokens = torch.cat([step.tokens[:, None], step.others], dim=1).tolist()
+        over = step.ended.tolist() if step.ended is not None else [False] * len(tokens)
+        for one, *drafted in zip(self._proposals, tokens, step.chances.tolist(), over, strict=True):
+            one.draft(*drafted)
+        going = self._lengths.share * sum(one.going for one in self._proposals)
+        count = len(self._proposals[0].tokens)
         return going > 0.0 and (self._plan.trial or self._lengths.goes_on(going, count, self._plan.draft - count))
 
     def _expect(self, k: int, others: int) -> None:
-        """Note drafted tokens that stay on the device, with the chances that such tokens had lately."""
-        rates = [self._experience.ranks.rate(rank) for rank in range(others)]
-        for row, (drafted, going) in enumerate(zip(self._drafted, self._going, strict=True)):
+        """Note drafted tokens that stay on the device."""
+        for row, one in enumerate(self._proposals):
             chance = self._lengths.request_acceptance(row)
             for step in range(k):
-                unseen = [_UNSEEN - step * (1 + others) - rank for rank in range(1 + others)]
-                drafted.tokens.append(unseen[0])
-                drafted.reach.append(going * chance ** (step + 1))
-                drafted.others.append(list(zip(unseen[1:], rates, strict=True)))
+                one.expect([_UNSEEN - step * (1 + others) - rank for rank in range(1 + others)], chance)
 
     def _chosen(self, drafted: Proposal, device: torch.device) -> Proposal:
-        """Merge the proposals for each row into a tree, and keep the nodes that are worth submitting."""
+        """Keep the nodes of each row's tree that are worth submitting."""
         forced = range(drafted.tokens.shape[1] if self.drafter.samples or self._plan.trial else 0)
-        rows = [self._candidates(row, alone=bool(forced)) for row in range(len(self._drafted))]
-        orders = [[*forced, *(node for node in row.ranked() if node >= len(forced))] for row in rows]
+        rows = [self._candidates(row) for row in range(len(self._proposals))]
+        orders = [self._order(row, forced) for row in rows]
         most, pairs = max(self._plan.nodes, len(forced)), list(zip(rows, orders, strict=True))
         gains = self._lengths.gains([[row.reach[node] for node in order[:most]] for row, order in pairs])
         n = self._lengths.best_cut(gains, len(forced))
         n = self._lengths.filled(n, self._plan.nodes) if self._may_branch else n
         trees = [row.arranged(order[:n], forced) for row, order in pairs]
-        self._guessed = {row: _submitted(guess.tokens, *trees[row]) for row, guess in self._guesses.items()}
+        for one, order in zip(self._proposals, orders, strict=True):
+            one.submit(order[:n])
         filler = [ROOT] * n if self._may_branch else chain(n)
         parents = [[*nodes, *filler[len(nodes) :]] for _, nodes in trees]
         tokens = self._tokens([[*row, *[0] * (n - len(row))] for row, _ in trees], drafted, device)
         is_chain = all(nodes == chain(n) for nodes in parents)
         return Proposal(tokens, drafted.probabilities, None if is_chain else parents)
 
-    def _candidates(self, row: int, alone: bool) -> Candidates:
-        """The nodes proposed for a row. Without trees: the better chain, or with `alone` the drafted one."""
-        drafted, guess, found = self._drafted[row], self._guesses.get(row), Candidates()
-        guessed = self._lengths.row_guess_reach(row, guess) if guess is not None else []
-        branches, active = self._may_branch, float(row in self._now.rows)
-        if branches or alone or sum(drafted.reach) >= sum(guessed[: len(drafted.reach) or None]):
-            nodes = found.add_chain(drafted.tokens, drafted.reach)
-            for parent, before, others in zip([ROOT, *nodes], [active, *drafted.reach], drafted.others, strict=False):
-                for token, chance in others:
-                    found.add(parent, token, before * chance)
-        if guess is not None and (branches or not found.tokens):
-            found.add_chain(guess.tokens, guessed)
-        return found
+    def _candidates(self, row: int) -> Candidates:
+        return self._proposals[row].merge()
+
+    def _order(self, tree: Candidates, forced: range) -> list[int]:
+        """Return the nodes that may be submitted: those that must be, and then the others by falling worth."""
+        nodes = tree.ranked() if self._may_branch else tree.best_chain(forced)
+        return [*forced, *(node for node in nodes if node >= len(forced))]
 
     def _tokens(self, rows: list[list[int]], drafted: Proposal, device: torch.device) -> torch.Tensor:
         """Upload tokens, and replace stand-ins by the drafted tokens on the device."""
@@ -218,52 +178,18 @@ class MeasuredSpeculator(Speculator):
         right = self.drafter.note(logits, tokens, taken)
         others = self.drafter.others.tolist() if self._plan.draft else []
         for row in self._now.rows:
-            self._note_drafted(row, right[row], tokens[row][: taken[row]])
-            if self._plan.draft and not self._was_guessed(row, tokens[row][0]):
+            one, kept, counts = self._proposals[row], tokens[row][: taken[row]], self.counts[row]
+            one.note_drafted(right[row], kept)
+            if self._plan.draft and not one.was_guessed(tokens[row][0]):
                 self._experience.rescue.note(taken[row] > 1)
             if others:
-                self._note_others(others[row], right[row], row, tokens[row][: taken[row]])
-            if row in self._guesses:
-                self._note_guess(row, tokens[row][: taken[row]])
+                one.note_others(others[row], right[row], kept, counts)
+            one.note_guessed(kept, counts)
             if self._lookup is not None:
-                self._lookup.extend(row, tokens[row][: taken[row]])
+                self._lookup.extend(row, kept)
         self._taken = [taken[row] for row in self._now.rows]
         self._rounds += 1
         self._gained += sum(self._taken) / len(self._taken) - 1
-
-    def _note_drafted(self, row: int, right: int, taken: Sequence[int]) -> None:
-        bins, experience = self._drafted[row].bins, self._experience
-        for step in range(min(right + 1, self.drafter.drafted, len(taken))):
-            accepted = step < right
-            expected = experience.confidence.rate(bins[step]) if bins else experience.acceptance.value
-            if bins:
-                experience.confidence.note(bins[step], accepted)
-            experience.acceptance.note(accepted)
-            self._lengths.draft_factors[row].note(expected, accepted)
-
-    def _note_others(self, others: Sequence[Sequence[int]], right: int, row: int, taken: Sequence[int]) -> None:
-        other_bins, experience = self._drafted[row].other_bins, self._experience
-        for step in range(min(right + 1, len(others), len(taken))):
-            for rank, token in enumerate(others[step]):
-                calibration, place = (experience.ranks, rank)
-                if other_bins:
-                    calibration, place = experience.others, other_bins[step][rank]
-                calibration.note(place, token == taken[step])
-                self.counts[row].others_right += token == taken[step] and step < len(taken) - 1
-
-    def _note_guess(self, row: int, taken: Sequence[int]) -> None:
-        guess, sent = self._guesses[row], self._guessed[row]
-        for step, (guessed, token) in enumerate(zip(guess.tokens, taken, strict=False)):
-            expected = self._experience.match.rate(guess.match + step)
-            self._experience.match.note(guess.match + step, guessed == token)
-            self._lengths.lookup_factors[row].note(expected, guessed == token)
-            self.counts[row].guessed += step < sent
-            self.counts[row].guessed_right += step < sent and guessed == token
-            if guessed != token:
-                break
-
-    def _was_guessed(self, row: int, token: int) -> bool:
-        return row in self._guesses and self._guesses[row].tokens[0] == token
 
     def settle(self, seconds: dict[str, float]) -> None:
         """Learn what the round cost and yielded; see [`Speculator.settle`]."""
@@ -300,14 +226,3 @@ def _known_text(sequences: Sequences, row: int) -> list[int]:
     """Return what the output may quote: the prompt, behind what an encoder has read."""
     prompt = sequences.text(row)[0].tolist()
     return prompt if sequences.sources is None else [*sequences.sources[row].tolist(), END, *prompt]
-
-
-def _submitted(guess: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> int:
-    """Count the leading tokens of a guess that are in a tree."""
-    places = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
-    node, count = ROOT, 0
-    for token in guess:
-        if (node, token) not in places:
-            break
-        node, count = places[node, token], count + 1
-    return count

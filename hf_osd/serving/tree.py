@@ -21,12 +21,14 @@ class Candidates:
         tokens (`list[int]`): The token of each node.
         parents (`list[int]`): The earlier node that each node follows; [`ROOT`] for the end of the text.
         reach (`list[float]`): The probability that the row accepts a node and all its ancestors.
+        bins (`dict[int, int]`): Of the nodes that the lookup proposes, the bin of what speaks for them.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.reach: list[float] = []
+        self.bins: dict[int, int] = {}
         self._places: dict[tuple[int, int], int] = {}
 
     def add(self, parent: int, token: int, reach: float) -> int:
@@ -47,9 +49,22 @@ class Candidates:
             nodes.append(self.add(nodes[-1] if nodes else ROOT, token, chance))
         return nodes
 
+    def children(self, node: int) -> list[int]:
+        """Return the nodes that follow one."""
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
     def ranked(self) -> list[int]:
         """Return all nodes by falling reach. Since parents come first, the first `n` are a tree for any `n`."""
         return sorted(range(len(self.tokens)), key=lambda node: (-self.reach[node], node))
+
+    def best_chain(self, first: Sequence[int] = ()) -> list[int]:
+        """Return nodes that follow one another, `first` and then those from which the row accepts most tokens."""
+        worth, found = list(self.reach), list(first)
+        for node in reversed(range(len(worth))):
+            worth[node] += max((worth[child] for child in self.children(node)), default=0.0)
+        while following := self.children(found[-1] if found else ROOT):
+            found.append(max(following, key=worth.__getitem__))
+        return found
 
     def arranged(self, chosen: Iterable[int], first: Sequence[int] = ()) -> tuple[list[int], list[int]]:
         """
