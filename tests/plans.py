@@ -31,7 +31,7 @@ class RandomPlans:
         monkeypatch.setattr(MeasuredLength, "best_cut", lambda _, reach, least=0: self.between(least, len(reach)))
         monkeypatch.setattr(MeasuredLength, "filled", lambda _, nodes, most: nodes and self.between(nodes, most))
         monkeypatch.setattr(MeasuredLength, "best_fixed", lambda _, now, longest: self.random.randint(1, longest))
-        monkeypatch.setattr(RowProposal, "_judge", lambda *_: (0, self.random.choice([0.0, 1.0])))
+        monkeypatch.setattr(RowProposal, "_chance", lambda *_: self.random.choice([0.0, 1.0]))
         monkeypatch.setattr(MeasuredSpeculator, "_may_branch", property(lambda speculator: speculator._branches))
         candidates, chosen = MeasuredSpeculator._candidates, MeasuredSpeculator._chosen
         monkeypatch.setattr(MeasuredSpeculator, "_candidates", lambda *a, **k: self.shuffled(candidates(*a, **k)))

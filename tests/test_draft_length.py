@@ -1,6 +1,7 @@
 """How much is proposed, and by whom: against brute force, and over thousands of simulated rounds."""
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
@@ -8,13 +9,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hf_osd.records import Proposal
-from hf_osd.serving.draft_length import MeasuredLength, Plan, Round, bucket
+from hf_osd.serving.draft_length import Guess, MeasuredLength, Plan, Round, bucket
 from hf_osd.serving.experience import CONFIDENCES, Experience, Stance, confidence_bin, evidence_bin, stance
 from hf_osd.serving.lookup import Evidence
 from hf_osd.serving.measured import MeasuredSpeculator
 from hf_osd.serving.sequences import Sequences
 from hf_osd.serving.steps import Counts, Step
-from hf_osd.serving.tree import ROOT, Candidates
 
 ROOM = 8
 NODES = 16
@@ -38,11 +38,7 @@ def a_round(batch=1, lag=1, draft_room=ROOM):
 
 def guess(*chances):
     """A chain that the lookup proposes, of tokens with these chances."""
-    found, reach = Candidates(), [1.0]
-    for chance in chances:
-        reach.append(reach[-1] * chance)
-    found.add_chain([1] * len(chances), reach[1:])
-    return found
+    return [Guess(reach, place == 0) for place, reach in enumerate(accumulate(chances, lambda a, b: a * b))]
 
 
 def expected_tokens(acceptance, k):
@@ -91,11 +87,12 @@ def test_the_lookup_against_brute_force(chances, extra):
     """Catches a guess that is cut where it still pays, or sent where it does not."""
     known = experience(1.0, extra, step=5.0)
     lengths, found, gains = MeasuredLength(known, 1), guess(*chances), [0.0]
-    for reach in found.reach:
-        gains.append(gains[-1] + reach - extra)
+    for one in found:
+        gains.append(gains[-1] + one.reach - extra)
     assume(len({round(gain, 9) for gain in gains}) == len(gains))
-    assert lengths.plan(a_round(), {0: found}) == NO_DRAFT
-    assert lengths.best_cut(found.reach) == gains.index(max(gains))
+    plan = lengths.plan(a_round(), {0: found})
+    assert plan == NO_DRAFT
+    assert plan.guessed == gains.index(max(gains))
 
 
 def test_the_draft_rescues_guesses():
@@ -103,9 +100,10 @@ def test_the_draft_rescues_guesses():
     good, sure, unsure = experience(step=0.2, acceptance=0.85), guess(*[0.9] * 12), guess(0.2, *[0.8] * 11)
     assert not MeasuredLength(good, 1).plan(a_round(), {0: sure}).draft
     assert MeasuredLength(good, 1).plan(a_round(), {0: unsure}).draft
-    for token in (2, 3, 4):  # none is sure, but one of them will be right
-        unsure.add(ROOT, token, 0.24)
-    assert not MeasuredLength(good, 1).plan(a_round(), {0: unsure}).draft
+    several = sorted([*unsure, *[Guess(0.24, is_first=True)] * 3], reverse=True)  # none is sure, but one will be right
+    assert not MeasuredLength(good, 1).plan(a_round(), {0: several}).draft
+    hopeless = [*unsure, *[Guess(0.03, is_first=True)] * 25]  # these are not submitted
+    assert MeasuredLength(good, 1).plan(a_round(), {0: hopeless}).draft
     both = {0: sure}  # of four rows, only one has a guess
     assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft
     good.rescue.value = 0.1  # where the lookup has no guess, this draft has none either

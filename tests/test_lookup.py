@@ -90,7 +90,7 @@ def test_what_follows(pieces, outputs, data):
     own, other = [t for piece in pieces for t in piece], [t for output in outputs for t in [*output, END]]
     proposed = data.draw(st.lists(st.integers(0, 2), max_size=3)) if data else []
     end = [*own, *proposed]
-    places = [(text, *found) for text in (own, other) for found in slow_find(text, end)]
+    places = [(end, *found) for found in slow_find(own, end)] + [(other, *found) for found in slow_find(other, end)]
     branch, path = lookup.find(1, proposed), []
     for _ in range(20):
         expected = slow_branches(places, path)

@@ -229,7 +229,7 @@ PROMPT = [3, 4, 2, 0, 3, 4]  # "3 4" was followed by "2 0 3 4": a guess from the
 def some_guessed(monkeypatch):
     """A quarter of the rows each: guesses that promise 20%, 40%, 60% and 80%, beside a draft that promises 50%."""
     monkeypatch.setattr(MeasuredLength, "request_acceptance", lambda lengths, row: 0.5)
-    monkeypatch.setattr(RowProposal, "_judge", lambda proposal, node, branch: (0, 0.2 + 0.2 * (proposal._row % 4)))
+    monkeypatch.setattr(RowProposal, "_chance", lambda proposal, node, branch: 0.2 + 0.2 * (proposal._row % 4))
 
 
 class LikelyTokens:

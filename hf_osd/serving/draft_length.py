@@ -7,12 +7,12 @@ TIDE (https://arxiv.org/abs/2602.05145), with the closed form of Leviathan et al
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from .acceptance import RequestFactor
 from .experience import Experience
-from .tree import ROOT, Candidates
 
 _TRIAL = 4  # tokens that a trial drafts, to find out whether the draft pays again
 _SIZES = (2, 4, 6, 8, 12, 16)  # tokens submitted at once: sizes whose cost is measured
@@ -60,11 +60,26 @@ class Plan:
         draft (`int`): Most tokens to draft; with 0 the lookup alone proposes.
         nodes (`int`): Most tokens to submit to the target.
         trial (`bool`): Whether the draft proposes although it does not seem to pay, to find out.
+        guessed (`int`): Tokens that the lookup alone would submit for each row.
     """
 
     draft: int = 0
     nodes: int = 0
     trial: bool = False
+    guessed: int = field(default=0, compare=False)
+
+
+class Guess(NamedTuple):
+    """
+    A token of the lookup.
+
+    Attributes:
+        reach (`float`): The chance that the row takes it, and all before it.
+        is_first (`bool`): Whether it follows the text itself.
+    """
+
+    reach: float
+    is_first: bool
 
 
 class MeasuredLength:
@@ -88,8 +103,8 @@ class MeasuredLength:
         self._step = 0.0  # seconds of a draft step
         self.least_reach = _LEAST_REACH  # of a looked-up token that may be worth submitting
 
-    def plan(self, now: Round, guesses: Mapping[int, Candidates]) -> Plan:
-        """Choose for a round, given by row what the lookup proposes."""
+    def plan(self, now: Round, guesses: Mapping[int, Sequence[Guess]]) -> Plan:
+        """Choose for a round, given by row what the lookup alone would submit, in this order."""
         costs = self.experience.target_costs
         curve = costs.curve(self.batch, now.context, 1 + max(now.nodes, now.draft_room))
         if curve is None:
@@ -103,9 +118,12 @@ class MeasuredLength:
         step = self.experience.draft_costs.curve(self.batch, 0, 1)
         self._step = step[1] if step is not None else _UNKNOWN_STEP * self._costs[0]
         longest = min(now.draft_room, now.nodes, 2 if step is None else now.draft_room)
-        if self._is_worthwhile(now, longest, guesses):
-            return Plan(longest, now.nodes)
-        return self._trial(now) or Plan(0, now.nodes)
+        guessed = self.best_cut(self.gains([[one.reach for one in row[: now.nodes]] for row in guesses.values()]))
+        right = {row: sum(one.reach for one in found[:guessed] if one.is_first) for row, found in guesses.items()}
+        plan = self._trial(now) or Plan(0, now.nodes)
+        if self._is_worthwhile(now, longest, guessed, {row: max(1.0 - right.get(row, 0.0), 0.0) for row in now.rows}):
+            plan = Plan(longest, now.nodes)
+        return replace(plan, guessed=guessed)
 
     def _best_rate(self, rows: int) -> float:
         """Tokens per second: what rounds have yielded lately, or plain decoding where that is better."""
@@ -114,14 +132,11 @@ class MeasuredLength:
 
     def _break_even(self, rows: int) -> float:
         """The reach at which another token in each row gains as much as it costs on average."""
-        return self.rate * (self._costs[-1] - self._costs[0]) / len(self._costs) / (self.share * rows)
+        return self.rate * (self._costs[-1] - self._costs[0]) / max(len(self._costs) - 1, 1) / (self.share * rows)
 
-    def _is_worthwhile(self, now: Round, longest: int, guesses: Mapping[int, Candidates]) -> bool:
+    def _is_worthwhile(self, now: Round, longest: int, guessed: int, wrong: Mapping[int, float]) -> bool:
         """Whether drafting gains more, in rows where the lookup is wrong, than its time would yield otherwise."""
-        reach = [sorted(guess.reach, reverse=True)[: now.nodes] for guess in guesses.values()]
-        guessed, catching_up = self.best_cut(self.gains(reach)), self._catching_up(now) / self._remaining(now)
-        right = {row: sum(guess.reach[node] for node in guess.children(ROOT)) for row, guess in guesses.items()}
-        wrong = {row: max(1.0 - right.get(row, 0.0), 0.0) for row in now.rows}
+        catching_up = self._catching_up(now) / self._remaining(now)
         for k in range(1, longest + 1):
             gains = {row: self._rescued(row, k) for row in now.rows}
             gained = self.share * sum(gain * wrong[row] for row, gain in gains.items())

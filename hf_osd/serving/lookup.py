@@ -54,7 +54,7 @@ class Branch:
         token (`int`): The token.
         evidence (`Evidence`): What speaks for it.
         places (`Sequence[Place]`): The places.
-        step (`int`): How many tokens behind their matches it has brought us.
+        step (`int`): Tokens between the end of the text and what follows this one.
     """
 
     __slots__ = ("_branches", "_places", "_step", "evidence", "token")
@@ -180,7 +180,7 @@ class Lookup:
 
     def find(self, row: int, path: Sequence[int] = ()) -> Branch:
         """
-        Return what followed the end of a row's text, earlier in it and in others' outputs.
+        Return the end of a row's text, with what followed it earlier and in others' outputs as its branches.
 
         Args:
             row (`int`): The row.
@@ -188,8 +188,13 @@ class Lookup:
         """
         own = self._rows[row]
         suffix = [*own.tokens[-_LONGEST_MATCH:], *path][-_LONGEST_MATCH:]
-        places = [*own.find(suffix), *self._recent.index.find(suffix)] if suffix else []
-        return Branch(suffix[-1] if suffix else END, Evidence(0, 1.0), places, step=0)
+        if not suffix:
+            return Branch(END, Evidence(0, 1.0), (), step=0)
+        places = own.find(suffix)
+        if path:
+            text = [*own.tokens, *path]
+            places = [place._replace(tokens=text) for place in places]
+        return Branch(suffix[-1], Evidence(0, 1.0), [*places, *self._recent.index.find(suffix)], step=0)
 
     def finish(self, lengths: Sequence[int]) -> None:
         """Leave the outputs, the first `lengths[r]` tokens of each row, to later requests."""

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from ..records import Proposal
-from .draft_length import MeasuredLength, Plan, Round, bucket
+from .draft_length import Guess, MeasuredLength, Plan, Round, bucket
 from .drafting import OnlineAssistedGenerator
 from .experience import RANKS, Experience
+from .growing import Limits
 from .lookup import END, LOOKUP_LENGTH, Lookup
 from .row_proposal import RowProposal
 from .sequences import Sequences
@@ -61,6 +62,7 @@ class MeasuredSpeculator(Speculator):
         prompts = [_known_text(sequences, row) for row in range(sequences.batch)] if lookup else []
         self._lookup = Lookup(prompts, experience.outputs) if lookup else None
         self._proposals: list[RowProposal] = []  # by row
+        self._expected: dict[int, set[int]] = {}  # by row, the first tokens that the lookup alone would have submitted
         self._fruitless = 0  # rounds since a guess was submitted
         self._plan, self._now = Plan(), Round((), 0, 0, 0, 0, 0, 0, 0)
         self._sent = 0
@@ -71,13 +73,16 @@ class MeasuredSpeculator(Speculator):
     def propose(self, sequences: Sequences, room: int, watch: Stopwatch) -> Proposal:
         """Choose, and propose; see [`Speculator.propose`]."""
         self._now = now = self._look_around(sequences, room)
-        self._proposals = self._look_up(now)
-        guesses = {row: one.tree for row, one in enumerate(self._proposals) if one.tree.tokens}
-        self._plan = self._lengths.plan(now, guesses)
+        self._proposals = self._look_up(sequences, now)
+        orders = {row: self._order(self._proposals[row].tree) for row in now.rows}
+        self._plan = self._lengths.plan(
+            now, {row: self._guesses(row, order) for row, order in orders.items() if order}
+        )
+        self._expected = {row: self._first_tokens(row, order[: self._plan.guessed]) for row, order in orders.items()}
         drafted = self._draft(sequences, watch) if self._plan.draft else self.drafter.skip()
         proposal = self._chosen(drafted, sequences.ids.device)
         self._sent = proposal.tokens.shape[1]
-        if any(one.guesses for one in self._proposals):
+        if any(one.has_guessed for one in self._proposals):
             self._fruitless = 0
         return proposal
 
@@ -99,16 +104,25 @@ class MeasuredSpeculator(Speculator):
             generated=max(ends) - sequences.prompt_length,
         )
 
-    def _look_up(self, now: Round) -> list[RowProposal]:
+    def _look_up(self, sequences: Sequences, now: Round) -> list[RowProposal]:
         """Ask the lookup for every row; after many fruitless rounds only now and then, more seldom with more rows."""
         self._fruitless += 1
         stride = min(len(now.rows), _SELDOM) if self._fruitless > _FRUITLESS else 1
         lookup = self._lookup if self._fruitless % stride == 0 else None
         nodes = min(now.lookup_room, now.nodes)
+        limits = Limits(nodes, now.lookup_room, sequences.eos_token_ids, self._lengths.least_reach)
         return [
-            RowProposal(row, self._lengths, lookup, nodes, now.lookup_room, is_active=row in now.rows)
+            RowProposal(row, self._lengths, lookup, limits, is_active=row in now.rows)
             for row in range(self._lengths.batch)
         ]
+
+    def _guesses(self, row: int, order: Sequence[int]) -> list[Guess]:
+        tree = self._proposals[row].tree
+        return [Guess(tree.reach[node], tree.parents[node] == ROOT) for node in order]
+
+    def _first_tokens(self, row: int, nodes: Sequence[int]) -> set[int]:
+        tree = self._proposals[row].tree
+        return {tree.tokens[node] for node in nodes if tree.parents[node] == ROOT}
 
     def _draft(self, sequences: Sequences, watch: Stopwatch) -> Proposal:
         k = self._plan.draft if self._looks else self._lengths.best_fixed(self._now, self._plan.draft)
@@ -160,7 +174,7 @@ class MeasuredSpeculator(Speculator):
     def _candidates(self, row: int) -> Candidates:
         return self._proposals[row].merge()
 
-    def _order(self, tree: Candidates, forced: range) -> list[int]:
+    def _order(self, tree: Candidates, forced: range = range(0)) -> list[int]:
         """Return the nodes that may be submitted: those that must be, and then the others by falling worth."""
         nodes = tree.ranked() if self._may_branch else tree.best_chain(forced)
         return [*forced, *(node for node in nodes if node >= len(forced))]
@@ -180,7 +194,7 @@ class MeasuredSpeculator(Speculator):
         for row in self._now.rows:
             one, kept, counts = self._proposals[row], tokens[row][: taken[row]], self.counts[row]
             one.note_drafted(right[row], kept)
-            if self._plan.draft and not one.was_guessed(tokens[row][0]):
+            if self._plan.draft and tokens[row][0] not in self._expected[row]:
                 self._experience.rescue.note(taken[row] > 1)
             if others:
                 one.note_others(others[row], right[row], kept, counts)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from .draft_length import MeasuredLength
 from .experience import confidence_bin, evidence_bin, stance
-from .growing import grow
+from .growing import Limits, grow
 from .lookup import Branch, Lookup
 from .steps import Counts
 from .tree import ROOT, Candidates
@@ -21,8 +21,7 @@ class RowProposal:
         row (`int`): The row.
         lengths (`MeasuredLength`): Of the batch.
         lookup (`Lookup`, *optional*): The lookup; `None` where it is not asked.
-        nodes (`int`): Nodes of its tree to go on from, at most.
-        depth (`int`): Tokens that may follow one another.
+        limits (`Limits`): How far the tree may grow.
         is_active (`bool`): Whether the row still takes tokens.
 
     Attributes:
@@ -33,16 +32,16 @@ class RowProposal:
     """
 
     def __init__(
-        self, row: int, lengths: MeasuredLength, lookup: Lookup | None, nodes: int, depth: int, is_active: bool
+        self, row: int, lengths: MeasuredLength, lookup: Lookup | None, limits: Limits, is_active: bool
     ) -> None:
         self.tokens: list[int] = []
         self.reach: list[float] = []
         self.tree = Candidates()
         self.submitted: set[int] = set()
-        self._row, self._nodes, self._depth, self._is_active = row, nodes, depth, is_active
-        self._experience, self._least = lengths.experience, lengths.least_reach
-        self._drafted, self._looked_up = lengths.draft_factors[row], lengths.lookup_factors[row]
-        self._lookup = lookup if is_active and nodes > 0 else None
+        self._row, self._limits, self._is_active = row, limits, is_active
+        self._experience = lengths.experience
+        self._draft_factor, self._lookup_factor = lengths.draft_factors[row], lengths.lookup_factors[row]
+        self._lookup = lookup if limits.nodes else None
         self._found: list[Branch] = []  # what the lookup knows behind the text, and behind each drafted token
         self._bins: list[list[int]] = []  # of each drafted token, and of the others at its place
         self._others: list[list[tuple[int, float]]] = []  # the draft's next best tokens, with the chance of each there
@@ -51,19 +50,21 @@ class RowProposal:
         self._grow()
 
     def _look_up(self) -> None:
-        if self._lookup is not None:
+        if self._lookup is not None and self.going >= self._limits.reach:
             self._found.append(self._lookup.find(self._row, self.tokens))
 
     def _grow(self) -> None:
-        grow(self.tree, dict(enumerate(self._found, ROOT)), self._judge, self._nodes, self._depth, self._least)
+        grow(self.tree, dict(enumerate(self._found, ROOT)), self._chance, self._limits)
 
-    def _judge(self, node: int, branch: Branch) -> tuple[int, float]:
-        """Return the bin and the chance of a looked-up token. The chain is the first nodes of the tree."""
-        place = node + 1
+    def _chance(self, node: int, branch: Branch) -> float:
+        """Return how likely a looked-up token is. The drafted chain is the first nodes, so node 0 leads to place 1."""
+        return min(self._experience.evidence.rate(self._bin(node + 1, branch)) * self._lookup_factor.value, 0.99)
+
+    def _bin(self, place: int, branch: Branch) -> int:
+        """Return the bin of a looked-up token at a place of the drafted chain, or elsewhere if there is none."""
         known = place < len(self.tokens) and self.tokens[place] >= 0
         choices = [self.tokens[place], *(token for token, _ in self._others[place])] if known else []
-        bin_ = evidence_bin(branch.evidence, stance(branch.token, choices))
-        return bin_, min(self._experience.evidence.rate(bin_) * self._looked_up.value, 0.99)
+        return evidence_bin(branch.evidence, stance(branch.token, choices))
 
     @property
     def going(self) -> float:
@@ -79,10 +80,11 @@ class RowProposal:
             chances (`Sequence[float]`): The draft's own probability of each.
             is_last (`bool`): Whether the token ends the row.
         """
-        choices = [branch.token for branch in self._found[-1].branches] if self._found else []
+        found = self._found[len(self.tokens) :]  # empty where it was not asked
+        choices = [branch.token for branch in found[0].branches] if found else []
         bins = [confidence_bin(chance, stance(token, choices)) for token, chance in zip(tokens, chances, strict=True)]
         rates = [self._experience.others.rate(bin_) for bin_ in bins[1:]]
-        chance = min(self._experience.confidence.rate(bins[0]) * self._drafted.value, 0.99)
+        chance = min(self._experience.confidence.rate(bins[0]) * self._draft_factor.value, 0.99)
         self._bins.append(bins)
         self._add(tokens, [chance, *rates])
         self._has_ended |= is_last
@@ -116,13 +118,9 @@ class RowProposal:
         self.submitted = set(nodes)
 
     @property
-    def guesses(self) -> bool:
+    def has_guessed(self) -> bool:
         """Whether anything of the lookup was submitted."""
-        return not self.submitted.isdisjoint(self.tree.bins)
-
-    def was_guessed(self, token: int) -> bool:
-        """Whether the lookup proposed a token right behind the text."""
-        return any(self.tree.tokens[node] == token for node in self.tree.children(ROOT) if node in self.tree.bins)
+        return not self.submitted.isdisjoint(self.tree.looked_up)
 
     def note_drafted(self, right: int, taken: Sequence[int]) -> None:
         """Judge the drafted chain, of which `right` tokens were right; the row took `taken`."""
@@ -133,7 +131,7 @@ class RowProposal:
             if bins:
                 experience.confidence.note(bins[0], accepted)
             experience.acceptance.note(accepted)
-            self._drafted.note(expected, accepted)
+            self._draft_factor.note(expected, accepted)
 
     def note_others(self, others: Sequence[Sequence[int]], right: int, taken: Sequence[int], counts: Counts) -> None:
         """Judge the draft's next best tokens, `others`, likewise."""
@@ -147,21 +145,35 @@ class RowProposal:
                 counts.others_right += is_right and step < len(taken) - 1
 
     def note_guessed(self, taken: Sequence[int], counts: Counts) -> None:
-        """Judge what the lookup proposed behind each token that the row took, as far as the tree goes."""
+        """Judge what the lookup knew behind each token that the row took, submitted or not."""
+        place, found = 0, self._found[:1]  # the place on the drafted chain, as long as that is right
+        for token in taken:
+            if not found:
+                break
+            branches = found[0].branches
+            self._note_place(place, branches, token)
+            on_chain = place < min(len(self.tokens), len(self._found) - 1) and self.tokens[place] == token
+            place = place + 1 if on_chain else len(self.tokens)
+            found = [self._found[place]] if on_chain else [one for one in branches if one.token == token]
+        self._count(taken, counts)
+
+    def _note_place(self, place: int, branches: Sequence[Branch], token: int) -> None:
+        if not branches:
+            return
+        calibration, bins = self._experience.evidence, [self._bin(place, branch) for branch in branches]
+        expected = min(sum(calibration.rate(bin_) for bin_ in bins), 1.0)
+        self._lookup_factor.note(expected, any(branch.token == token for branch in branches))
+        for branch, bin_ in zip(branches, bins, strict=True):
+            calibration.note(bin_, branch.token == token)
+
+    def _count(self, taken: Sequence[int], counts: Counts) -> None:
+        """Count the places that the row came to where something of the lookup was submitted."""
         tree, node = self.tree, ROOT
+        guessed = tree.looked_up & self.submitted
         for token in taken:
             following = tree.children(node)
             node = next((child for child in following if tree.tokens[child] == token), ROOT)
-            guessed = [child for child in following if child in tree.bins]
-            if guessed:
-                self._note_place(guessed, node)
-                counts.guessed += not self.submitted.isdisjoint(guessed)
-                counts.guessed_right += node in guessed and node in self.submitted
+            counts.guessed += not guessed.isdisjoint(following)
+            counts.guessed_right += node in guessed
             if node == ROOT:
                 return
-
-    def _note_place(self, guessed: Sequence[int], right: int) -> None:
-        calibration, bins = self._experience.evidence, [self.tree.bins[node] for node in guessed]
-        self._looked_up.note(min(sum(calibration.rate(bin_) for bin_ in bins), 1.0), right in guessed)
-        for node, bin_ in zip(guessed, bins, strict=True):
-            calibration.note(bin_, node == right)

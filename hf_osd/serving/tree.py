@@ -21,14 +21,14 @@ class Candidates:
         tokens (`list[int]`): The token of each node.
         parents (`list[int]`): The earlier node that each node follows; [`ROOT`] for the end of the text.
         reach (`list[float]`): The probability that the row accepts a node and all its ancestors.
-        bins (`dict[int, int]`): Of the nodes that the lookup proposes, the bin of what speaks for them.
+        looked_up (`set[int]`): The nodes that the lookup proposes.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.reach: list[float] = []
-        self.bins: dict[int, int] = {}
+        self.looked_up: set[int] = set()
         self._places: dict[tuple[int, int], int] = {}
 
     def add(self, parent: int, token: int, reach: float) -> int:
@@ -59,11 +59,16 @@ class Candidates:
 
     def best_chain(self, first: Sequence[int] = ()) -> list[int]:
         """Return nodes that follow one another, `first` and then those from which the row accepts most tokens."""
-        worth, found = list(self.reach), list(first)
-        for node in reversed(range(len(worth))):
-            worth[node] += max((worth[child] for child in self.children(node)), default=0.0)
-        while following := self.children(found[-1] if found else ROOT):
-            found.append(max(following, key=worth.__getitem__))
+        worth, best = list(self.reach), dict[int, int]()
+        for node in reversed(range(len(worth))):  # children come before their parents
+            if node in best:
+                worth[node] += worth[best[node]]
+            rival = best.setdefault(self.parents[node], node)
+            if worth[node] >= worth[rival]:
+                best[self.parents[node]] = node
+        found = list(first)
+        while (last := found[-1] if found else ROOT) in best:
+            found.append(best[last])
         return found
 
     def arranged(self, chosen: Iterable[int], first: Sequence[int] = ()) -> tuple[list[int], list[int]]:
