@@ -2,9 +2,9 @@
 Whether trees pay on a real model, row by row: batch size, precision, greedy or sampling; all contenders interleaved.
 
 *chain* and *tree* answer every request, the others one of so many. Both are hf_osd with the same draft and settings;
-for *chain* every round submits the better of the lookup's and the draft's chain, as for a target that takes no
-trees. Every row has prompts of its own, since the lookup remembers, and the first requests of a row do not count: in
-these, both measure what passes of this batch cost. Rows are added to those in the output file.
+for *chain* every round submits the best chain of what the lookup and the draft propose, as for a target that takes
+no trees. Every row has prompts of its own, since the lookup remembers, and the first requests of a row do not count:
+in these, both measure what passes of this batch cost. Rows are added to those in the output file.
 
     python -m benchmarks.rows --target HuggingFaceTB/SmolLM2-135M-Instruct --assistant hf_osd/demo/smollm2 \
         --prompts gsm8k.jsonl --prompts spider.jsonl --prompts python.jsonl --dtype bfloat16 --batch 1 2 4 8 \

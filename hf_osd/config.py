@@ -174,8 +174,8 @@ class OnlineConfig:
             transformers' `num_assistant_tokens_schedule` does, within `draft_length`. `"constant"`: always
             `draft_length`.
         prompt_lookup (`bool`, defaults to `True`):
-            With `"measured"`, also propose what followed the last few tokens earlier in the text, or in the outputs
-            of recent requests. This runs no model.
+            With `"measured"`, also propose what followed the last tokens earlier in the text, and in the outputs of
+            recent requests. This runs no model.
         confidence_threshold (`float`, defaults to 0.0):
             With `"heuristic"` and `"constant"`, end a proposal once the product of the draft's own probabilities of
             its tokens is at most this, in [0, 1]. 0.0 never ends one early.

@@ -29,8 +29,9 @@ class OnlineStats:
         accepted_tokens (`int`): Of these, tokens that were right. Divided by `draft_tokens`: `acceptance_rate`.
         accepted_other_tokens (`int`): Tokens accepted where the draft's first choice was wrong, and its second,
             third or fourth, beside it in the tree, was right. Not in `accepted_tokens`.
-        lookup_tokens (`int`): Tokens of the lookup that were submitted and judged, the draft's own choice or not.
-        accepted_lookup_tokens (`int`): Of these, tokens that were right.
+        lookup_tokens (`int`): Places where the target judged tokens of the lookup, one or several, the draft's own
+            choice or not.
+        accepted_lookup_tokens (`int`): Of these, places where one of them was right.
 
         > Time of serving
 

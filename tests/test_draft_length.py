@@ -38,7 +38,7 @@ def a_round(batch=1, lag=1, draft_room=ROOM):
 
 def guess(*chances):
     """A chain that the lookup proposes, of tokens with these chances."""
-    return [Guess(reach, place == 0) for place, reach in enumerate(accumulate(chances, lambda a, b: a * b))]
+    return [Guess(place, reach, place == 0) for place, reach in enumerate(accumulate(chances, lambda a, b: a * b))]
 
 
 def expected_tokens(acceptance, k):
@@ -100,9 +100,12 @@ def test_the_draft_rescues_guesses():
     good, sure, unsure = experience(step=0.2, acceptance=0.85), guess(*[0.9] * 12), guess(0.2, *[0.8] * 11)
     assert not MeasuredLength(good, 1).plan(a_round(), {0: sure}).draft
     assert MeasuredLength(good, 1).plan(a_round(), {0: unsure}).draft
-    several = sorted([*unsure, *[Guess(0.24, is_first=True)] * 3], reverse=True)  # none is sure, but one will be right
+    several = [
+        *[Guess(token, 0.24, is_first=True) for token in (20, 21, 22)],
+        *unsure,
+    ]  # none is sure, but one is right
     assert not MeasuredLength(good, 1).plan(a_round(), {0: several}).draft
-    hopeless = [*unsure, *[Guess(0.03, is_first=True)] * 25]  # these are not submitted
+    hopeless = [*unsure, *[Guess(20 + token, 0.03, is_first=True) for token in range(25)]]  # these are not submitted
     assert MeasuredLength(good, 1).plan(a_round(), {0: hopeless}).draft
     both = {0: sure}  # of four rows, only one has a guess
     assert MeasuredLength(experience(step=0.1, acceptance=0.85, batch=4), 4).plan(a_round(4), both).draft

@@ -74,6 +74,18 @@ def test_merging_against_brute_force(chains):
     assert all(found.reach[node] <= found.reach[parent] for node, parent in enumerate(found.parents) if parent != ROOT)
 
 
+@given(CHAINS, st.integers(0, 3))
+def test_the_best_chain_against_brute_force(chains, forced):
+    """Catches a chain of which the row accepts fewer tokens than of another, and one that leaves what is forced."""
+    found = merged(chains)
+    first = list(range(min(forced, len(chains[0]) if chains else 0)))
+    best = found.best_chain(first)
+    assert best[: len(first)] == first
+    assert [found.parents[node] for node in best] == [ROOT, *best[:-1]][: len(best)]
+    worth = [sum(found.reach[one] for one in up) for up in walked(found.parents) if up[: len(first)] == first]
+    assert sum(found.reach[node] for node in best) == pytest.approx(max(worth, default=0.0))
+
+
 @given(CHAINS)
 def test_the_likeliest_nodes_are_a_tree(chains):
     """Catches a node that is ranked before its parent, and one that is ranked before a likelier one."""

@@ -74,10 +74,12 @@ class Guess(NamedTuple):
     A token of the lookup.
 
     Attributes:
+        token (`int`): The token.
         reach (`float`): The chance that the row takes it, and all before it.
         is_first (`bool`): Whether it follows the text itself.
     """
 
+    token: int
     reach: float
     is_first: bool
 

@@ -27,7 +27,7 @@ _UNANIMOUS = (0.5, 0.65, 0.7, 0.75, 0.8, 0.8, 0.85)
 class Stance(IntEnum):
     """What the other one of draft and lookup says of a token that one of them proposes."""
 
-    SILENT = 0  # it proposes nothing at this place
+    SILENT = 0  # it proposes nothing at this place, or was not asked
     AGREES = 1  # it is its first choice, too
     ALLOWS = 2  # it is among its choices
     DIFFERS = 3  # it proposes others only
@@ -136,7 +136,7 @@ class Experience:
         """Return that of another draft for the same target: what is known of target and traffic is shared."""
         return Experience(
             target_costs=self.target_costs,
-            evidence=copy.deepcopy(self.evidence),  # which depends on the draft from now on
+            evidence=copy.deepcopy(self.evidence),  # a copy, since it also says how far this draft confirms the lookup
             answer_length=self.answer_length,
             outputs=self.outputs,
         )

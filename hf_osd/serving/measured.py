@@ -40,7 +40,7 @@ class MeasuredSpeculator(Speculator):
         drafter (`OnlineAssistedGenerator`): The draft.
         experience (`Experience`): Of the assistant.
         sequences (`Sequences`): The batch.
-        lookup (`bool`): Whether guesses are made.
+        lookup (`bool`): Whether the lookup is asked.
         nodes (`int`): Most tokens to submit.
         branches (`bool`): Whether a proposal may be a tree.
     """
@@ -74,11 +74,10 @@ class MeasuredSpeculator(Speculator):
         """Choose, and propose; see [`Speculator.propose`]."""
         self._now = now = self._look_around(sequences, room)
         self._proposals = self._look_up(sequences, now)
-        orders = {row: self._order(self._proposals[row].tree) for row in now.rows}
-        self._plan = self._lengths.plan(
-            now, {row: self._guesses(row, order) for row, order in orders.items() if order}
-        )
-        self._expected = {row: self._first_tokens(row, order[: self._plan.guessed]) for row, order in orders.items()}
+        guesses = {row: self._guesses(self._proposals[row].tree) for row in now.rows}
+        self._plan = self._lengths.plan(now, guesses)
+        for row, found in guesses.items():
+            self._expected[row] = {one.token for one in found[: self._plan.guessed] if one.is_first}
         drafted = self._draft(sequences, watch) if self._plan.draft else self.drafter.skip()
         proposal = self._chosen(drafted, sequences.ids.device)
         self._sent = proposal.tokens.shape[1]
@@ -116,13 +115,8 @@ class MeasuredSpeculator(Speculator):
             for row in range(self._lengths.batch)
         ]
 
-    def _guesses(self, row: int, order: Sequence[int]) -> list[Guess]:
-        tree = self._proposals[row].tree
-        return [Guess(tree.reach[node], tree.parents[node] == ROOT) for node in order]
-
-    def _first_tokens(self, row: int, nodes: Sequence[int]) -> set[int]:
-        tree = self._proposals[row].tree
-        return {tree.tokens[node] for node in nodes if tree.parents[node] == ROOT}
+    def _guesses(self, tree: Candidates) -> list[Guess]:
+        return [Guess(tree.tokens[node], tree.reach[node], tree.parents[node] == ROOT) for node in self._order(tree)]
 
     def _draft(self, sequences: Sequences, watch: Stopwatch) -> Proposal:
         k = self._plan.draft if self._looks else self._lengths.best_fixed(self._now, self._plan.draft)

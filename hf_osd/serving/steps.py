@@ -42,8 +42,8 @@ class Counts:
         judged (`int`): Those that the target judged: up to and including the first wrong one of each round. Later ones
             follow a wrong token and say nothing about the draft.
         accepted (`int`): Those that were right.
-        guessed (`int`): Tokens submitted by the lookup, and judged.
-        guessed_right (`int`): Those that were accepted.
+        guessed (`int`): Places that the row came to where tokens of the lookup were submitted, one or several.
+        guessed_right (`int`): Those of them where one was right.
         others_right (`int`): Accepted tokens that were the draft's next best at their place.
     """
 
