@@ -164,9 +164,8 @@ class OnlineConfig:
         > Drafting
 
         draft_nodes (`int`, defaults to 16):
-            Most tokens that one pass of the target checks under the schedule `"measured"`, in [1, 1024]. They form a
-            tree: what the draft and the lookup propose, with the draft's next best tokens beside its own. A target
-            whose attention takes no custom mask gets the best chain instead.
+            Most tokens that one pass of the target checks under the schedule `"measured"`, in [1, 1024]: a tree of
+            what draft and lookup propose, or the best chain where the target's attention takes no custom mask.
         draft_length_schedule (`str`, defaults to `"measured"`):
             How many tokens each round proposes. `"measured"`: as many as promise the most tokens per second, by the
             measured costs of both models and the acceptance so far; none where speculation does not pay.
@@ -174,8 +173,9 @@ class OnlineConfig:
             transformers' `num_assistant_tokens_schedule` does, within `draft_length`. `"constant"`: always
             `draft_length`.
         prompt_lookup (`bool`, defaults to `True`):
-            With `"measured"`, also propose what followed the last tokens earlier in the text, and in the outputs of
-            recent requests. This runs no model.
+            With `"measured"`, also propose what followed the last tokens earlier in the text. This runs no model.
+        recent_outputs (`int`, defaults to 32768):
+            Tokens of other requests' latest outputs that it looks up as well, in memory only; in [0, 2**24].
         confidence_threshold (`float`, defaults to 0.0):
             With `"heuristic"` and `"constant"`, end a proposal once the product of the draft's own probabilities of
             its tokens is at most this, in [0, 1]. 0.0 never ends one early.
@@ -269,8 +269,7 @@ class OnlineConfig:
     A draft that reads the target's states brings settings of its own, as a model brings its generation config:
     [`OnlineConfig.for_draft`] starts from them.
 
-    Values are checked when the config is made. Mappings and adapters are copied, so later changes to them have no
-    effect. Scalars of numpy become Python's own.
+    Values are checked when the config is made. Mappings and adapters are copied. Scalars of numpy become Python's own.
 
     Raises:
         ConfigError: A value has the wrong type, is out of its range or contradicts another; the message names the
@@ -296,6 +295,7 @@ class OnlineConfig:
     draft_nodes: int = 16
     draft_length_schedule: Schedule = "measured"
     prompt_lookup: bool = True
+    recent_outputs: int = 2**15
     confidence_threshold: float = 0.0
     unsupported: Unsupported = "warn"
 
@@ -368,6 +368,7 @@ RULES: dict[str, Rule] = {
     "draft_nodes": integer(1, 1024),  # likewise
     "draft_length_schedule": choice(*get_args(Schedule)),
     "prompt_lookup": FLAG,
+    "recent_outputs": integer(0, 2**24),
     "confidence_threshold": number(0, 1),
     "unsupported": choice(*get_args(Unsupported)),
     "record_fraction": number(0, 1),

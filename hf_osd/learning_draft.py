@@ -26,6 +26,7 @@ from .records import Observation
 from .reporting import write_report
 from .serving.engine import Engine
 from .serving.experience import Experience
+from .serving.lookup import RecentOutputs
 from .serving.stopwatch import STAGES
 from .serving.weights import LiveWeights, describe
 from .stats import OnlineStats
@@ -78,7 +79,11 @@ class LearningDraft:
         check_draft(target, self.draft)
         if isinstance(self.draft, FeatureDraft) and (beside is None or self.draft.target is not target):
             self.draft.borrow(target)  # a fork has done so, and keeps the vocabulary of its parent
-        self.experience: Experience = Experience() if beside is None else beside.experience.of_another_draft()
+        self.experience: Experience = (
+            Experience(outputs=RecentOutputs(config.recent_outputs))
+            if beside is None
+            else beside.experience.of_another_draft()
+        )
         self._target = weakref.ref(target)  # a draft kept for a target must not keep the target alive
         self._lock = threading.Lock()
         self._totals: Counter[str] = Counter()

@@ -33,6 +33,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "draft_nodes": st.integers(1, 1024),
     "draft_length_schedule": st.sampled_from(["measured", "heuristic", "constant"]),
     "prompt_lookup": st.booleans(),
+    "recent_outputs": st.integers(0, 2**24),
     "confidence_threshold": UNIT | st.integers(0, 1),
     "unsupported": st.sampled_from(["warn", "error"]),
     "record_fraction": UNIT,

@@ -88,7 +88,7 @@ def test_a_run_leaves_a_table_a_plot_and_all_figures_but_no_prompt(folders: dict
         **folders, requests=3, max_new_tokens=12, update_every=2, output=output, device="cpu", budget_seconds=300
     )
     assert command.run(Console(file=screen, width=120))
-    assert "All 6 outputs of hf_osd equal the target's own" in screen.getvalue()
+    assert "All 9 outputs of hf_osd equal the target's own" in screen.getvalue()
     (png,) = output.glob("*.png")
     assert png.read_bytes().startswith(b"\x89PNG")
     (path,) = output.glob("*.json")

@@ -129,6 +129,19 @@ def test_outputs_are_left_to_later_requests():
     assert longest(Lookup([[1, 4]], recent).find(0), 4) == [5]
 
 
+@given(outputs=st.lists(texts, max_size=8), capacity=st.integers(0, 50))
+def test_no_more_is_kept_than_was_asked_for(outputs, capacity):
+    """Catches an output longer than the memory that is kept whole, and one of which nothing is kept."""
+    recent, told = RecentOutputs(capacity), []
+    for output in outputs:
+        recent.add(output)
+        told += [*output, END]
+        kept = recent.index.tokens
+        assert len(kept) <= capacity
+        assert kept == told[len(told) - len(kept) :]
+        assert len(kept) >= min(len(output) + 1, capacity)
+
+
 @pytest.mark.parametrize("length", [3, 10, 40])
 def test_recent_outputs_are_bounded(length):
     """Catches memory that grows with the traffic, and a trim that drops the newest or loses what it keeps."""
@@ -138,7 +151,7 @@ def test_recent_outputs_are_bounded(length):
         reader = recent.index
         held = list(reader.tokens)
         recent.add(output)
-        assert len(recent.index.tokens) <= 101
+        assert len(recent.index.tokens) <= 100
         assert reader.tokens[: len(held)] == held  # a request in flight goes on with what it has
         assert recent.index.tokens[-length - 1 :] == [*output, END]
         assert longest(Lookup([output[:2]], recent).find(0), 1) == output[2:3]

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.race import Race
-from .results import CONTENDERS, ONLINE, PLAIN, STATIC, STOCK, WINDOW, moving
+from .results import CONTENDERS, ONLINE, PLAIN, RECALLING, STATIC, STOCK, WINDOW, moving
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = {PLAIN: "0.45", STOCK: "tab:blue", STATIC: "tab:orange", ONLINE: "tab:green"}
+_COLOURS = {PLAIN: "0.45", STOCK: "tab:blue", STATIC: "tab:orange", RECALLING: "tab:red", ONLINE: "tab:green"}
 
 
 def write_plot(race: Race, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..evaluation.exactness import Difference
 from ..evaluation.race import Race, Round, total
 from .display import percent
-from .results import CONTENDERS, ONLINE, PLAIN, STATIC, mismatches, quarter
+from .results import CONTENDERS, ONLINE, OURS, PLAIN, STATIC, mismatches, quarter
 
 
 def print_report(console: Console, race: Race, *, sample: bool) -> None:
@@ -42,12 +42,12 @@ def verdict(race: Race, *, sample: bool) -> list[str]:
     """Say in words whether every output was the target's own."""
     if sample:
         return ["Outputs were sampled, so they are not compared token for token."]
-    count, ours = 2 * len(race.rounds), (STATIC, ONLINE)
+    count = len(OURS) * len(race.rounds)
     lines = [f"All {count} outputs of hf_osd equal the target's own."]
     if wrong := mismatches(race):
         lines = [f"{wrong} of {count} outputs of hf_osd are NOT the target's own:"]
-        lines += [_describe(item) for item in race.mismatches if item.contender in ours]
-    elif ties := [item.gap or 0.0 for item in race.near_ties if item.contender in ours]:
+        lines += [_describe(item) for item in race.mismatches if item.contender in OURS]
+    elif ties := [item.gap or 0.0 for item in race.near_ties if item.contender in OURS]:
         lines = [
             f"{count - len(ties)} of {count} outputs of hf_osd equal the target's own, the others up to a near tie of "
             f"its best two tokens: logits at most {max(ties):.1e} apart."

@@ -8,8 +8,10 @@ from ..evaluation.race import Race, Round, total
 PLAIN = "plain"
 STOCK = "transformers assisted"
 STATIC = "static draft"
+RECALLING = "static draft, recent outputs"
 ONLINE = "online draft"
-CONTENDERS = (PLAIN, STOCK, STATIC, ONLINE)
+OURS = (STATIC, RECALLING, ONLINE)
+CONTENDERS = (PLAIN, STOCK, *OURS)
 
 WINDOW = 16  # requests in a moving average
 
@@ -27,4 +29,4 @@ def moving(rounds: Sequence[Round], contender: str, window: int = WINDOW) -> lis
 
 def mismatches(race: Race) -> int:
     """Count the outputs of hf_osd that are not the target's own."""
-    return sum(item.contender in (STATIC, ONLINE) for item in race.mismatches)
+    return sum(item.contender in OURS for item in race.mismatches)

@@ -11,7 +11,7 @@ from ..evaluation.encoding import encode_prompts
 from ..evaluation.models import Pair, generate_options
 from ..evaluation.prompts import Prompt
 from ..evaluation.race import Race, run_race
-from .results import ONLINE, PLAIN, STATIC, STOCK
+from .results import ONLINE, PLAIN, RECALLING, STATIC, STOCK
 
 
 def run_demo(
@@ -31,7 +31,8 @@ def run_demo(
     Args:
         pair (`Pair`): The models.
         prompts (`Sequence[Prompt]`): One more than the requests, where there are enough: the last one warms up.
-        config (`OnlineConfig`): Settings of the online contender; the static one has the same, but for `learn=False`.
+        config (`OnlineConfig`): Settings of the online contender. The static ones have the same, but do not learn; one
+            of them remembers recent outputs all the same.
         observer (`Callable[[Race], None]`, *optional*): Hears of every round.
         requests (`int`): Requests to serve.
         max_new_tokens (`int`): Longest answer.
@@ -53,16 +54,15 @@ def run_demo(
 
 @contextmanager
 def open_contenders(pair: Pair, config: OnlineConfig) -> Iterator[list[Contender]]:
-    """Set up plain, transformers' assisted, static and online decoding; none sees what another one's draft learns."""
-    target = pair.target
+    """Set up plain, transformers' assisted, static and online decoding; none sees what another one has learned."""
+    configs = {
+        STATIC: replace(config, learn=False, recent_outputs=0),
+        RECALLING: replace(config, learn=False),
+        ONLINE: config,
+    }
     with ExitStack() as stack:
-        fixed, learner = (
-            stack.enter_context(assistant_of(pair, one, copy.deepcopy(pair.draft)))
-            for one in (replace(config, learn=False), config)
+        ours = (
+            Assisted(name, pair.target, stack.enter_context(assistant_of(pair, one, copy.deepcopy(pair.draft))))
+            for name, one in configs.items()
         )
-        yield [
-            Generate(PLAIN, target),
-            stock(STOCK, pair),
-            Assisted(STATIC, target, fixed),
-            Assisted(ONLINE, target, learner),
-        ]
+        yield [Generate(PLAIN, pair.target), stock(STOCK, pair), *ours]

@@ -141,7 +141,7 @@ class RecentOutputs:
     Outputs of recent requests, shared by the requests of one assistant. They live in memory only.
 
     Args:
-        capacity (`int`): Tokens to keep; the oldest half is dropped when they are reached.
+        capacity (`int`, defaults to 32768): Most tokens to keep. When they are reached, the latest half stays.
     """
 
     def __init__(self, capacity: int = 1 << 15) -> None:
@@ -150,12 +150,13 @@ class RecentOutputs:
         self.index = TokenIndex()  # replaced, never shrunk: a reader goes on with the one it has
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Append one output."""
+        """Append one output, or its end if it is too long to be kept."""
+        added = [*tokens, END][-self._capacity :] if self._capacity else []
         with self._lock:
-            if len(self.index.tokens) + len(tokens) > self._capacity:
-                kept, self.index = self.index.tokens[-self._capacity // 2 :], TokenIndex()
-                self.index.extend(kept)
-            self.index.extend([*tokens, END])
+            if len(self.index.tokens) + len(added) > self._capacity:
+                old, self.index = self.index.tokens, TokenIndex()
+                self.index.extend(old[len(old) - min(self._capacity // 2, self._capacity - len(added)) :])
+            self.index.extend(added)
 
 
 class Lookup:
