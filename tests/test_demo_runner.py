@@ -191,7 +191,7 @@ def test_figures_are_printed_where_they_cannot_be_written(
     command = DemoCommand(**folders, requests=2, max_new_tokens=4, output=tmp_path / "runs", device="cpu")
     with pytest.raises(ConfigError, match=r"cannot write to .*runs' \(No space left on device\)"):
         command.run(Console(file=screen, width=120))
-    assert "All 4 outputs of hf_osd equal the target's own" in screen.getvalue()
+    assert "All 6 outputs of hf_osd equal the target's own" in screen.getvalue()
 
 
 def test_figures_are_written_where_they_cannot_be_printed(

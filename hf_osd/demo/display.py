@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..evaluation.contenders import Sample
 from ..evaluation.race import Race, total
-from .results import CONTENDERS, ONLINE, PLAIN, STATIC, WINDOW, mismatches, moving
+from .results import CONTENDERS, ONLINE, PLAIN, RECALLING, WINDOW, mismatches, moving
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60  # characters of a sparkline
@@ -61,13 +61,13 @@ def _panel(progress: Progress, race: Race) -> RenderableType:
 def _line(race: Race) -> str:
     recent = {name: total(race.rounds[-WINDOW:], name) for name in CONTENDERS}
     speeds = ", ".join(f"{name} {recent[name].tokens_per_second:.0f}" for name in CONTENDERS)
-    static, online = (percent(recent[name].acceptance) for name in (STATIC, ONLINE))
+    static, online = (percent(recent[name].acceptance) for name in (RECALLING, ONLINE))
     return f"acceptance {static} static, {online} online | tokens/s: {speeds} | {_footer(race)}"
 
 
 def _acceptance_lines(race: Race) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
-    for name, style in ((STATIC, "yellow"), (ONLINE, "green")):
+    for name, style in ((RECALLING, "yellow"), (ONLINE, "green")):
         curve = moving(race.rounds, name)
         grid.add_row(
             f"acceptance, {name}",

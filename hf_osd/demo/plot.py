@@ -13,7 +13,7 @@ _COLOURS = {PLAIN: "0.45", STOCK: "tab:blue", STATIC: "tab:orange", RECALLING: "
 
 
 def write_plot(race: Race, path: Path) -> None:
-    """Draw acceptance (static and online) and speed (all contenders) as moving averages, and write a PNG."""
+    """Draw acceptance (beside the same lookup) and speed (all contenders) as moving averages, and write a PNG."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -30,7 +30,7 @@ def write_plot(race: Race, path: Path) -> None:
 
 def _draw_acceptance(axes: "Axes", race: Race) -> None:
     axes.set_title("Drafted tokens accepted")
-    for name in (STATIC, ONLINE):
+    for name in (RECALLING, ONLINE):
         shares = [one.acceptance or 0.0 for one in moving(race.rounds, name)]
         axes.plot(range(1, len(shares) + 1), shares, label=name, color=_COLOURS[name])
 

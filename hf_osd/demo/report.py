@@ -12,7 +12,7 @@ from rich.table import Table
 from ..evaluation.exactness import Difference
 from ..evaluation.race import Race, Round, total
 from .display import percent
-from .results import CONTENDERS, ONLINE, OURS, PLAIN, STATIC, mismatches, quarter
+from .results import CONTENDERS, ONLINE, OURS, PLAIN, RECALLING, mismatches, quarter
 
 
 def print_report(console: Console, race: Race, *, sample: bool) -> None:
@@ -65,20 +65,20 @@ def _acceptance_table(race: Race) -> Table:
     table.add_column("draft")
     for title in ("first quarter", "last quarter", "change", "whole run", "tokens per target pass"):
         table.add_column(title, justify="right")
-    for name in (STATIC, ONLINE):
+    for name in (RECALLING, ONLINE):
         first, last = total(quarter(race.rounds, 1), name), total(quarter(race.rounds, 4), name)
         whole, per_pass = total(race.rounds, name), last.tokens_per_pass
         change = _signed(last.acceptance, first.acceptance)
         shares = (percent(first.acceptance), percent(last.acceptance), change, percent(whole.acceptance))
         table.add_row(name, *shares, "-" if per_pass is None else f"{per_pass:.2f}")
-    firsts, lasts = ([total(quarter(race.rounds, q), name).acceptance for name in (ONLINE, STATIC)] for q in (1, 4))
+    firsts, lasts = ([total(quarter(race.rounds, q), name).acceptance for name in (ONLINE, RECALLING)] for q in (1, 4))
     table.add_section()
     table.add_row("gain", _signed(*firsts), _signed(*lasts), "", _gain(race), "")
     return table
 
 
 def _gain(race: Race) -> str:
-    return _signed(*(total(race.rounds, name).acceptance for name in (ONLINE, STATIC)))
+    return _signed(*(total(race.rounds, name).acceptance for name in (ONLINE, RECALLING)))
 
 
 def _signed(one: float | None, other: float | None) -> str:
