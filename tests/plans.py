@@ -33,8 +33,8 @@ class RandomPlans:
         monkeypatch.setattr(MeasuredLength, "best_fixed", lambda _, now, longest: self.random.randint(1, longest))
         monkeypatch.setattr(RowProposal, "_chance", lambda *_: self.random.choice([0.0, 1.0]))
         monkeypatch.setattr(MeasuredSpeculator, "_may_branch", property(lambda speculator: speculator._branches))
-        candidates, chosen = MeasuredSpeculator._candidates, MeasuredSpeculator._chosen
-        monkeypatch.setattr(MeasuredSpeculator, "_candidates", lambda *a, **k: self.shuffled(candidates(*a, **k)))
+        merge, chosen = RowProposal.merge, MeasuredSpeculator._chosen
+        monkeypatch.setattr(RowProposal, "merge", lambda proposal: self.shuffled(merge(proposal)))
         monkeypatch.setattr(MeasuredSpeculator, "_chosen", lambda *a: self.noted(chosen(*a)))
         return self
 

@@ -114,6 +114,7 @@ def _in_batches(
 
     @find_executable_batch_size(starting_batch_size=min(rows_at_once(target), len(prompts) or 1))  # type: ignore[untyped-decorator]
     def write(rows: int) -> list[torch.Tensor]:
+        """Continue all prompts, so many at once."""
         if seed is not None:
             torch.manual_seed(seed)
         found: list[torch.Tensor] = []

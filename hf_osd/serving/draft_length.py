@@ -122,10 +122,10 @@ class MeasuredLength:
         longest = min(now.draft_room, now.nodes, 2 if step is None else now.draft_room)
         guessed = self.best_cut(self.gains([[one.reach for one in row[: now.nodes]] for row in guesses.values()]))
         right = {row: sum(one.reach for one in found[:guessed] if one.is_first) for row, found in guesses.items()}
-        plan = self._trial(now) or Plan(0, now.nodes)
-        if self._is_worthwhile(now, longest, guessed, {row: max(1.0 - right.get(row, 0.0), 0.0) for row in now.rows}):
-            plan = Plan(longest, now.nodes)
-        return replace(plan, guessed=guessed)
+        wrong = {row: max(1.0 - right.get(row, 0.0), 0.0) for row in now.rows}
+        if self._is_worthwhile(now, longest, guessed, wrong):
+            return Plan(longest, now.nodes, guessed=guessed)
+        return replace(self._trial(now) or Plan(0, now.nodes), guessed=guessed)
 
     def _best_rate(self, rows: int) -> float:
         """Tokens per second: what rounds have yielded lately, or plain decoding where that is better."""

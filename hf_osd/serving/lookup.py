@@ -85,16 +85,11 @@ class Branch:
                 found[token], weights[token] = [place], weight
         total = sum(weights.values())
         weights.pop(END, None)
-        return [
-            Branch(
-                token, Evidence(max(place[2] for place in found[token]) + step, weight / total), found[token], step + 1
-            )
-            for token, weight in sorted(weights.items(), key=_by_weight)
-        ]
-
-
-def _by_weight(token_and_weight: tuple[int, float]) -> float:
-    return -token_and_weight[1]
+        branches = []
+        for token in sorted(weights, key=weights.__getitem__, reverse=True):
+            evidence = Evidence(max(place.match for place in found[token]) + step, weights[token] / total)
+            branches.append(Branch(token, evidence, found[token], step + 1))
+        return branches
 
 
 class TokenIndex:

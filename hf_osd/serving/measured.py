@@ -150,7 +150,7 @@ class MeasuredSpeculator(Speculator):
     def _chosen(self, drafted: Proposal, device: torch.device) -> Proposal:
         """Keep the nodes of each row's tree that are worth submitting."""
         forced = range(drafted.tokens.shape[1] if self.drafter.samples or self._plan.trial else 0)
-        rows = [self._candidates(row) for row in range(len(self._proposals))]
+        rows = [one.merge() for one in self._proposals]
         orders = [self._order(row, forced) for row in rows]
         most, pairs = max(self._plan.nodes, len(forced)), list(zip(rows, orders, strict=True))
         gains = self._lengths.gains([[row.reach[node] for node in order[:most]] for row, order in pairs])
@@ -164,9 +164,6 @@ class MeasuredSpeculator(Speculator):
         tokens = self._tokens([[*row, *[0] * (n - len(row))] for row, _ in trees], drafted, device)
         is_chain = all(nodes == chain(n) for nodes in parents)
         return Proposal(tokens, drafted.probabilities, None if is_chain else parents)
-
-    def _candidates(self, row: int) -> Candidates:
-        return self._proposals[row].merge()
 
     def _order(self, tree: Candidates, forced: range = range(0)) -> list[int]:
         """Return the nodes that may be submitted: those that must be, and then the others by falling worth."""
